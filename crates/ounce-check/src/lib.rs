@@ -1,0 +1,1 @@
+//! The independent checker: Plan to certificate, or what is wrong with it.

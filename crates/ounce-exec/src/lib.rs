@@ -1,0 +1,1 @@
+//! Plan to steps: the arena, dispatch to kernels, timings.

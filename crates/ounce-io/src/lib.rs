@@ -1,0 +1,1 @@
+//! Bytes on disk: safetensors, tokenizers, datasets, token cache.

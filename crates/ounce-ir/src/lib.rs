@@ -1,0 +1,1 @@
+//! What is computed: graph, ops, shapes, dtypes, parameters and stages.

@@ -1,0 +1,1 @@
+//! Hugging Face config.json to forward Graph, one file per family.

@@ -1,0 +1,1 @@
+//! Graph to Graph: differentiate, attach the optimizer, simplify.

@@ -1,0 +1,1 @@
+//! Graph, budget and machine to Plan.

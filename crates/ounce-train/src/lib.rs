@@ -1,0 +1,1 @@
+//! The training session: the whole flow on one screen, schedules, evaluation, sampling.

@@ -1,0 +1,2 @@
+//! The `ounce` command.
+fn main() {}
