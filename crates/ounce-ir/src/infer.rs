@@ -1,0 +1,348 @@
+//! One shape rule per op: from operands to output shapes, or what does not fit.
+
+use crate::{AttentionSpec, DType, Graph, Lead, Op, OpKind, Shape, WeightLayout};
+
+/// An operand that does not fit its op.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{op}: {what}\nhint: the op table in ounce-ir's op.rs lists the shape of every operand")]
+pub struct InferError {
+    /// The op's name.
+    pub op: &'static str,
+    /// Which operand, what it is and what it should be.
+    pub what: String,
+}
+
+/// What one op's rule may look at.
+struct Rule<'a> {
+    graph: &'a Graph,
+    op: &'a Op,
+}
+
+/// Shapes and dtypes of the op's outputs, after checking every operand.
+///
+/// # Errors
+/// [`InferError`] if the number, shape or dtype of an operand is not what the op needs.
+pub fn infer_outputs(graph: &Graph, op: &Op) -> Result<Vec<(Shape, DType)>, InferError> {
+    Rule { graph, op }.outputs()
+}
+
+impl Rule<'_> {
+    fn fail<T>(&self, what: String) -> Result<T, InferError> {
+        Err(InferError { op: self.op.kind.name(), what })
+    }
+
+    fn arity(&self, inputs: usize, uses: usize, sums: &[usize]) -> Result<(), InferError> {
+        let op = self.op;
+        if op.inputs.len() != inputs || op.uses.len() != uses || !sums.contains(&op.sums.len()) {
+            return self.fail(format!(
+                "has {} inputs, {} uses, {} sums; needs {inputs}, {uses} and one of {sums:?}",
+                op.inputs.len(),
+                op.uses.len(),
+                op.sums.len()
+            ));
+        }
+        Ok(())
+    }
+
+    fn shape(&self, input: usize) -> &Shape {
+        &self.graph.values[self.op.inputs[input]].shape
+    }
+
+    fn want(&self, input: usize, shape: &Shape, dtype: DType) -> Result<(), InferError> {
+        let v = &self.graph.values[self.op.inputs[input]];
+        if v.shape != *shape || v.dtype != dtype {
+            return self.fail(format!(
+                "input {input} ({}) is {}{}, needs {dtype}{shape}",
+                v.name, v.dtype, v.shape
+            ));
+        }
+        Ok(())
+    }
+
+    fn want_use(&self, index: usize, dims: &[u64]) -> Result<(), InferError> {
+        let p = &self.graph.params[self.graph.param_of(self.op.uses[index])];
+        if p.shape != Shape::fixed(dims) {
+            let need = Shape::fixed(dims);
+            return self.fail(format!("use {index} ({}) is {}, needs {need}", p.name, p.shape));
+        }
+        Ok(())
+    }
+
+    fn want_sum(&self, index: usize, shape: &Shape) -> Result<(), InferError> {
+        let v = &self.graph.values[self.op.sums[index]];
+        if v.shape != *shape || v.dtype != DType::F32 {
+            return self.fail(format!(
+                "sum {index} ({}) is {}{}, needs f32{shape}",
+                v.name, v.dtype, v.shape
+            ));
+        }
+        Ok(())
+    }
+
+    /// A `[N, c]` (or `[R, c]`) f32 input; returns its shape.
+    fn matrix(&self, input: usize) -> Result<Shape, InferError> {
+        let s = self.shape(input).clone();
+        if s.lead == Lead::Fixed || s.dims.len() != 1 {
+            return self.fail(format!("input {input} is {s}, needs [N,C]"));
+        }
+        self.want(input, &s, DType::F32)?;
+        Ok(s)
+    }
+
+    fn weight(&self, index: usize) -> Result<[u64; 2], InferError> {
+        let p = &self.graph.params[self.graph.param_of(self.op.uses[index])];
+        match p.shape.dims[..] {
+            [a, b] => Ok([a, b]),
+            _ => {
+                self.fail(format!("use {index} ({}) is {}, needs two dimensions", p.name, p.shape))
+            }
+        }
+    }
+
+    fn outputs(&self) -> Result<Vec<(Shape, DType)>, InferError> {
+        match self.op.kind {
+            OpKind::Embed => self.embed(),
+            OpKind::Linear { layout, bias } => self.linear(layout, bias),
+            OpKind::LayerNorm { bias, .. } => self.norm(1 + usize::from(bias)),
+            OpKind::RmsNorm { .. } => self.norm(1),
+            OpKind::Rope { n_heads, head_dim, table, .. } => {
+                self.rope(u64::from(n_heads) * u64::from(head_dim), head_dim, table)
+            }
+            OpKind::Attention(spec) => self.attention(&spec),
+            OpKind::Gelu(_) | OpKind::Dropout { .. } => {
+                self.arity(1, 0, &[0])?;
+                same(self.matrix(0)?)
+            }
+            OpKind::Swiglu | OpKind::Add => {
+                self.arity(2, 0, &[0])?;
+                let s = self.matrix(0)?;
+                self.want(1, &s, DType::F32)?;
+                same(s)
+            }
+            OpKind::TakeRows => {
+                self.arity(2, 0, &[0])?;
+                let s = self.matrix(0)?;
+                self.want(1, &Shape::selected(&[]), DType::I32)?;
+                same(Shape::selected(&s.dims))
+            }
+            OpKind::CrossEntropy => self.cross_entropy(false),
+            OpKind::CrossEntropyTrain => self.cross_entropy(true),
+            OpKind::LinearGradInput { layout } => self.linear_grad_input(layout),
+            OpKind::LinearGradWeight { layout } => self.linear_grad_weight(layout),
+            OpKind::BiasGrad => {
+                self.arity(1, 0, &[1])?;
+                let s = self.matrix(0)?;
+                self.want_sum(0, &Shape::fixed(&s.dims))?;
+                Ok(Vec::new())
+            }
+            OpKind::LayerNormGrad { bias, .. } => self.norm_grad(1 + usize::from(bias)),
+            OpKind::RmsNormGrad { .. } => self.norm_grad(1),
+            OpKind::AttentionGrad(spec) => self.attention_grad(&spec),
+            OpKind::GeluGrad(_) => {
+                self.arity(2, 0, &[0])?;
+                let s = self.matrix(0)?;
+                self.want(1, &s, DType::F32)?;
+                same(s)
+            }
+            OpKind::SwigluGrad => {
+                self.arity(3, 0, &[0])?;
+                let s = self.matrix(0)?;
+                self.want(1, &s, DType::F32)?;
+                self.want(2, &s, DType::F32)?;
+                Ok(vec![(s.clone(), DType::F32), (s, DType::F32)])
+            }
+            OpKind::EmbedGradRows => {
+                self.arity(1, 0, &[1])?;
+                let s = self.matrix(0)?;
+                self.want_sum(0, &s)?;
+                Ok(Vec::new())
+            }
+            OpKind::EmbedScatter => self.embed_scatter(),
+            OpKind::SumSquares => {
+                self.arity(1, 0, &[0])?;
+                Ok(vec![(Shape::fixed(&[1]), DType::F64)])
+            }
+            OpKind::ClipScale => {
+                for i in 0..self.op.inputs.len() {
+                    self.want(i, &Shape::fixed(&[1]), DType::F64)?;
+                }
+                Ok(vec![(Shape::fixed(&[1]), DType::F32)])
+            }
+            OpKind::AdamW | OpKind::Sgd => self.update(),
+        }
+    }
+
+    fn embed(&self) -> Result<Vec<(Shape, DType)>, InferError> {
+        self.arity(1, 1, &[0])?;
+        self.want(0, &Shape::tokens(&[]), DType::I32)?;
+        let [_, c] = self.weight(0)?;
+        same(Shape::tokens(&[c]))
+    }
+
+    fn linear(&self, layout: WeightLayout, bias: bool) -> Result<Vec<(Shape, DType)>, InferError> {
+        self.arity(1, 1 + usize::from(bias), &[0])?;
+        let x = self.matrix(0)?;
+        let (k, m) = self.in_out(layout)?;
+        self.want(0, &Shape { lead: x.lead, dims: vec![k] }, DType::F32)?;
+        if bias {
+            self.want_use(1, &[m])?;
+        }
+        same(Shape { lead: x.lead, dims: vec![m] })
+    }
+
+    fn in_out(&self, layout: WeightLayout) -> Result<(u64, u64), InferError> {
+        let [a, b] = self.weight(0)?;
+        Ok(match layout {
+            WeightLayout::OutIn => (b, a),
+            WeightLayout::InOut => (a, b),
+        })
+    }
+
+    fn norm(&self, uses: usize) -> Result<Vec<(Shape, DType)>, InferError> {
+        self.arity(1, uses, &[0])?;
+        let x = self.matrix(0)?;
+        for i in 0..uses {
+            self.want_use(i, &x.dims)?;
+        }
+        same(x)
+    }
+
+    fn norm_grad(&self, n_sums: usize) -> Result<Vec<(Shape, DType)>, InferError> {
+        self.arity(2, 1, &[0, n_sums])?;
+        let x = self.matrix(0)?;
+        self.want(1, &x, DType::F32)?;
+        self.want_use(0, &x.dims)?;
+        for i in 0..self.op.sums.len() {
+            self.want_sum(i, &Shape::fixed(&x.dims))?;
+        }
+        same(x)
+    }
+
+    fn rope(
+        &self,
+        width: u64,
+        head_dim: u32,
+        table: crate::RopeTableId,
+    ) -> Result<Vec<(Shape, DType)>, InferError> {
+        self.arity(2, 0, &[0])?;
+        self.want(0, &Shape::tokens(&[width]), DType::F32)?;
+        self.want(1, &Shape::tokens(&[]), DType::I32)?;
+        match self.graph.rope_tables.get(table) {
+            Some(t) if 2 * t.inv_freq.len() <= head_dim as usize => same(Shape::tokens(&[width])),
+            Some(t) => self.fail(format!(
+                "table {table} rotates {} elements, the head has {head_dim}",
+                2 * t.inv_freq.len()
+            )),
+            None => self.fail(format!("table {table} does not exist")),
+        }
+    }
+
+    /// Checks q, k, v (or packed qkv) from input 0 on; returns how many inputs they take.
+    fn qkv(&self, spec: &AttentionSpec) -> Result<Vec<Shape>, InferError> {
+        let (q, kv) = (spec.q_width(), spec.kv_width());
+        if spec.n_kv_heads == 0 || !spec.n_heads.is_multiple_of(spec.n_kv_heads) {
+            return self.fail(format!(
+                "{} heads are no multiple of {} kv heads",
+                spec.n_heads, spec.n_kv_heads
+            ));
+        }
+        let shapes: Vec<Shape> = if spec.packed {
+            vec![Shape::tokens(&[q + 2 * kv])]
+        } else {
+            vec![Shape::tokens(&[q]), Shape::tokens(&[kv]), Shape::tokens(&[kv])]
+        };
+        for (i, s) in shapes.iter().enumerate() {
+            if i < self.op.inputs.len() {
+                self.want(i, s, DType::F32)?;
+            }
+        }
+        Ok(shapes)
+    }
+
+    fn attention(&self, spec: &AttentionSpec) -> Result<Vec<(Shape, DType)>, InferError> {
+        let n = self.qkv(spec)?.len();
+        self.arity(n, 0, &[0])?;
+        Ok(vec![
+            (Shape::tokens(&[spec.q_width()]), DType::F32),
+            (Shape::tokens(&[u64::from(spec.n_heads)]), DType::F32),
+        ])
+    }
+
+    fn attention_grad(&self, spec: &AttentionSpec) -> Result<Vec<(Shape, DType)>, InferError> {
+        let shapes = self.qkv(spec)?;
+        let n = shapes.len();
+        self.arity(n + 3, 0, &[0])?;
+        let o = Shape::tokens(&[spec.q_width()]);
+        self.want(n, &o, DType::F32)?;
+        self.want(n + 1, &Shape::tokens(&[u64::from(spec.n_heads)]), DType::F32)?;
+        self.want(n + 2, &o, DType::F32)?;
+        Ok(shapes.into_iter().map(|s| (s, DType::F32)).collect())
+    }
+
+    fn cross_entropy(&self, train: bool) -> Result<Vec<(Shape, DType)>, InferError> {
+        self.arity(2, 1, if train { &[0, 1] } else { &[0] })?;
+        let x = self.matrix(0)?;
+        self.want(1, &Shape::tokens(&[]), DType::I32)?;
+        let [v, c] = self.weight(0)?;
+        if x.dims != [c] {
+            return self.fail(format!("input 0 is {x}, the weight is [{v},{c}]"));
+        }
+        if !self.op.sums.is_empty() {
+            self.want_sum(0, &Shape::fixed(&[v, c]))?;
+        }
+        let loss = (Shape::tokens(&[]), DType::F32);
+        Ok(if train { vec![loss, (x, DType::F32)] } else { vec![loss] })
+    }
+
+    fn linear_grad_input(&self, layout: WeightLayout) -> Result<Vec<(Shape, DType)>, InferError> {
+        self.arity(1, 1, &[0])?;
+        let dy = self.matrix(0)?;
+        let (k, m) = self.in_out(layout)?;
+        self.want(0, &Shape { lead: dy.lead, dims: vec![m] }, DType::F32)?;
+        same(Shape { lead: dy.lead, dims: vec![k] })
+    }
+
+    fn linear_grad_weight(&self, layout: WeightLayout) -> Result<Vec<(Shape, DType)>, InferError> {
+        self.arity(2, 0, &[1])?;
+        let (k, m) = (self.matrix(0)?.last(), self.matrix(1)?.last());
+        let dims = match layout {
+            WeightLayout::OutIn => [m, k],
+            WeightLayout::InOut => [k, m],
+        };
+        self.want_sum(0, &Shape::fixed(&dims))?;
+        Ok(Vec::new())
+    }
+
+    fn embed_scatter(&self) -> Result<Vec<(Shape, DType)>, InferError> {
+        self.arity(2, 0, &[1])?;
+        self.want(0, &Shape::tokens(&[]), DType::I32)?;
+        let rows = self.matrix(1)?;
+        let sum = &self.graph.values[self.op.sums[0]];
+        if sum.shape.lead != Lead::Fixed
+            || sum.shape.dims.len() != 2
+            || sum.shape.last() != rows.last()
+        {
+            return self.fail(format!("sum {} is {}, rows are {rows}", sum.name, sum.shape));
+        }
+        Ok(Vec::new())
+    }
+
+    fn update(&self) -> Result<Vec<(Shape, DType)>, InferError> {
+        let Some(param) = self.op.updates else {
+            return self.fail("names no parameter to update".to_owned());
+        };
+        let clipped = self.op.inputs.len() == 2;
+        self.arity(1 + usize::from(clipped), 0, &[0])?;
+        self.want(0, &self.graph.params[param].shape, DType::F32)?;
+        if clipped {
+            self.want(1, &Shape::fixed(&[1]), DType::F32)?;
+        }
+        Ok(Vec::new())
+    }
+}
+
+/// One f32 output of that shape.
+#[expect(clippy::unnecessary_wraps, reason = "the last line of a rule reads better without Ok")]
+fn same(shape: Shape) -> Result<Vec<(Shape, DType)>, InferError> {
+    Ok(vec![(shape, DType::F32)])
+}

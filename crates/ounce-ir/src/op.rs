@@ -1,0 +1,212 @@
+//! Every op: its attributes, what it reads and writes, and the few facts a planner may ask.
+//!
+//! Operand order is the same everywhere (text form, plan, executor):
+//! inputs, uses, sums, outputs, then the updated parameter and its optimizer states, then scratch.
+//!
+//! | op | inputs | uses | sums | outputs |
+//! |---|---|---|---|---|
+//! | `embed` | idx `[N]` | table `[V,C]` | | y `[N,C]`; a negative index gives a zero row |
+//! | `linear` | x `[N,K]` | w, (b `[M]`) | | y `[N,M]` |
+//! | `layer_norm` | x `[N,C]` | w `[C]`, (b `[C]`) | | y `[N,C]` |
+//! | `rms_norm` | x `[N,C]` | w `[C]` | | y `[N,C]` |
+//! | `rope` | x `[N,H*D]`, pos `[N]` | | | y `[N,H*D]`; `inverse` rotates back (the gradient) |
+//! | `attention` | q `[N,H*D]`, k, v `[N,Hkv*D]`, or qkv side by side in one | | | o `[N,H*D]`, lse `[N,H]` |
+//! | `gelu` | x | | | y |
+//! | `swiglu` | gate, up `[N,F]` | | | silu(gate) * up |
+//! | `add` | a, b | | | a + b |
+//! | `dropout` | x | | | x * mask / (1 - p); the same op is its own gradient |
+//! | `take_rows` | x `[N,C]`, idx `[R]` | | | y `[R,C]` |
+//! | `cross_entropy` | x `[N,C]`, targets `[N]` | w `[V,C]` | | loss `[N]`; 0 where target < 0 |
+//! | `cross_entropy_train` | x, targets | w | dw, if w is trained | loss `[N]`, dx `[N,C]` |
+//! | `linear_grad_input` | dy `[N,M]` | w | | dx `[N,K]` |
+//! | `linear_grad_weight` | x, dy | | dw | |
+//! | `bias_grad` | dy | | db | |
+//! | `layer_norm_grad` | x, dy | w | (dw, (db)) | dx |
+//! | `rms_norm_grad` | x, dy | w | (dw) | dx |
+//! | `attention_grad` | q, k, v (or qkv), o, lse, d_o | | | dq, dk, dv (or dqkv) |
+//! | `gelu_grad` | x, dy | | | dx |
+//! | `swiglu_grad` | gate, up, dy | | | dgate, dup |
+//! | `embed_grad_rows` | dy `[N,C]` | | rows `[N,C]` | (copies dy into its place on the step's token axis) |
+//! | `embed_scatter` | idx `[N]`, rows `[N,C]` | | dw `[V,C]` | runs once, over the whole step |
+//! | `sum_squares` | dw | | | part `[1]` f64 |
+//! | `clip_scale` | all parts | | | scale `[1]` f32 |
+//! | `adamw`, `sgd` | dw, (scale) | | | | updates the parameter and its states
+
+use crate::entity;
+use crate::graph::{ParamId, Phase, RandomSite, RopeTableId, StageId, UseId, ValueId};
+
+entity! {
+    /// An op of the graph, in program order.
+    OpId "op",
+}
+
+/// How a linear layer's weight is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WeightLayout {
+    /// `[out, in]`, as `torch.nn.Linear`.
+    OutIn,
+    /// `[in, out]`, as GPT-2's `Conv1D`.
+    InOut,
+}
+
+/// Which GELU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum GeluKind {
+    /// The tanh approximation (`gelu_new`, `gelu_pytorch_tanh`).
+    Tanh,
+    /// The exact form with erf (`gelu`).
+    Erf,
+}
+
+/// Causal grouped-query attention within the rows of the token axis.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionSpec {
+    /// `H`, query heads.
+    pub n_heads: u32,
+    /// Key and value heads; divides `n_heads`.
+    pub n_kv_heads: u32,
+    /// `D`, elements per head.
+    pub head_dim: u32,
+    /// What scores are multiplied with, usually `1/sqrt(D)`.
+    pub scale: f32,
+    /// Whether q, k and v stand side by side in one value `[N, (H + 2 Hkv) * D]`.
+    pub packed: bool,
+}
+
+impl AttentionSpec {
+    /// `H * D`.
+    pub fn q_width(&self) -> u64 {
+        u64::from(self.n_heads) * u64::from(self.head_dim)
+    }
+    /// `Hkv * D`.
+    pub fn kv_width(&self) -> u64 {
+        u64::from(self.n_kv_heads) * u64::from(self.head_dim)
+    }
+}
+
+/// What an op computes. See the table at the top of this file.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[expect(missing_docs, reason = "the table at the top of the file documents every op")]
+pub enum OpKind {
+    Embed,
+    Linear { layout: WeightLayout, bias: bool },
+    LayerNorm { eps: f32, bias: bool },
+    RmsNorm { eps: f32 },
+    Rope { table: RopeTableId, n_heads: u32, head_dim: u32, inverse: bool },
+    Attention(AttentionSpec),
+    Gelu(GeluKind),
+    Swiglu,
+    Add,
+    Dropout { p: f32, site: RandomSite },
+    TakeRows,
+    CrossEntropy,
+    CrossEntropyTrain,
+    LinearGradInput { layout: WeightLayout },
+    LinearGradWeight { layout: WeightLayout },
+    BiasGrad,
+    LayerNormGrad { eps: f32, bias: bool },
+    RmsNormGrad { eps: f32 },
+    AttentionGrad(AttentionSpec),
+    GeluGrad(GeluKind),
+    SwigluGrad,
+    EmbedGradRows,
+    EmbedScatter,
+    SumSquares,
+    ClipScale,
+    AdamW,
+    Sgd,
+}
+
+impl OpKind {
+    /// The name in the textual form.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Embed => "embed",
+            Self::Linear { .. } => "linear",
+            Self::LayerNorm { .. } => "layer_norm",
+            Self::RmsNorm { .. } => "rms_norm",
+            Self::Rope { .. } => "rope",
+            Self::Attention(_) => "attention",
+            Self::Gelu(_) => "gelu",
+            Self::Swiglu => "swiglu",
+            Self::Add => "add",
+            Self::Dropout { .. } => "dropout",
+            Self::TakeRows => "take_rows",
+            Self::CrossEntropy => "cross_entropy",
+            Self::CrossEntropyTrain => "cross_entropy_train",
+            Self::LinearGradInput { .. } => "linear_grad_input",
+            Self::LinearGradWeight { .. } => "linear_grad_weight",
+            Self::BiasGrad => "bias_grad",
+            Self::LayerNormGrad { .. } => "layer_norm_grad",
+            Self::RmsNormGrad { .. } => "rms_norm_grad",
+            Self::AttentionGrad(_) => "attention_grad",
+            Self::GeluGrad(_) => "gelu_grad",
+            Self::SwigluGrad => "swiglu_grad",
+            Self::EmbedGradRows => "embed_grad_rows",
+            Self::EmbedScatter => "embed_scatter",
+            Self::SumSquares => "sum_squares",
+            Self::ClipScale => "clip_scale",
+            Self::AdamW => "adamw",
+            Self::Sgd => "sgd",
+        }
+    }
+
+    /// Whether the op mixes tokens of one row, so that a cut of the token axis must fall between rows.
+    /// Every other op over tokens may be cut at any granule.
+    pub const fn needs_whole_rows(&self) -> bool {
+        matches!(self, Self::Attention(_) | Self::AttentionGrad(_))
+    }
+
+    /// Pairs (input, output) whose buffers may be the same: the op reads each element of the input
+    /// before it writes that element of the output, and reads it no more afterwards.
+    pub const fn in_place(&self) -> &'static [(usize, usize)] {
+        match self {
+            Self::Gelu(_) | Self::Rope { .. } | Self::Dropout { .. } => &[(0, 0)],
+            Self::Add => &[(0, 0), (1, 0)],
+            Self::GeluGrad(_) => &[(1, 0)],
+            Self::SwigluGrad => &[(0, 0), (1, 1)],
+            Self::Embed
+            | Self::Linear { .. }
+            | Self::LayerNorm { .. }
+            | Self::RmsNorm { .. }
+            | Self::Attention(_)
+            | Self::Swiglu
+            | Self::TakeRows
+            | Self::CrossEntropy
+            | Self::CrossEntropyTrain
+            | Self::LinearGradInput { .. }
+            | Self::LinearGradWeight { .. }
+            | Self::BiasGrad
+            | Self::LayerNormGrad { .. }
+            | Self::RmsNormGrad { .. }
+            | Self::AttentionGrad(_)
+            | Self::EmbedGradRows
+            | Self::EmbedScatter
+            | Self::SumSquares
+            | Self::ClipScale
+            | Self::AdamW
+            | Self::Sgd => &[],
+        }
+    }
+}
+
+/// An op with its operands.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Op {
+    /// What it computes.
+    pub kind: OpKind,
+    /// When in the step it runs.
+    pub phase: Phase,
+    /// The stage it belongs to; `None` for the update.
+    pub stage: Option<StageId>,
+    /// Values read.
+    pub inputs: Vec<ValueId>,
+    /// Parameters read.
+    pub uses: Vec<UseId>,
+    /// Gradient sums that are read and added to.
+    pub sums: Vec<ValueId>,
+    /// Values written.
+    pub outputs: Vec<ValueId>,
+    /// The parameter (and its optimizer states) that is updated.
+    pub updates: Option<ParamId>,
+}
