@@ -1,1 +1,48 @@
 //! Kernels: slices in, slices out; they allocate nothing and know no graph.
+//!
+//! Everything a transformer training step computes in f32 on a CPU is here, as free functions over
+//! slices, plus the thread pool they run on.
+//! Scratch memory comes from the caller, who asks a pure `*_scratch_elems` function for its size.
+//! Results do not depend on the number of threads, on blocking, on how the token axis is cut into
+//! calls, or on the instruction set that was chosen at run time.
+//!
+//! ```
+//! use ounce_kernels::{gemm, pool::Pool};
+//! let pool = Pool::new(2);
+//! let (x, w) = (vec![1.0; 3 * 4], vec![2.0; 5 * 4]);
+//! let mut y = vec![0.0; 3 * 5];
+//! let mut scratch = vec![0.0; gemm::gemm_scratch_elems(3, 5, 4, pool.n_threads())];
+//! gemm::gemm(
+//!     &pool,
+//!     gemm::MatMut::new(&mut y, 3, 5),
+//!     gemm::MatRef::new(&x, 3, 4),
+//!     gemm::MatRef::new(&w, 5, 4).t(),
+//!     gemm::Start::Zero,
+//!     None,
+//!     &mut scratch,
+//! );
+//! assert!(y.iter().all(|&v| v == 8.0));
+//! ```
+//!
+//! Files, in reading order: [`pool`] (threads, disjoint writes), [`tier`] (instruction sets),
+//! [`inout`] (in-place calls), [`math`] (exp and friends), [`gemm`] (products), [`norm`],
+//! [`activation`], [`elementwise`], [`philox`] (random bits), [`rope`], [`attention`], [`head`]
+//! (linear and cross entropy without all logits), [`embed`], [`optim`].
+
+pub mod pool;
+#[macro_use]
+pub mod tier;
+pub mod inout;
+pub mod math;
+
+pub mod gemm;
+
+pub mod activation;
+pub mod attention;
+pub mod elementwise;
+pub mod embed;
+pub mod head;
+pub mod norm;
+pub mod optim;
+pub mod philox;
+pub mod rope;

@@ -1,0 +1,105 @@
+//! Embedding: gather rows forward, scatter-add rows backward.
+//!
+//! Idea of the gradient: tokens with the same id must be summed in token order, whatever the
+//! threads do. Sorting the keys `id << 32 | token` brings each id's tokens together, in order; a
+//! thread owns whole groups. Complexity: N log N for the sort, N C additions.
+
+use crate::pool::{Pool, SharedMut, split};
+
+/// Channels summed at a time in registers and L1.
+const COLS: usize = 256;
+
+/// `y[n] = table[ids[n]]`, and zeros where the id is negative.
+///
+/// # Shapes
+/// `ids` (N), `table` (V, C), `y` (N, C); `n_channels` is C.
+/// # Panics
+/// If an id is V or more.
+pub fn embed_forward(pool: &Pool, y: &mut [f32], ids: &[i32], table: &[f32], n_channels: usize) {
+    assert_eq!(y.len(), ids.len() * n_channels, "length of y");
+    pool.split_rows(y, n_channels, 16, |rows, y| {
+        for (y, &id) in y.chunks_exact_mut(n_channels).zip(&ids[rows]) {
+            if id < 0 {
+                y.fill(0.0);
+            } else {
+                y.copy_from_slice(&table[id as usize * n_channels..][..n_channels]);
+            }
+        }
+    });
+}
+
+/// Scratch of [`embed_scatter`] in u64 elements.
+pub fn embed_scatter_scratch_u64(n_tokens: usize) -> usize {
+    n_tokens
+}
+
+/// Adds to every row of `dtable` the sum of the rows of its tokens.
+///
+/// # Shapes
+/// `dtable` (V, C), `ids` (N), `rows` (N, C); `n_channels` is C. Negative ids are skipped.
+/// # Memory
+/// [`embed_scatter_scratch_u64`] elements.
+/// # Order
+/// Each id's rows are summed from zero in token order, then the sum is added to the stored row.
+/// # Panics
+/// If an id is V or more.
+pub fn embed_scatter(
+    pool: &Pool,
+    dtable: &mut [f32],
+    ids: &[i32],
+    rows: &[f32],
+    n_channels: usize,
+    scratch: &mut [u64],
+) {
+    assert_eq!(rows.len(), ids.len() * n_channels, "length of rows");
+    assert!(dtable.len().is_multiple_of(n_channels), "dtable is whole rows");
+    let mut n_keys = 0;
+    for (token, &id) in ids.iter().enumerate().filter(|(_, id)| **id >= 0) {
+        scratch[n_keys] = (id as u64) << 32 | token as u64;
+        n_keys += 1;
+    }
+    let keys = &mut scratch[..n_keys];
+    keys.sort_unstable();
+    let keys = &*keys;
+    let id_at = |i: usize| keys[i] >> 32;
+    let shared = SharedMut::new(dtable);
+    pool.run(&|thread_idx| {
+        // A cut inside a group moves to the group's end, on both sides of it alike.
+        let group_end = |mut i: usize| {
+            while i > 0 && i < n_keys && id_at(i) == id_at(i - 1) {
+                i += 1;
+            }
+            i
+        };
+        let part = split(n_keys, pool.n_threads(), thread_idx);
+        let (mut i, end) = (group_end(part.start), group_end(part.end));
+        while i < end {
+            let next = group_end(i + 1);
+            let at = id_at(i) as usize * n_channels;
+            // SAFETY: a group, and so a row of the table, belongs to one thread.
+            let dst = unsafe { shared.range(at..at + n_channels) };
+            add_rows(dst, &keys[i..next], rows);
+            i = next;
+        }
+    });
+}
+
+tiered! {
+    /// Adds to `dst` the sum of the rows that the low halves of `keys` name.
+    fn add_rows(dst: &mut [f32], keys: &[u64], rows: &[f32]) {
+        let n_channels = dst.len();
+        for (block, dst) in dst.chunks_mut(COLS).enumerate() {
+            let mut sums = [0.0f32; COLS];
+            let sums = &mut sums[..dst.len()];
+            for &key in keys {
+                let at = (key as u32) as usize * n_channels + block * COLS;
+                for (sum, x) in sums.iter_mut().zip(&rows[at..at + dst.len()]) {
+                    *sum += x;
+                }
+            }
+            for (dst, sum) in dst.iter_mut().zip(sums) {
+                *dst += *sum;
+            }
+        }
+    }
+}

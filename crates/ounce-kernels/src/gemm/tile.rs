@@ -1,0 +1,183 @@
+//! Register tiles: `MR x NR` sums held in registers while the depth of a block streams by.
+//!
+//! Each step reads NR packed elements of B and MR of A and does MR x NR fused multiply-adds. The
+//! sums start at zero or at the stored C. Tiles of all tiers perform the same chain per element.
+
+use crate::tier::{Tier, tier};
+
+/// The largest tile height of any tier.
+pub(crate) const MAX_MR: usize = 16;
+/// The largest tile width of any tier.
+pub(crate) const MAX_NR: usize = 64;
+
+/// `(kc, a, b, c, c_stride, from_c)`.
+type TileFn = unsafe fn(usize, *const f32, *const f32, *mut f32, usize, bool);
+
+/// The register tile of a tier.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile {
+    /// Rows.
+    pub(crate) mr: usize,
+    /// Columns.
+    pub(crate) nr: usize,
+    full: TileFn,
+}
+
+impl Tile {
+    /// The tile of the tier in use.
+    pub(crate) fn current() -> Self {
+        match tier() {
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx512 => Self { mr: 6, nr: 64, full: avx512::<6, 4> },
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx2 => Self { mr: 6, nr: 16, full: avx2::<6, 2> },
+            _ => Self { mr: 4, nr: 16, full: portable::<4, 16> },
+        }
+    }
+
+    /// One tile: `c[..height, ..width]` (rows `c_stride` apart) from packed panels of depth `kc`.
+    ///
+    /// # Safety
+    /// `a` points at `kc * mr` elements, `b` at `kc * nr`, and the part of `c` named above is
+    /// exclusively ours.
+    #[inline]
+    pub(crate) unsafe fn run(
+        &self,
+        kc: usize,
+        a: *const f32,
+        b: *const f32,
+        c: *mut f32,
+        c_stride: usize,
+        height: usize,
+        width: usize,
+        from_c: bool,
+    ) {
+        if height == self.mr && width == self.nr {
+            // SAFETY: the caller's promise; the tier of `full` was checked when it was chosen.
+            return unsafe { (self.full)(kc, a, b, c, c_stride, from_c) };
+        }
+        // An edge: the same tile on a padded copy, of which the part inside C is stored.
+        let mut edge = [0.0; MAX_MR * MAX_NR];
+        let nr = self.nr;
+        // SAFETY: the copies touch only the part of C that is ours, and `edge` holds a full tile.
+        unsafe {
+            if from_c {
+                for i in 0..height {
+                    let src = std::slice::from_raw_parts(c.add(i * c_stride), width);
+                    edge[i * nr..i * nr + width].copy_from_slice(src);
+                }
+            }
+            (self.full)(kc, a, b, edge.as_mut_ptr(), nr, from_c);
+            for i in 0..height {
+                let dst = std::slice::from_raw_parts_mut(c.add(i * c_stride), width);
+                dst.copy_from_slice(&edge[i * nr..i * nr + width]);
+            }
+        }
+    }
+}
+
+/// A tile written with the intrinsics of one vector width.
+macro_rules! vector_tile {
+    ($name:ident, $features:literal, $lanes:literal, $load:ident, $store:ident, $zero:ident, $set:ident, $fma:ident) => {
+        /// # Safety
+        /// As [`Tile::run`], for a full tile; the machine has the tile's features.
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = $features)]
+        unsafe fn $name<const MR: usize, const NV: usize>(
+            kc: usize,
+            mut a: *const f32,
+            mut b: *const f32,
+            c: *mut f32,
+            c_stride: usize,
+            from_c: bool,
+        ) {
+            use std::arch::x86_64::{$fma, $load, $set, $store, $zero};
+            let mut sum = [[$zero(); NV]; MR];
+            // SAFETY: every access lies within the panels and the tile of C promised by the caller.
+            unsafe {
+                if from_c {
+                    for i in 0..MR {
+                        for j in 0..NV {
+                            sum[i][j] = $load(c.add(i * c_stride + j * $lanes));
+                        }
+                    }
+                }
+                for _ in 0..kc {
+                    let mut b_p = [$zero(); NV];
+                    for j in 0..NV {
+                        b_p[j] = $load(b.add(j * $lanes));
+                    }
+                    for i in 0..MR {
+                        let a_p = $set(*a.add(i));
+                        for j in 0..NV {
+                            sum[i][j] = $fma(a_p, b_p[j], sum[i][j]);
+                        }
+                    }
+                    a = a.add(MR);
+                    b = b.add(NV * $lanes);
+                }
+                for i in 0..MR {
+                    for j in 0..NV {
+                        $store(c.add(i * c_stride + j * $lanes), sum[i][j]);
+                    }
+                }
+            }
+        }
+    };
+}
+
+vector_tile!(
+    avx512,
+    "avx512f",
+    16,
+    _mm512_loadu_ps,
+    _mm512_storeu_ps,
+    _mm512_setzero_ps,
+    _mm512_set1_ps,
+    _mm512_fmadd_ps
+);
+vector_tile!(
+    avx2,
+    "avx2,fma",
+    8,
+    _mm256_loadu_ps,
+    _mm256_storeu_ps,
+    _mm256_setzero_ps,
+    _mm256_set1_ps,
+    _mm256_fmadd_ps
+);
+
+/// The tile in plain Rust.
+///
+/// # Safety
+/// As [`Tile::run`], for a full tile.
+unsafe fn portable<const MR: usize, const NR: usize>(
+    kc: usize,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    c_stride: usize,
+    from_c: bool,
+) {
+    let mut sum = [[0.0f32; NR]; MR];
+    // SAFETY: every access lies within the panels and the tile of C promised by the caller.
+    unsafe {
+        let (a, b) =
+            (std::slice::from_raw_parts(a, kc * MR), std::slice::from_raw_parts(b, kc * NR));
+        if from_c {
+            for (i, row) in sum.iter_mut().enumerate() {
+                row.copy_from_slice(std::slice::from_raw_parts(c.add(i * c_stride), NR));
+            }
+        }
+        for (a_p, b_p) in a.chunks_exact(MR).zip(b.chunks_exact(NR)) {
+            for (row, &a_ip) in sum.iter_mut().zip(a_p) {
+                for (s, &b_pj) in row.iter_mut().zip(b_p) {
+                    *s = a_ip.mul_add(b_pj, *s);
+                }
+            }
+        }
+        for (i, row) in sum.iter().enumerate() {
+            std::slice::from_raw_parts_mut(c.add(i * c_stride), NR).copy_from_slice(row);
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! The head: linear and cross entropy in one, without ever holding all logits.
+//!
+//! Idea: a chunk of tokens at a time, its logits (chunk x V) live in scratch only. Training turns
+//! them into their own gradient in place and multiplies twice more, so that loss, `dx` and `dw`
+//! come from one pass and nothing is saved for a backward. N tokens, C channels, V words.
+//!
+//! Invariants: a row's (max, sum of exponentials) is combined over fixed vocabulary tiles in
+//! ascending order; `dw` is one chain over ascending tokens that starts from what is stored. So
+//! neither `chunk_tokens` nor the threads change any bit.
+//!
+//! Complexity: 2NVC FLOP forward, 6NVC in training. Source of the idea: Liger Kernel (Hsu et al.
+//! 2024, arXiv:2410.10989).
+
+use crate::gemm::{MatMut, MatRef, Start, gemm, gemm_scratch_elems};
+use crate::math::{exp, lane_sum};
+use crate::pool::{Pool, SharedMut, split_by};
+
+/// Columns of logits over which one (max, sum) is taken.
+const VOCAB_TILE: usize = 1024;
+
+/// Scratch of [`head_forward`] and [`head_train`] in elements: a chunk's logits and the products'.
+pub fn head_scratch_elems(
+    chunk_tokens: usize,
+    n_vocab: usize,
+    n_channels: usize,
+    n_threads: usize,
+) -> usize {
+    let products = gemm_scratch_elems(chunk_tokens, n_vocab, n_channels, n_threads)
+        .max(gemm_scratch_elems(chunk_tokens, n_channels, n_vocab, n_threads))
+        .max(gemm_scratch_elems(n_vocab, n_channels, chunk_tokens, n_threads));
+    chunk_tokens * n_vocab + products
+}
+
+/// Per-token loss `log(sum(exp(logits))) - logits[target]`, 0 where the target is negative.
+///
+/// # Shapes
+/// `loss_n`, `targets` (N); `x` (N, C); `w` (V, C). C and V follow from the lengths.
+/// # Memory
+/// [`head_scratch_elems`] elements.
+/// # Panics
+/// If a target is V or more.
+pub fn head_forward(
+    pool: &Pool,
+    loss_n: &mut [f32],
+    x: &[f32],
+    w: &[f32],
+    targets: &[i32],
+    chunk_tokens: usize,
+    scratch: &mut [f32],
+) {
+    let head = Head::new(loss_n.len(), x, w, targets, chunk_tokens);
+    for chunk in (0..targets.len()).step_by(chunk_tokens.max(1)) {
+        let n = chunk_tokens.min(targets.len() - chunk);
+        let (logits, scratch) = scratch.split_at_mut(n * head.n_vocab);
+        head.logits(pool, logits, chunk, scratch);
+        let (loss_n, targets) = (&mut loss_n[chunk..chunk + n], &targets[chunk..chunk + n]);
+        losses(pool, loss_n, logits, targets, head.n_vocab, None);
+    }
+}
+
+/// Loss and gradients in one pass: overwrites `loss_n` and `dx`, adds to `dw`.
+///
+/// The gradient is that of `grad_scale * sum(loss_n)`.
+///
+/// # Shapes
+/// `loss_n`, `targets` (N); `dx`, `x` (N, C); `dw`, `w` (V, C).
+/// # Memory
+/// [`head_scratch_elems`] elements.
+/// # Panics
+/// If a target is V or more.
+pub fn head_train(
+    pool: &Pool,
+    loss_n: &mut [f32],
+    dx: &mut [f32],
+    mut dw: Option<&mut [f32]>,
+    x: &[f32],
+    w: &[f32],
+    targets: &[i32],
+    grad_scale: f32,
+    chunk_tokens: usize,
+    scratch: &mut [f32],
+) {
+    let head = Head::new(loss_n.len(), x, w, targets, chunk_tokens);
+    let (c, v) = (head.n_channels, head.n_vocab);
+    assert_eq!(dx.len(), x.len(), "length of dx");
+    assert!(dw.as_ref().is_none_or(|dw| dw.len() == w.len()), "length of dw");
+    for chunk in (0..targets.len()).step_by(chunk_tokens.max(1)) {
+        let n = chunk_tokens.min(targets.len() - chunk);
+        let (logits, scratch) = scratch.split_at_mut(n * v);
+        head.logits(pool, logits, chunk, scratch);
+        let (loss_n, targets) = (&mut loss_n[chunk..chunk + n], &targets[chunk..chunk + n]);
+        losses(pool, loss_n, logits, targets, v, Some(grad_scale));
+        let dlogits = MatRef::new(logits, n, v);
+        let dx = MatMut::new(&mut dx[chunk * c..(chunk + n) * c], n, c);
+        gemm(pool, dx, dlogits, MatRef::new(w, v, c), Start::Zero, None, scratch);
+        if let Some(dw) = dw.as_deref_mut() {
+            let x = MatRef::new(&x[chunk * c..(chunk + n) * c], n, c);
+            gemm(pool, MatMut::new(dw, v, c), dlogits.t(), x, Start::FromC, None, scratch);
+        }
+    }
+}
+
+/// The operands of a call and the sizes that follow from them.
+struct Head<'a> {
+    x: &'a [f32],
+    w: &'a [f32],
+    n_channels: usize,
+    n_vocab: usize,
+}
+
+impl<'a> Head<'a> {
+    fn new(
+        n_losses: usize,
+        x: &'a [f32],
+        w: &'a [f32],
+        targets: &[i32],
+        chunk_tokens: usize,
+    ) -> Self {
+        assert_eq!(n_losses, targets.len(), "length of loss_n");
+        assert!(chunk_tokens > 0, "a chunk holds at least one token");
+        let n_channels = x.len() / targets.len().max(1);
+        assert_eq!(x.len(), targets.len() * n_channels, "x is whole tokens");
+        let n_vocab = w.len() / n_channels.max(1);
+        assert_eq!(w.len(), n_vocab * n_channels, "w is whole rows");
+        Self { x, w, n_channels, n_vocab }
+    }
+
+    /// Logits of the tokens from `chunk` on, as many as fit `logits`.
+    fn logits(&self, pool: &Pool, logits: &mut [f32], chunk: usize, scratch: &mut [f32]) {
+        let (c, v) = (self.n_channels, self.n_vocab);
+        let n = logits.len() / v;
+        let x = MatRef::new(&self.x[chunk * c..(chunk + n) * c], n, c);
+        let w = MatRef::new(self.w, v, c).t();
+        gemm(pool, MatMut::new(logits, n, v), x, w, Start::Zero, None, scratch);
+    }
+}
+
+/// Losses of a chunk; with `grad_scale` the logits become `(softmax - onehot) * grad_scale`.
+fn losses(
+    pool: &Pool,
+    loss_n: &mut [f32],
+    logits: &mut [f32],
+    targets: &[i32],
+    n_vocab: usize,
+    grad_scale: Option<f32>,
+) {
+    let (loss, logits) = (SharedMut::new(loss_n), SharedMut::new(logits));
+    pool.run(&|thread_idx| {
+        for row in split_by(targets.len(), 1, pool.n_threads(), thread_idx) {
+            // SAFETY: every thread has its own rows.
+            let logits = unsafe { logits.range(row * n_vocab..(row + 1) * n_vocab) };
+            // SAFETY: as above.
+            let loss = unsafe { &mut loss.range(row..row + 1)[0] };
+            *loss = loss_row(logits, targets[row], grad_scale);
+        }
+    });
+}
+
+tiered! {
+    fn loss_row(logits: &mut [f32], target: i32, grad_scale: Option<f32>) -> f32 {
+        if target < 0 {
+            if grad_scale.is_some() {
+                logits.fill(0.0);
+            }
+            return 0.0;
+        }
+        let target = target as usize;
+        let (max, sum) = max_and_sum(logits);
+        let loss = (max - logits[target]) + sum.ln();
+        if let Some(scale) = grad_scale {
+            let factor = scale / sum;
+            for x in logits.iter_mut() {
+                *x = exp(*x - max) * factor;
+            }
+            logits[target] -= scale;
+        }
+        loss
+    }
+}
+
+/// `(max, sum(exp(x - max)))` over fixed tiles in ascending order.
+#[inline(always)]
+fn max_and_sum(x: &[f32]) -> (f32, f32) {
+    let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0f32);
+    for tile in x.chunks(VOCAB_TILE) {
+        let tile_max = lane_max(tile);
+        let tile_sum = lane_sum(tile.len(), |i| exp(tile[i] - tile_max));
+        let new_max = if tile_max > max { tile_max } else { max };
+        sum = sum.mul_add(exp(max - new_max), tile_sum * exp(tile_max - new_max));
+        max = new_max;
+    }
+    (max, sum)
+}
+
+/// The largest element, over 16 lanes; NaN elements are passed over here and surface in the sum.
+#[inline(always)]
+fn lane_max(x: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let whole = x.chunks_exact(16);
+    let rest = whole.remainder();
+    for x in whole {
+        for (lane, &x) in lanes.iter_mut().zip(x) {
+            *lane = if x > *lane { x } else { *lane };
+        }
+    }
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane = if x > *lane { x } else { *lane };
+    }
+    lanes.iter().fold(f32::NEG_INFINITY, |max, &x| if x > max { x } else { max })
+}

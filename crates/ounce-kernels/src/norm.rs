@@ -1,0 +1,251 @@
+//! Layer norm and RMS norm, forward and backward.
+//!
+//! Idea: a row's statistics are two or three cheap passes over a row that is in L1, so backward
+//! recomputes them from `x` and saves nothing. N tokens, C channels.
+//!
+//! Invariants: a row's sums go over 16 fixed lanes and then a fixed tree, so they do not depend on
+//! threads or vector width. `dw` and `db` are one sequential f32 sum per column along ascending
+//! tokens, started from what is stored; threads split columns. Cutting the tokens into several
+//! calls therefore changes nothing.
+//!
+//! Sources: Ba, Kiros, Hinton 2016 (arXiv:1607.06450); Zhang, Sennrich 2019 (arXiv:1910.07467).
+
+use crate::math::lane_sum;
+use crate::pool::{Pool, SharedMut, split_by};
+
+/// Rows that a thread takes at least.
+const ROW_GRANULE: usize = 4;
+/// Columns that a thread takes at least: one cache line.
+const COL_GRANULE: usize = 16;
+
+/// `y = (x - mean(x)) / sqrt(var(x) + eps) * w + b`, per token.
+///
+/// # Shapes
+/// `x`, `y` (N, C); `w`, `b` (C); `n_channels` is C.
+pub fn layer_norm_forward(
+    pool: &Pool,
+    y: &mut [f32],
+    x: &[f32],
+    w: &[f32],
+    b: Option<&[f32]>,
+    eps: f32,
+    n_channels: usize,
+) {
+    assert_shapes(y.len(), x, w, n_channels);
+    assert!(b.is_none_or(|b| b.len() == n_channels), "length of b");
+    pool.split_rows(y, n_channels, ROW_GRANULE, |rows, y| {
+        layer_norm_rows(y, &x[rows.start * n_channels..rows.end * n_channels], w, b, eps);
+    });
+}
+
+/// `y = x / sqrt(mean(x^2) + eps) * w`, per token.
+///
+/// # Shapes
+/// `x`, `y` (N, C); `w` (C); `n_channels` is C.
+pub fn rms_norm_forward(
+    pool: &Pool,
+    y: &mut [f32],
+    x: &[f32],
+    w: &[f32],
+    eps: f32,
+    n_channels: usize,
+) {
+    assert_shapes(y.len(), x, w, n_channels);
+    pool.split_rows(y, n_channels, ROW_GRANULE, |rows, y| {
+        rms_norm_rows(y, &x[rows.start * n_channels..rows.end * n_channels], w, eps);
+    });
+}
+
+/// Scratch of [`layer_norm_backward`] in elements: mean and 1/std of every token.
+pub fn layer_norm_backward_scratch_elems(n_tokens: usize, _n_threads: usize) -> usize {
+    2 * n_tokens
+}
+
+/// Scratch of [`rms_norm_backward`] in elements: 1/rms of every token.
+pub fn rms_norm_backward_scratch_elems(n_tokens: usize, _n_threads: usize) -> usize {
+    2 * n_tokens
+}
+
+/// Gradients of [`layer_norm_forward`]: overwrites `dx`, adds to `dw` and `db`.
+///
+/// # Shapes
+/// `dx`, `dy`, `x` (N, C); `dw`, `db`, `w` (C).
+/// # Memory
+/// [`layer_norm_backward_scratch_elems`] elements.
+pub fn layer_norm_backward(
+    pool: &Pool,
+    dx: &mut [f32],
+    dw: &mut [f32],
+    db: Option<&mut [f32]>,
+    dy: &[f32],
+    x: &[f32],
+    w: &[f32],
+    eps: f32,
+    n_channels: usize,
+    scratch: &mut [f32],
+) {
+    assert!(db.as_ref().is_none_or(|db| db.len() == n_channels), "length of db");
+    backward(pool, dx, dw, db, dy, x, w, n_channels, scratch, |dx, stats, dy, x, w| {
+        layer_norm_dx_rows(dx, stats, dy, x, w, eps);
+    });
+}
+
+/// Gradients of [`rms_norm_forward`]: overwrites `dx`, adds to `dw`.
+///
+/// # Shapes
+/// `dx`, `dy`, `x` (N, C); `dw`, `w` (C).
+/// # Memory
+/// [`rms_norm_backward_scratch_elems`] elements.
+pub fn rms_norm_backward(
+    pool: &Pool,
+    dx: &mut [f32],
+    dw: &mut [f32],
+    dy: &[f32],
+    x: &[f32],
+    w: &[f32],
+    eps: f32,
+    n_channels: usize,
+    scratch: &mut [f32],
+) {
+    backward(pool, dx, dw, None, dy, x, w, n_channels, scratch, |dx, stats, dy, x, w| {
+        rms_norm_dx_rows(dx, stats, dy, x, w, eps);
+    });
+}
+
+fn assert_shapes(y_len: usize, x: &[f32], w: &[f32], n_channels: usize) {
+    assert_eq!(y_len, x.len(), "output and x have the same length");
+    assert_eq!(w.len(), n_channels, "length of w");
+    assert!(x.len().is_multiple_of(n_channels), "x is whole tokens");
+}
+
+/// Both backward passes: first rows (dx, and each row's statistics into scratch), then columns.
+fn backward(
+    pool: &Pool,
+    dx: &mut [f32],
+    dw: &mut [f32],
+    db: Option<&mut [f32]>,
+    dy: &[f32],
+    x: &[f32],
+    w: &[f32],
+    n_channels: usize,
+    scratch: &mut [f32],
+    dx_rows: impl Fn(&mut [f32], &mut [f32], &[f32], &[f32], &[f32]) + Sync,
+) {
+    assert_shapes(dx.len(), x, w, n_channels);
+    assert_eq!(dy.len(), x.len(), "length of dy");
+    assert_eq!(dw.len(), n_channels, "length of dw");
+    let stats = &mut scratch[..2 * (x.len() / n_channels)];
+    let shared_stats = SharedMut::new(stats);
+    pool.split_rows(dx, n_channels, ROW_GRANULE, |rows, dx| {
+        let elems = rows.start * n_channels..rows.end * n_channels;
+        // SAFETY: `split_rows` hands every row to one thread.
+        let stats = unsafe { shared_stats.range(2 * rows.start..2 * rows.end) };
+        dx_rows(dx, stats, &dy[elems.clone()], &x[elems], w);
+    });
+    let has_db = db.is_some();
+    let (shared_dw, shared_db) = (SharedMut::new(dw), SharedMut::new(db.unwrap_or_default()));
+    pool.run(&|thread_idx| {
+        let cols = split_by(n_channels, COL_GRANULE, pool.n_threads(), thread_idx);
+        // SAFETY: every thread has its own columns.
+        let dw = unsafe { shared_dw.range(cols.clone()) };
+        // SAFETY: as above; without db the range is empty.
+        let db = unsafe { shared_db.range(if has_db { cols.clone() } else { 0..0 }) };
+        column_sums(dw, db, stats, dy, x, cols.start, n_channels);
+    });
+}
+
+tiered! {
+    fn layer_norm_rows(y: &mut [f32], x: &[f32], w: &[f32], b: Option<&[f32]>, eps: f32) {
+        for (y, x) in y.chunks_exact_mut(w.len()).zip(x.chunks_exact(w.len())) {
+            let (mean, rstd) = mean_rstd(x, eps);
+            if let Some(b) = b {
+                for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(w).zip(b) {
+                    *y = ((x - mean) * rstd).mul_add(w, b);
+                }
+            } else {
+                for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
+                    *y = (x - mean) * rstd * w;
+                }
+            }
+        }
+    }
+}
+
+tiered! {
+    fn rms_norm_rows(y: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
+        for (y, x) in y.chunks_exact_mut(w.len()).zip(x.chunks_exact(w.len())) {
+            let rrms = reciprocal_rms(x, eps);
+            for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
+                *y = x * rrms * w;
+            }
+        }
+    }
+}
+
+tiered! {
+    /// With `x̂ = (x - mean) rstd` and `g = dy w`: `dx = rstd (g - mean(g) - x̂ mean(g x̂))`.
+    fn layer_norm_dx_rows(dx: &mut [f32], stats: &mut [f32], dy: &[f32], x: &[f32], w: &[f32], eps: f32) {
+        let n = w.len();
+        let rows = dx.chunks_exact_mut(n).zip(dy.chunks_exact(n)).zip(x.chunks_exact(n));
+        for (((dx, dy), x), stats) in rows.zip(stats.chunks_exact_mut(2)) {
+            let (mean, rstd) = mean_rstd(x, eps);
+            let mean_g = lane_sum(n, |i| dy[i] * w[i]) / n as f32;
+            let mean_gx = lane_sum(n, |i| dy[i] * w[i] * ((x[i] - mean) * rstd)) / n as f32;
+            for (((dx, &dy), &x), &w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
+                let x_hat = (x - mean) * rstd;
+                *dx = rstd * (-x_hat).mul_add(mean_gx, dy.mul_add(w, -mean_g));
+            }
+            stats.copy_from_slice(&[mean, rstd]);
+        }
+    }
+}
+
+tiered! {
+    /// As the layer norm without the mean; stores 0 as the mean, so that the columns are the same.
+    fn rms_norm_dx_rows(dx: &mut [f32], stats: &mut [f32], dy: &[f32], x: &[f32], w: &[f32], eps: f32) {
+        let n = w.len();
+        let rows = dx.chunks_exact_mut(n).zip(dy.chunks_exact(n)).zip(x.chunks_exact(n));
+        for (((dx, dy), x), stats) in rows.zip(stats.chunks_exact_mut(2)) {
+            let rrms = reciprocal_rms(x, eps);
+            let mean_gx = lane_sum(n, |i| dy[i] * w[i] * (x[i] * rrms)) / n as f32;
+            for (((dx, &dy), &x), &w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
+                *dx = rrms * (-(x * rrms)).mul_add(mean_gx, dy * w);
+            }
+            stats.copy_from_slice(&[0.0, rrms]);
+        }
+    }
+}
+
+tiered! {
+    /// Adds `dy x̂` to `dw` and `dy` to `db` (when it is there), tokens ascending, for the columns
+    /// from `first_col` on.
+    fn column_sums(dw: &mut [f32], db: &mut [f32], stats: &[f32], dy: &[f32], x: &[f32], first_col: usize, n_channels: usize) {
+        for ((stats, dy), x) in
+            stats.chunks_exact(2).zip(dy.chunks_exact(n_channels)).zip(x.chunks_exact(n_channels))
+        {
+            let (mean, rstd) = (stats[0], stats[1]);
+            let (dy, x) = (&dy[first_col..][..dw.len()], &x[first_col..][..dw.len()]);
+            for ((dw, &dy), &x) in dw.iter_mut().zip(dy).zip(x) {
+                *dw = dy.mul_add((x - mean) * rstd, *dw);
+            }
+            for (db, &dy) in db.iter_mut().zip(dy) {
+                *db += dy;
+            }
+        }
+    }
+}
+
+/// Mean and `1 / sqrt(variance + eps)`, in two passes, so that a large mean costs no precision.
+#[inline(always)]
+fn mean_rstd(x: &[f32], eps: f32) -> (f32, f32) {
+    let n = x.len() as f32;
+    let mean = lane_sum(x.len(), |i| x[i]) / n;
+    let var = lane_sum(x.len(), |i| (x[i] - mean) * (x[i] - mean)) / n;
+    (mean, 1.0 / (var + eps).sqrt())
+}
+
+#[inline(always)]
+fn reciprocal_rms(x: &[f32], eps: f32) -> f32 {
+    let mean_square = lane_sum(x.len(), |i| x[i] * x[i]) / x.len() as f32;
+    1.0 / (mean_square + eps).sqrt()
+}

@@ -1,0 +1,157 @@
+//! Optimizer updates and the sums that clipping needs.
+//!
+//! Updates are elementwise and bound by memory. Sums are f64 over fixed blocks, blocks in order,
+//! so they do not depend on threads.
+//! Sources: Kingma, Ba 2015; Loshchilov, Hutter 2019 (arXiv:1711.05101).
+
+use crate::pool::{Pool, SharedMut, split, split_by};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Elements that one f64 partial sum covers.
+pub const SUM_BLOCK: usize = 4096;
+
+/// One step's constants of [`adamw`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamwHyper {
+    /// Learning rate.
+    pub lr: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the denominator.
+    pub eps: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+    /// `1 - beta1^t`, t counted from 1.
+    pub bias_correction1: f32,
+    /// `1 - beta2^t`.
+    pub bias_correction2: f32,
+    /// Multiplies the gradient first (clipping, averaging).
+    pub grad_scale: f32,
+}
+
+/// One step of AdamW with the semantics of `torch.optim.AdamW`: decay, moments, then
+/// `w -= lr / bc1 * m / (sqrt(v) / sqrt(bc2) + eps)`.
+///
+/// # Shapes
+/// `w`, `g`, `m`, `v` have one length.
+pub fn adamw(
+    pool: &Pool,
+    w: &mut [f32],
+    g: &[f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    hyper: &AdamwHyper,
+) {
+    let n = w.len();
+    assert!(g.len() == n && m.len() == n && v.len() == n, "w, g, m and v have one length");
+    let (w, m, v) = (SharedMut::new(w), SharedMut::new(m), SharedMut::new(v));
+    pool.run(&|thread_idx| {
+        let part = split_by(n, SUM_BLOCK, pool.n_threads(), thread_idx);
+        // SAFETY: the parts of the threads are disjoint.
+        let w = unsafe { w.range(part.clone()) };
+        // SAFETY: as above.
+        let m = unsafe { m.range(part.clone()) };
+        // SAFETY: as above.
+        let v = unsafe { v.range(part.clone()) };
+        adamw_part(w, &g[part], m, v, hyper);
+    });
+}
+
+tiered! {
+    fn adamw_part(w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], h: &AdamwHyper) {
+        let decay = 1.0 - h.lr * h.weight_decay;
+        let step = h.lr / h.bias_correction1;
+        let root_bc2 = h.bias_correction2.sqrt();
+        let (rest1, rest2) = (1.0 - h.beta1, 1.0 - h.beta2);
+        for (((w, &g), m), v) in w.iter_mut().zip(g).zip(m).zip(v) {
+            let g = g * h.grad_scale;
+            *m = (g - *m).mul_add(rest1, *m);
+            *v = (g * g).mul_add(rest2, *v * h.beta2);
+            let denominator = v.sqrt() / root_bc2 + h.eps;
+            *w = (-step).mul_add(*m / denominator, *w * decay);
+        }
+    }
+}
+
+/// One step of plain gradient descent as `torch.optim.SGD`: `w -= lr (grad_scale g + decay w)`.
+///
+/// # Shapes
+/// `w` and `g` have one length.
+pub fn sgd(pool: &Pool, w: &mut [f32], g: &[f32], lr: f32, weight_decay: f32, grad_scale: f32) {
+    assert_eq!(w.len(), g.len(), "length of g");
+    pool.split_rows(w, 1, SUM_BLOCK, |range, w| {
+        sgd_part(w, &g[range], lr, weight_decay, grad_scale);
+    });
+}
+
+tiered! {
+    fn sgd_part(w: &mut [f32], g: &[f32], lr: f32, weight_decay: f32, grad_scale: f32) {
+        for (w, &g) in w.iter_mut().zip(g) {
+            *w = (-lr).mul_add(w.mul_add(weight_decay, g * grad_scale), *w);
+        }
+    }
+}
+
+/// Scratch of [`sum_squares`] in f64 elements.
+pub fn sum_squares_scratch_f64(n_elems: usize) -> usize {
+    n_elems.div_ceil(SUM_BLOCK)
+}
+
+/// The sum of the squares of `g` in f64.
+///
+/// # Memory
+/// [`sum_squares_scratch_f64`]`(g.len())` elements.
+/// # Order
+/// Blocks of [`SUM_BLOCK`] elements, each over 8 fixed lanes; blocks are added in order.
+pub fn sum_squares(pool: &Pool, g: &[f32], scratch: &mut [f64]) -> f64 {
+    let n_blocks = sum_squares_scratch_f64(g.len());
+    let blocks = &mut scratch[..n_blocks];
+    pool.split_rows(blocks, 1, 1, |range, sums| {
+        for (block, sum) in range.zip(sums) {
+            *sum = block_sum_squares(&g[block * SUM_BLOCK..g.len().min((block + 1) * SUM_BLOCK)]);
+        }
+    });
+    blocks.iter().sum()
+}
+
+tiered! {
+    fn block_sum_squares(g: &[f32]) -> f64 {
+        let mut sums = [0.0f64; 8];
+        let whole = g.chunks_exact(8);
+        let rest = whole.remainder();
+        for g in whole {
+            for (sum, &g) in sums.iter_mut().zip(g) {
+                *sum = f64::from(g).mul_add(f64::from(g), *sum);
+            }
+        }
+        for (sum, &g) in sums.iter_mut().zip(rest) {
+            *sum = f64::from(g).mul_add(f64::from(g), *sum);
+        }
+        for width in [4, 2, 1] {
+            for lane in 0..width {
+                sums[lane] += sums[lane + width];
+            }
+        }
+        sums[0]
+    }
+}
+
+/// Whether any element is infinite or NaN.
+pub fn any_nonfinite(pool: &Pool, x: &[f32]) -> bool {
+    let found = AtomicBool::new(false);
+    pool.run(&|thread_idx| {
+        if has_nonfinite(&x[split(x.len(), pool.n_threads(), thread_idx)]) {
+            found.store(true, Ordering::Relaxed);
+        }
+    });
+    found.into_inner()
+}
+
+tiered! {
+    fn has_nonfinite(x: &[f32]) -> bool {
+        // An exponent of all ones; or-ing flags vectorises where an early exit would not.
+        x.iter().fold(false, |found, x| found | (x.to_bits() & 0x7F80_0000 == 0x7F80_0000))
+    }
+}

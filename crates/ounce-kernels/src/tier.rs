@@ -1,0 +1,125 @@
+//! Which instruction set the kernels use, chosen once at run time.
+//!
+//! Idea: a kernel body is ordinary Rust with explicit `mul_add`; [`tiered!`] compiles it once per
+//! tier and jumps to the best one the machine has. Every tier computes the same sequence of
+//! rounded operations per element, so all tiers give the same bits.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// An instruction set the kernels are compiled for, slowest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Tier {
+    /// What every target has; fused multiply-add may be a library call.
+    Portable,
+    /// x86-64 with AVX2 and FMA (8 lanes).
+    Avx2,
+    /// x86-64 with AVX-512 F, VL, BW, DQ (16 lanes).
+    Avx512,
+}
+
+/// Override plus one; 0 means none.
+static OVERRIDE: AtomicU8 = AtomicU8::new(0);
+
+impl Tier {
+    const ALL: [Tier; 3] = [Tier::Portable, Tier::Avx2, Tier::Avx512];
+
+    /// The best tier of this machine.
+    pub fn detect() -> Tier {
+        Tier::ALL.into_iter().rev().find(|t| t.is_available()).unwrap_or(Tier::Portable)
+    }
+
+    /// Every tier this machine can run, slowest first.
+    pub fn available() -> impl Iterator<Item = Tier> {
+        Tier::ALL.into_iter().filter(|t| t.is_available())
+    }
+
+    /// Whether this machine can run the tier.
+    #[cfg(target_arch = "x86_64")]
+    pub fn is_available(self) -> bool {
+        match self {
+            Tier::Portable => true,
+            Tier::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Tier::Avx512 => {
+                Tier::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+            }
+        }
+    }
+
+    /// Whether this machine can run the tier.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn is_available(self) -> bool {
+        self == Tier::Portable
+    }
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Tier::Portable => "portable",
+            Tier::Avx2 => "avx2",
+            Tier::Avx512 => "avx512",
+        })
+    }
+}
+
+/// The tier in use: the override if there is one, else the best of this machine.
+pub fn tier() -> Tier {
+    match OVERRIDE.load(Ordering::Relaxed) {
+        0 => Tier::detect(),
+        n => Tier::ALL[usize::from(n - 1)],
+    }
+}
+
+/// Makes the whole process use `tier` (`None`: the best again). For tests and measurements.
+///
+/// # Panics
+/// If this machine cannot run the tier.
+pub fn set_tier(tier: Option<Tier>) {
+    assert!(tier.is_none_or(Tier::is_available), "this machine cannot run tier {tier:?}");
+    OVERRIDE.store(tier.map_or(0, |t| t as u8 + 1), Ordering::Relaxed);
+}
+
+/// Compiles a function once per tier and calls the one in use.
+///
+/// The body must call only functions that are inlined into it, or they run at the portable tier.
+macro_rules! tiered {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+            fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+            match $crate::tier::tier() {
+                // SAFETY: `tier()` returns only tiers that this machine has.
+                #[cfg(target_arch = "x86_64")]
+                $crate::tier::Tier::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::tier::Tier::Avx2 => unsafe { avx2($($arg),*) },
+                _ => body($($arg),*),
+            }
+        }
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_detected_tier_is_available_and_has_a_name() {
+        assert!(Tier::detect().is_available());
+        assert_eq!(Tier::available().last(), Some(Tier::detect()));
+        assert_eq!(Tier::Avx512.to_string(), "avx512");
+    }
+}
