@@ -1,0 +1,274 @@
+//! Every op's gradient rule against finite differences, each in a tiny graph around it.
+//!
+//! Goal: a wrong sign, index or missing term in a rule of `differentiate` or in a gradient op's
+//! definition shows. Method: `embed(ids, table)` with a different id for every token makes the
+//! table's gradient the gradient of an op's input; a head on top makes the loss. Sizes are odd or
+//! unequal, rows have unequal lengths with gaps between, and some tokens are not supervised.
+#![expect(clippy::unwrap_used, reason = "a test that cannot build its graph should panic")]
+
+use ounce_ir::{
+    AttentionSpec, EntityId, GeluKind, Graph, GraphBuilder, Init, InputKind, OpKind, ParamId,
+    Shape, ValueId, WeightLayout,
+};
+use ounce_oracle::philox::word;
+use ounce_oracle::{Interpreter, Row, check_gradients};
+use ounce_passes::differentiate;
+use ounce_program::StepShape;
+
+const VOCAB: u64 = 7;
+const ROW_LENS: [usize; 3] = [9, 3, 11];
+/// A different id for every token of the rows.
+const N_IDS: u64 = 9 + 3 + 11;
+const TOLERANCE: f64 = 1e-6;
+
+/// The graph of a loss on top of `body`, whose output is `width` wide.
+fn under_a_head(width: u64, body: impl FnOnce(&mut GraphBuilder) -> ValueId) -> GraphBuilder {
+    let mut b = GraphBuilder::new();
+    b.stage("body", "body");
+    let y = body(&mut b);
+    b.stage("head", "head");
+    let head = matrix(&mut b, "head", VOCAB, width);
+    b.cross_entropy(y, head);
+    b
+}
+
+/// An input of an op that has a gradient of its own: one row of a table per token.
+fn tokens(b: &mut GraphBuilder, name: &str, width: u64) -> ValueId {
+    let ids = b.input(InputKind::TokenIds);
+    let table = matrix(b, name, N_IDS, width);
+    b.embed(ids, table)
+}
+
+fn matrix(b: &mut GraphBuilder, name: &str, rows: u64, columns: u64) -> ParamId {
+    b.param(name, Shape::fixed(&[rows, columns]), true)
+}
+
+fn vector(b: &mut GraphBuilder, name: &str, width: u64) -> ParamId {
+    b.param_init(name, Shape::fixed(&[width]), false, Init::Ones)
+}
+
+/// Rows of unequal length; every token has its own id, every fifth token no target.
+fn rows() -> Vec<Row> {
+    let mut next_id = 0..N_IDS as i32;
+    ROW_LENS
+        .iter()
+        .map(|&len| {
+            let token_ids: Vec<i32> = next_id.by_ref().take(len).collect();
+            let target = |&id: &i32| if id % 5 == 4 { -1 } else { (3 * id + 1) % VOCAB as i32 };
+            Row { targets: token_ids.iter().map(target).collect(), token_ids }
+        })
+        .collect()
+}
+
+/// A step with random parameters in (-1, 1).
+fn step(graph: &Graph) -> Interpreter<'_> {
+    let mut step = Interpreter::new(graph, StepShape::new(3, 11));
+    step.seed = 42;
+    step.set_rows(&rows());
+    for (p, param) in graph.params.iter() {
+        let uniform = |i| f64::from(word(1, 0, p.index() as u32, i, 0)) / 2.0_f64.powi(31) - 1.0;
+        let data: Vec<f64> = (0..param.shape.row_elems() as usize).map(uniform).collect();
+        step.set_param(p, &data);
+    }
+    step
+}
+
+fn check(b: GraphBuilder) {
+    let graph = differentiate(&b.finish().unwrap()).unwrap();
+    let mut step = step(&graph);
+    let checks = check_gradients(&mut step, 5);
+    assert_eq!(checks.len(), graph.params.len() + 1);
+    for check in checks {
+        let name = check.param.map_or("all", |p| &graph.params[p].name);
+        assert!(check.error < TOLERANCE, "{name}: {check:?}");
+        assert!(check.slope.abs() > 1e-5, "{name} has a slope: {check:?}");
+    }
+}
+
+#[test]
+fn embed_and_the_head() {
+    check(under_a_head(5, |b| tokens(b, "x", 5)));
+}
+
+#[test]
+fn a_tied_head_adds_to_its_embedding() {
+    let mut b = GraphBuilder::new();
+    b.stage("all", "all");
+    let x = tokens(&mut b, "wte", 5);
+    let wte = matrix(&mut b, "wte", N_IDS, 5);
+    b.cross_entropy(x, wte);
+    check(b);
+}
+
+#[test]
+fn positions_that_share_rows_of_a_table() {
+    check(under_a_head(5, |b| {
+        let x = tokens(b, "x", 5);
+        let positions = b.input(InputKind::Positions);
+        let wpe = matrix(b, "wpe", 11, 5);
+        let places = b.embed(positions, wpe);
+        b.add(x, places)
+    }));
+}
+
+#[test]
+fn linear_in_both_layouts_with_and_without_bias() {
+    for layout in [WeightLayout::OutIn, WeightLayout::InOut] {
+        for bias in [false, true] {
+            check(under_a_head(5, |b| {
+                let x = tokens(b, "x", 3);
+                let (rows, columns) = match layout {
+                    WeightLayout::OutIn => (5, 3),
+                    WeightLayout::InOut => (3, 5),
+                };
+                let w = matrix(b, "w", rows, columns);
+                let bias = bias.then(|| vector(b, "b", 5));
+                b.linear(x, w, bias, layout)
+            }));
+        }
+    }
+}
+
+#[test]
+fn layer_norm_with_and_without_bias() {
+    for bias in [false, true] {
+        check(under_a_head(5, |b| {
+            let x = tokens(b, "x", 5);
+            let w = vector(b, "w", 5);
+            let bias = bias.then(|| vector(b, "b", 5));
+            b.layer_norm(x, w, bias, 1e-3)
+        }));
+    }
+}
+
+#[test]
+fn rms_norm() {
+    check(under_a_head(5, |b| {
+        let x = tokens(b, "x", 5);
+        let w = vector(b, "w", 5);
+        b.rms_norm(x, w, 1e-3)
+    }));
+}
+
+#[test]
+fn rope_of_whole_and_partial_heads_with_a_scale() {
+    for inv_freq in [vec![1.0, 0.3, 0.1], vec![0.7]] {
+        check(under_a_head(12, |b| {
+            let table = b.rope_table(inv_freq, 1.25);
+            let x = tokens(b, "x", 12);
+            b.rope(x, table, 2, 6)
+        }));
+    }
+}
+
+#[test]
+fn attention_of_separate_and_packed_inputs_with_grouped_heads() {
+    for (n_heads, n_kv_heads, head_dim) in [(3, 3, 2), (4, 2, 3), (3, 1, 5)] {
+        let spec = |packed| AttentionSpec { n_heads, n_kv_heads, head_dim, scale: 0.6, packed };
+        let (q, kv) = (spec(false).q_width(), spec(false).kv_width());
+        check(under_a_head(q, |b| {
+            let inputs = [("q", q), ("k", kv), ("v", kv)].map(|(name, w)| tokens(b, name, w));
+            b.attention(&inputs, spec(false))
+        }));
+        check(under_a_head(q, |b| {
+            let packed = tokens(b, "qkv", q + 2 * kv);
+            b.attention(&[packed], spec(true))
+        }));
+    }
+}
+
+#[test]
+fn gelu_of_both_kinds() {
+    for kind in [GeluKind::Tanh, GeluKind::Erf] {
+        check(under_a_head(5, |b| {
+            let x = tokens(b, "x", 5);
+            b.gelu(x, kind)
+        }));
+    }
+}
+
+#[test]
+fn swiglu() {
+    check(under_a_head(5, |b| {
+        let (gate, up) = (tokens(b, "gate", 5), tokens(b, "up", 5));
+        b.swiglu(gate, up)
+    }));
+}
+
+#[test]
+fn a_value_with_three_readers_and_an_add_of_itself() {
+    check(under_a_head(5, |b| {
+        let x = tokens(b, "x", 5);
+        let y = b.gelu(x, GeluKind::Erf);
+        let z = b.swiglu(x, y);
+        let x = b.add(z, x);
+        b.add(x, x)
+    }));
+}
+
+#[test]
+fn dropout_with_one_mask_forward_and_backward() {
+    check(under_a_head(6, |b| {
+        let x = tokens(b, "x", 6);
+        b.dropout(x, 0.3)
+    }));
+}
+
+#[test]
+fn a_second_step_drops_other_elements() {
+    let b = under_a_head(6, |b| {
+        let x = tokens(b, "x", 6);
+        b.dropout(x, 0.3)
+    });
+    let graph = b.finish().unwrap();
+    let mut step = step(&graph);
+    let mut losses = [1, 1, 2].map(|n| {
+        step.step = n;
+        step.run_forward();
+        step.loss()
+    });
+    assert_eq!(losses[0], losses[1]);
+    losses.sort_by(f64::total_cmp);
+    assert!(losses[0] < losses[2]);
+}
+
+#[test]
+fn gradients_are_of_the_mean_over_supervised_tokens_wherever_rows_stand() {
+    // The same rows with more space between them and in longer steps: the same loss and gradient.
+    let graph = under_a_head(4, |b| {
+        let packed = tokens(b, "qkv", 12);
+        let spec =
+            AttentionSpec { n_heads: 2, n_kv_heads: 2, head_dim: 2, scale: 0.7, packed: true };
+        b.attention(&[packed], spec)
+    });
+    let graph = differentiate(&graph.finish().unwrap()).unwrap();
+    let mut near = step(&graph);
+    near.run_backward();
+    let mut far = Interpreter::new(&graph, StepShape::new(5, 130));
+    for p in graph.params.ids() {
+        far.set_param(p, near.param(p));
+    }
+    let none = Row { token_ids: Vec::new(), targets: Vec::new() };
+    let [a, b, c] = rows().try_into().unwrap();
+    far.set_rows(&[none.clone(), a, none, b, c]);
+    far.run_backward();
+    assert_eq!(far.loss(), near.loss());
+    for p in graph.params.ids() {
+        assert_eq!(far.gradient(p), near.gradient(p));
+    }
+}
+
+#[test]
+fn a_wrong_rule_is_noticed() {
+    let b = under_a_head(5, |b| {
+        let x = tokens(b, "x", 5);
+        b.gelu(x, GeluKind::Tanh)
+    });
+    let mut graph = differentiate(&b.finish().unwrap()).unwrap();
+    let wrong = graph.ops.iter().find(|(_, op)| op.kind == OpKind::GeluGrad(GeluKind::Tanh));
+    let wrong = wrong.unwrap().0;
+    // Off by less than 1 in 1,000.
+    graph.ops[wrong].kind = OpKind::GeluGrad(GeluKind::Erf);
+    let checks = check_gradients(&mut step(&graph), 5);
+    assert!(checks.iter().any(|check| check.error > 10.0 * TOLERANCE), "{checks:?}");
+}
