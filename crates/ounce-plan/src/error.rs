@@ -1,0 +1,31 @@
+//! What can go wrong when planning.
+
+use ounce_program::Category;
+
+/// A plan that cannot be made.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// Even the least-peak plan is larger than the budget.
+    #[error(
+        "the plan does not fit: budget {}, smallest feasible budget: {}; of that {}",
+        mib(*budget_bytes), mib(*smallest_bytes), table(dominating)
+    )]
+    DoesNotFit {
+        /// The budget that was asked for.
+        budget_bytes: u64,
+        /// The smallest that works.
+        smallest_bytes: u64,
+        /// What the smallest plan holds at its peak, largest first.
+        dominating: Vec<(Category, u64)>,
+    },
+}
+
+/// Bytes as MiB with two digits.
+pub(crate) fn mib(bytes: u64) -> String {
+    format!("{:.2} MiB", bytes as f64 / (1024.0 * 1024.0))
+}
+
+fn table(rows: &[(Category, u64)]) -> String {
+    let rows = rows.iter().filter(|(_, bytes)| *bytes > 0);
+    rows.map(|(c, bytes)| format!("{} {}", c.name(), mib(*bytes))).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,409 @@
+//! The frontier: every non-dominated plan of a graph, over all micro-batch counts and loop orders.
+//!
+//! Idea: for each number of micro-batches the chain DP gives a list of (bytes, seconds); adding what
+//! is resident (parameters, state, data) and held (gradient sums that outlive a stage) and merging
+//! the lists gives one frontier that does not depend on the budget. A budget picks a point: the
+//! least-peak plan within 1 % of the fastest if that fits (the *unconstrained* plan), else the
+//! fastest that fits. A point fits if both its modelled peak and the height that its placed buffers
+//! really reach are within the budget.
+//!
+//! Because the points do not depend on the budget, the step time never grows with the budget, and the
+//! smallest feasible budget is the least of their needs: that very figure works, less is refused.
+//!
+//! The two loop orders: *token-major* runs `n` micro-batches through all stages, holding gradient
+//! sums; *layer-major* is one micro-batch whose stages run in chunks of tokens, so that weights are
+//! streamed once per step and gradients are released exactly even when the chunks are micro-batches.
+//!
+//! Complexity: one chain DP per divisor of the rows. Source: planner notes 3.5.
+
+use std::collections::BTreeMap;
+
+use ounce_ir::{Graph, OpId};
+use ounce_program::{BufferRole, Certificate, Choice, Instr, LoopOrder, Machine, Plan, StepShape};
+
+use crate::bound::time_bound_s;
+use crate::chain::{Action, Chain};
+use crate::context::{Context, align};
+use crate::emit::{Emitter, peak_load};
+use crate::error::PlanError;
+use crate::options::{Limits, StageOptions, enumerate, signature};
+use crate::place::place;
+use crate::report::category_bytes_at_peak;
+
+/// What may be chosen, and how finely.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlanOptions {
+    /// Forces the number of micro-batches (a divisor of the rows).
+    pub micro_batches: Option<u64>,
+    /// Forces the loop order.
+    pub loop_order: Option<LoopOrder>,
+    /// Bytes right after the parameters that the plan must leave alone.
+    pub reserved_bytes: u64,
+    /// Longest list of the chain DP; fewer plan faster, more plan finer.
+    pub max_points: usize,
+    /// How often a micro-batch may be halved into chunks.
+    pub n_halvings: u32,
+}
+
+impl Default for PlanOptions {
+    fn default() -> Self {
+        Self {
+            micro_batches: None,
+            loop_order: None,
+            reserved_bytes: 0,
+            max_points: 2048,
+            n_halvings: 8,
+        }
+    }
+}
+
+/// One number of micro-batches.
+struct Candidate<'a> {
+    cx: Context<'a>,
+    kinds: Vec<usize>,
+    chain: Chain,
+    /// Everything that a point's bytes come on top of.
+    fixed_bytes: u64,
+}
+
+/// A non-dominated plan.
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    bytes: u64,
+    time_s: f64,
+    candidate: usize,
+    point: usize,
+}
+
+/// Every non-dominated plan of a graph for one step shape.
+pub struct Frontier<'a> {
+    candidates: Vec<Candidate<'a>>,
+    /// Ascending bytes, descending seconds.
+    entries: Vec<Entry>,
+    options: PlanOptions,
+    machine: &'a dyn Machine,
+}
+
+impl<'a> Frontier<'a> {
+    /// Solves for all budgets.
+    pub fn solve(
+        graph: &'a Graph,
+        shape: &StepShape,
+        machine: &'a dyn Machine,
+        options: &PlanOptions,
+    ) -> Self {
+        let mut candidates = Vec::new();
+        for n_micro in micro_batch_counts(graph, shape, options) {
+            candidates.push(Candidate::solve(graph, *shape, machine, n_micro, options));
+        }
+        let entries = merge_candidates(&candidates, machine.baseline_bytes());
+        Self { candidates, entries, options: *options, machine }
+    }
+
+    /// Modelled (peak bytes, step seconds) of the plan for a budget, without unrolling it.
+    pub fn peak_and_time(&self, budget_bytes: u64) -> Option<(u64, f64)> {
+        let entry = self.entries[..self.n_modelled(budget_bytes)].last()?;
+        let entry = self.unconstrained().filter(|u| u.bytes <= budget_bytes).unwrap_or(entry);
+        Some((entry.bytes, entry.time_s))
+    }
+
+    /// (bytes, seconds) of every non-dominated plan, ascending in bytes.
+    pub fn points(&self) -> impl Iterator<Item = (u64, f64)> + '_ {
+        self.entries.iter().map(|e| (e.bytes, e.time_s))
+    }
+
+    /// How much more budget the next faster plan takes, and the seconds per step that it saves,
+    /// by the model.
+    pub fn next_better(&self, plan: &Plan) -> Option<(u64, f64)> {
+        let Certificate { budget_bytes, step_s, .. } = plan.certificate;
+        let mut better = self.entries.iter();
+        let entry = better.find(|e| e.bytes > budget_bytes && e.time_s < step_s)?;
+        Some((entry.bytes - budget_bytes, step_s - entry.time_s))
+    }
+
+    /// The smallest budget that works; less is refused.
+    pub fn smallest_bytes(&self) -> u64 {
+        self.smallest().certificate.peak_bytes
+    }
+
+    /// The plan for a budget.
+    ///
+    /// # Errors
+    /// [`PlanError::DoesNotFit`] if the budget is less than the smallest feasible one.
+    pub fn plan(&self, budget_bytes: u64) -> Result<Plan, PlanError> {
+        if let Some(entry) = self.unconstrained() {
+            let plan = self.realize(entry, budget_bytes);
+            if need(entry, &plan) <= budget_bytes {
+                return Ok(plan);
+            }
+        }
+        for entry in self.entries[..self.n_modelled(budget_bytes)].iter().rev() {
+            let plan = self.realize(entry, budget_bytes);
+            if need(entry, &plan) <= budget_bytes {
+                return Ok(plan);
+            }
+        }
+        let smallest = self.smallest();
+        let mut dominating = category_bytes_at_peak(&smallest);
+        dominating.sort_by_key(|&(_, bytes)| std::cmp::Reverse(bytes));
+        let smallest_bytes = smallest.certificate.peak_bytes;
+        Err(PlanError::DoesNotFit { budget_bytes, smallest_bytes, dominating })
+    }
+
+    /// The plan with the least need; its peak is stated as that need.
+    fn smallest(&self) -> Plan {
+        let mut best: Option<(u64, Plan)> = None;
+        for entry in &self.entries {
+            if best.as_ref().is_some_and(|(bytes, _)| *bytes <= entry.bytes) {
+                break;
+            }
+            let plan = self.realize(entry, u64::MAX);
+            let bytes = need(entry, &plan);
+            if best.as_ref().is_none_or(|(b, _)| bytes < *b) {
+                best = Some((bytes, plan));
+            }
+        }
+        let (bytes, mut plan) = best.expect("a chain has at least one plan");
+        plan.certificate.peak_bytes = bytes;
+        plan
+    }
+
+    /// The entry with the least peak within 1 % of the fastest.
+    fn unconstrained(&self) -> Option<&Entry> {
+        let fastest = self.entries.last()?;
+        self.entries.iter().find(|e| e.time_s <= 1.01 * fastest.time_s)
+    }
+
+    /// How many entries the model lets into a budget.
+    fn n_modelled(&self, budget_bytes: u64) -> usize {
+        self.entries.partition_point(|e| e.bytes <= budget_bytes)
+    }
+
+    /// Unrolls and places an entry.
+    fn realize(&self, entry: &Entry, budget_bytes: u64) -> Plan {
+        let candidate = &self.candidates[entry.candidate];
+        let cx = &candidate.cx;
+        let actions = candidate.chain.actions(entry.point);
+        let mut e = Emitter::whole(cx);
+        for i in 0..cx.n_micro {
+            e.start_micro(i);
+            for action in &actions {
+                match *action {
+                    Action::Forward(pass) => e.forward(pass),
+                    Action::Backward(pass) => e.backward(pass),
+                }
+            }
+        }
+        e.run_due_updates(&[]);
+        assert_eq!(e.n_pending_updates(), 0, "every update op becomes due by the end of the step");
+        self.assemble(entry, candidate, e, &actions, budget_bytes)
+    }
+
+    fn assemble(
+        &self,
+        entry: &Entry,
+        candidate: &Candidate,
+        e: Emitter,
+        actions: &[Action],
+        budget_bytes: u64,
+    ) -> Plan {
+        let cx = &candidate.cx;
+        let n_instrs = e.instrs.len();
+        let (fixed, base) = resident_offsets(&e, self.options.reserved_bytes);
+        let load = peak_load(&e.drafts, n_instrs, |d| !d.resident);
+        let placement = place(&e.drafts, &fixed, base, load);
+        let baseline_bytes = self.machine.baseline_bytes();
+        let bound_s = candidate.step_bound_s(budget_bytes.saturating_sub(baseline_bytes));
+        let certificate = Certificate {
+            budget_bytes,
+            peak_bytes: baseline_bytes + placement.height,
+            max_load_bytes: baseline_bytes + base + load,
+            step_s: entry.time_s,
+            step_bound_s: bound_s.min(entry.time_s),
+            unconstrained_step_s: self.entries.last().map_or(entry.time_s, |e| e.time_s),
+        };
+        let mut plan = Plan {
+            shape: cx.shape,
+            n_threads: self.machine.n_threads(),
+            buffers: ounce_ir::Arena::default(),
+            choice: choice(cx, actions, e.n_recomputed),
+            arena_bytes: placement.height,
+            baseline_bytes,
+            certificate,
+            instrs: e.instrs,
+        };
+        for (d, offset) in e.drafts.into_iter().zip(placement.offsets) {
+            let n = n_instrs as u32;
+            let live = if d.resident { 0..n } else { d.first..d.last + 1 };
+            let tier = ounce_program::Tier::Host;
+            let (role, category, bytes) = (d.role, d.category, d.bytes);
+            plan.buffers.push(ounce_program::Buffer { role, category, tier, offset, bytes, live });
+        }
+        plan
+    }
+}
+
+/// What a budget must hold for this plan: the modelled peak and the real one.
+fn need(entry: &Entry, plan: &Plan) -> u64 {
+    entry.bytes.max(plan.certificate.peak_bytes)
+}
+
+/// Resident buffers one after another: parameters, what is reserved, the rest.
+fn resident_offsets(e: &Emitter, reserved_bytes: u64) -> (Vec<u64>, u64) {
+    let mut offsets = vec![0; e.drafts.len()];
+    let mut end = 0;
+    let is_param = |role| matches!(role, BufferRole::Param(_));
+    for params in [true, false] {
+        for (i, d) in e.drafts.iter().enumerate() {
+            if d.resident && is_param(d.role) == params {
+                offsets[i] = end;
+                end += d.bytes;
+            }
+        }
+        if params {
+            end += align(reserved_bytes);
+        }
+    }
+    (offsets, end)
+}
+
+impl<'a> Candidate<'a> {
+    fn solve(
+        graph: &'a Graph,
+        shape: StepShape,
+        machine: &'a dyn Machine,
+        n_micro: u64,
+        options: &PlanOptions,
+    ) -> Self {
+        let cx = Context::new(graph, shape, machine, n_micro);
+        let layer_major = options.loop_order == Some(LoopOrder::LayerMajor);
+        let chunk_tokens_max = if layer_major { shape.row_stride() } else { u64::MAX };
+        let limits = Limits { chunk_tokens_max, n_halvings: options.n_halvings };
+        let mut known: BTreeMap<String, usize> = BTreeMap::new();
+        let mut by_kind: Vec<StageOptions> = Vec::new();
+        let mut kinds = Vec::new();
+        for s in 0..cx.n_stages() {
+            let kind = *known.entry(signature(&cx, s)).or_insert_with(|| {
+                by_kind.push(enumerate(&cx, s, limits));
+                by_kind.len() - 1
+            });
+            kinds.push(kind);
+        }
+        let chain = Chain::solve(&cx, &kinds, by_kind, options.max_points);
+        let fixed_bytes = resident_bytes(&cx, options.reserved_bytes);
+        Self { cx, kinds, chain, fixed_bytes }
+    }
+
+    /// Bytes and seconds of the step for a point of the chain.
+    fn total(&self, bytes: u64, time_s: f64) -> (u64, f64) {
+        let cx = &self.cx;
+        let (mut held, mut at_end) = (0, 0);
+        for v in cx.graph.values.ids().filter(|&v| cx.is_sum(v) && cx.held[v.0 as usize]) {
+            let sum_bytes = cx.value_bytes(v, cx.shape.n_tokens());
+            at_end += sum_bytes;
+            if !cx.only_scattered(v) {
+                held += sum_bytes;
+            }
+        }
+        let n = cx.shape.n_tokens();
+        let scratch = |&op: &OpId| align(cx.machine.scratch_bytes(cx.graph, op, n));
+        at_end += cx.update.iter().map(scratch).max().unwrap_or(0);
+        let peak = self.fixed_bytes + (held + bytes).max(at_end);
+        (peak, cx.n_micro as f64 * time_s + cx.update_s())
+    }
+
+    fn step_bound_s(&self, arena_bytes: u64) -> f64 {
+        let cx = &self.cx;
+        if !cx.trains() {
+            return self.chain.points().last().map_or(0.0, |p| p.time_s * cx.n_micro as f64);
+        }
+        let free = arena_bytes.saturating_sub(self.fixed_bytes);
+        let micro_s = time_bound_s(cx, &self.kinds, &self.chain.options, free);
+        cx.n_micro as f64 * micro_s + cx.update_s()
+    }
+}
+
+fn resident_bytes(cx: &Context, reserved_bytes: u64) -> u64 {
+    let graph = cx.graph;
+    let params: u64 = graph.params.values().map(|p| align(p.bytes())).sum();
+    let state = |p| {
+        let n = graph.params[p].shape.row_elems();
+        graph.states.iter().map(|s| align(s.dtype.bytes(n))).sum::<u64>()
+    };
+    let states: u64 = cx.trained().map(state).sum();
+    let session = graph.values.ids().filter(|&v| cx.is_session(v));
+    let session: u64 = session.map(|v| cx.value_bytes(v, cx.shape.n_tokens())).sum();
+    params + states + session + align(reserved_bytes)
+}
+
+/// Divisors of the rows that the options allow, ascending.
+fn micro_batch_counts(graph: &Graph, shape: &StepShape, options: &PlanOptions) -> Vec<u64> {
+    let whole = graph.values.values().any(|v| v.shape.lead == ounce_ir::Lead::Selected);
+    if whole || options.loop_order == Some(LoopOrder::LayerMajor) {
+        return vec![1];
+    }
+    let rows = shape.n_rows.max(1);
+    if let Some(n) = options.micro_batches {
+        assert!(n > 0 && rows.is_multiple_of(n), "{n} micro-batches do not divide {rows} rows");
+        return vec![n];
+    }
+    let token_major = options.loop_order == Some(LoopOrder::TokenMajor);
+    (1..=rows).filter(|&n| rows.is_multiple_of(n) && !(token_major && n == 1 && rows > 1)).collect()
+}
+
+/// One list of non-dominated entries, bytes of the whole process.
+fn merge_candidates(candidates: &[Candidate], baseline_bytes: u64) -> Vec<Entry> {
+    let mut all = Vec::new();
+    for (c, candidate) in candidates.iter().enumerate() {
+        for (p, point) in candidate.chain.points().iter().enumerate() {
+            let (bytes, time_s) = candidate.total(point.bytes, point.time_s);
+            all.push(Entry { bytes: baseline_bytes + bytes, time_s, candidate: c, point: p });
+        }
+    }
+    all.sort_by(|a, b| a.bytes.cmp(&b.bytes).then(a.time_s.total_cmp(&b.time_s)));
+    let mut entries: Vec<Entry> = Vec::new();
+    for e in all {
+        if entries.last().is_none_or(|l| e.time_s < l.time_s) {
+            entries.push(e);
+        }
+    }
+    entries
+}
+
+fn choice(cx: &Context, actions: &[Action], n_recomputed: u64) -> Choice {
+    let mut n_kept = 0;
+    let mut chunked = false;
+    let mut head_chunk_tokens = cx.micro_tokens();
+    for action in actions {
+        let (Action::Forward(pass) | Action::Backward(pass)) = action;
+        chunked |= pass.chunk_tokens < cx.micro_tokens();
+        if matches!(action, Action::Forward(_)) {
+            n_kept += u64::from(pass.keep.count_ones());
+        }
+        if pass.stage + 1 == cx.n_stages() {
+            head_chunk_tokens = pass.chunk_tokens;
+        }
+    }
+    // The head runs its forward ops once, just before its backward: those are no repetition.
+    let head = cx.forward.last().map_or(0, |ops| ops.len() as u64);
+    let head_chunks = cx.micro_tokens().div_ceil(head_chunk_tokens) * cx.n_micro;
+    let order =
+        if cx.n_micro == 1 && chunked { LoopOrder::LayerMajor } else { LoopOrder::TokenMajor };
+    Choice {
+        loop_order: order,
+        n_micro_batches: cx.n_micro,
+        head_chunk_tokens,
+        release_gradients: cx.trains()
+            && !cx.graph.values.ids().any(|v| {
+                cx.is_sum(v) && cx.held[v.0 as usize] && !cx.only_scattered(v) && cx.n_micro > 1
+            })
+            && !cx.update.iter().any(|&op| cx.graph.ops[op].kind == ounce_ir::OpKind::ClipScale),
+        n_kept: n_kept * cx.n_micro,
+        n_recomputed: n_recomputed.saturating_sub(head * head_chunks),
+    }
+}
+
+/// Instructions that run ops, for reports.
+pub fn n_runs(plan: &Plan) -> usize {
+    plan.instrs.iter().filter(|i| matches!(i, Instr::Run { .. })).count()
+}
