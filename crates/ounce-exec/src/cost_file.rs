@@ -1,0 +1,87 @@
+//! The file that keeps measured costs: one line per measurement, for one machine.
+//!
+//! ```text
+//! ounce costs 1
+//! machine Intel(R) Xeon(R) Processor, avx512, 2 threads, 0.1.0
+//! linear 0 1 0 0 0 0 768 589824 768 768 0 0 0 0 0 64 = 4.1e-4
+//! ```
+//! Costs are only estimates and can be measured again, so a file that cannot be read, or was written
+//! on another machine, counts as empty. It is replaced as a whole, never half.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+
+const HEADER: &str = "ounce costs 1";
+
+/// Seconds by what was measured.
+pub(crate) type Costs = BTreeMap<String, f64>;
+
+/// The costs in the file that were measured on this machine.
+pub(crate) fn load(path: &Path, fingerprint: &str) -> Costs {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let mut lines = text.lines();
+    if lines.next() != Some(HEADER) || lines.next() != Some(&machine_line(fingerprint)) {
+        return Costs::new();
+    }
+    lines.filter_map(parse_line).collect()
+}
+
+/// Replaces the file.
+pub(crate) fn save(path: &Path, fingerprint: &str, costs: &Costs) -> std::io::Result<()> {
+    let mut text = format!("{HEADER}\n{}\n", machine_line(fingerprint));
+    for (key, seconds) in costs {
+        writeln!(text, "{key} = {seconds:e}").expect("writing to a string succeeds");
+    }
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    // Beside the target, so that the rename stays within one file system; with the process's
+    // number, so that two runs do not write to one file.
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let fresh = path.with_file_name(name);
+    std::fs::write(&fresh, text)?;
+    std::fs::rename(&fresh, path)
+}
+
+fn machine_line(fingerprint: &str) -> String {
+    format!("machine {fingerprint}")
+}
+
+fn parse_line(line: &str) -> Option<(String, f64)> {
+    let (key, seconds) = line.split_once(" = ")?;
+    let seconds: f64 = seconds.parse().ok()?;
+    (seconds.is_finite() && seconds > 0.0).then(|| (key.to_owned(), seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn costs_come_back_as_they_were_and_only_on_their_machine() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("new/costs.txt");
+        let costs =
+            Costs::from([("add 64".to_owned(), 1.25e-6), ("gelu 64".to_owned(), 0.1 + 0.2)]);
+        save(&path, "one", &costs).expect("saved");
+        assert_eq!(load(&path, "one"), costs);
+        assert_eq!(load(&path, "other"), Costs::new());
+        assert_eq!(std::fs::read_dir(path.parent().expect("a folder")).expect("listed").count(), 1);
+    }
+
+    #[test]
+    fn damaged_lines_are_passed_over_and_a_damaged_head_empties_the_file() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("costs.txt");
+        let body = "add 1 = 1e-6\nadd 2 = NaN\nadd 3 = -1\nadd 4 = 1e\nadd 5\n\u{0}\nadd 6 = 2e-6";
+        std::fs::write(&path, format!("{HEADER}\nmachine m\n{body}")).expect("written");
+        assert_eq!(load(&path, "m").len(), 2);
+        std::fs::write(&path, format!("x{HEADER}\nmachine m\n{body}")).expect("written");
+        assert_eq!(load(&path, "m").len(), 0);
+        std::fs::write(&path, [0xff, 0xfe, 0]).expect("written");
+        assert_eq!(load(&path, "m").len(), 0);
+        assert_eq!(load(&folder.path().join("missing"), "m").len(), 0);
+    }
+}

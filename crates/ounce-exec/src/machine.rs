@@ -1,0 +1,507 @@
+//! Costs measured on this machine, and the kernels' own scratch sizes, for a planner.
+//!
+//! Idea: the time of an op is close to linear in its tokens, so it is measured at two numbers of
+//! tokens and drawn through both. A large problem is measured in part (fewer vocabulary rows, output
+//! columns, elements, shorter rows) and scaled by its work. What was measured once is kept in memory
+//! and in a file that belongs to this machine. Measuring uses the executor's own dispatch.
+//!
+//! Invariants: `scratch_bytes` is exactly what dispatch slices. Costs are positive and do not fall
+//! with the number of tokens. Measuring touches at most the given bytes, and at most 64 MiB.
+//!
+//! Complexity: two measurements per distinct op, each a few runs of at most about 6 GFLOP.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ounce_ir::{GeluKind, Graph, Lead, OpId, OpKind, RopeTable, WeightLayout};
+use ounce_kernels::attention::RowSpan;
+use ounce_kernels::pool::Pool;
+use ounce_kernels::tier::tier;
+use ounce_program::machine::flop;
+use ounce_program::{FixedMachine, GRANULE_TOKENS, Machine, StepShape};
+
+use crate::arena::{Operands, UNIT_BYTES};
+use crate::cost_file::{self, Costs};
+use crate::dispatch::{Context, dispatch};
+use crate::scratch::scratch_bytes;
+use crate::spec::{Extent, OpSpec};
+use crate::{Arena, OptimizerHyper, StepInputs};
+
+/// Memory that measuring touches at most.
+const MAX_TOUCHED_BYTES: u64 = 64 << 20;
+/// Work of one measured run at most.
+const MAX_FLOP: f64 = 6e9;
+/// Tokens of the larger of the two points, unless the step is shorter.
+const MAX_TOKENS: u64 = 512;
+/// Rows of a table, vocabulary tiles and elements beyond which time only scales.
+const MAX_TABLE_ROWS: u64 = 4096;
+const MAX_VOCAB: u64 = 8192;
+const MAX_WEIGHT_ELEMS: u64 = 8 << 20;
+const MAX_UPDATED_ELEMS: u64 = 2 << 20;
+/// Time that the runs of one measurement should take together, and a run that is not repeated often.
+const TARGET: Duration = Duration::from_millis(4);
+const LONG_RUN: Duration = Duration::from_millis(150);
+
+/// What one measurement measured: attributes, row length, selected tokens, widths, tokens.
+type Key = (&'static str, [u64; 16]);
+
+/// A machine whose costs are measured when they are first asked for.
+pub struct MeasuredMachine {
+    pool: Arc<Pool>,
+    arena_limit_bytes: u64,
+    baseline_bytes: u64,
+    cache_path: Option<PathBuf>,
+    state: RefCell<State>,
+}
+
+struct State {
+    /// Found in this run.
+    memo: BTreeMap<Key, f64>,
+    /// Found in this run and before, as in the file.
+    costs: Costs,
+    n_measured: usize,
+    arena: Option<Arena>,
+}
+
+impl std::fmt::Debug for MeasuredMachine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MeasuredMachine")
+            .field("n_threads", &self.pool.n_threads())
+            .field("n_measured", &self.n_measured())
+            .field("cache_path", &self.cache_path)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What costs depend on besides the op: processor, instruction set, threads, version and build.
+pub fn machine_fingerprint(n_threads: usize) -> String {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(':'))
+        .map_or(std::env::consts::ARCH, |(_, model)| model.trim());
+    let build = if cfg!(debug_assertions) { "checked" } else { "optimised" };
+    format!("{model}, {}, {n_threads} threads, {}, {build}", tier(), env!("CARGO_PKG_VERSION"))
+}
+
+impl MeasuredMachine {
+    /// A machine that runs kernels on `pool`.
+    ///
+    /// `arena_limit_bytes`: what measuring may touch; released by [`MeasuredMachine::release_memory`]
+    /// or with the machine. `baseline_bytes`: declared bytes of the process outside the arena.
+    /// `cache_path`: the file of earlier measurements; written by [`MeasuredMachine::save`].
+    pub fn new(
+        pool: Arc<Pool>,
+        arena_limit_bytes: u64,
+        baseline_bytes: u64,
+        cache_path: Option<PathBuf>,
+    ) -> Self {
+        let fingerprint = machine_fingerprint(pool.n_threads());
+        let costs = cache_path.as_deref().map(|p| cost_file::load(p, &fingerprint));
+        let costs = costs.unwrap_or_default();
+        let state = State { memo: BTreeMap::new(), costs, n_measured: 0, arena: None };
+        let state = RefCell::new(state);
+        Self { pool, arena_limit_bytes, baseline_bytes, cache_path, state }
+    }
+
+    /// Measurements taken so far, those from the file not counted.
+    pub fn n_measured(&self) -> usize {
+        self.state.borrow().n_measured
+    }
+
+    /// Writes the file, if there is one and something new was measured.
+    ///
+    /// # Errors
+    /// What the file system said. Losing the file only costs measuring again.
+    pub fn save(&self) -> std::io::Result<()> {
+        let state = self.state.borrow();
+        match &self.cache_path {
+            Some(path) if state.n_measured > 0 => {
+                let fingerprint = machine_fingerprint(self.pool.n_threads());
+                cost_file::save(path, &fingerprint, &state.costs)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives back the memory that measuring touched.
+    pub fn release_memory(&self) {
+        self.state.borrow_mut().arena = None;
+    }
+
+    /// Seconds of one run of the problem on `n_tokens` tokens; `None` if it does not fit.
+    fn point(&self, problem: &Problem, tables: &[RopeTable], n_tokens: u64) -> Option<f64> {
+        let key = problem.key(tables, n_tokens);
+        let mut state = self.state.borrow_mut();
+        if let Some(&seconds) = state.memo.get(&key) {
+            return Some(seconds);
+        }
+        let text = key_text(&key);
+        let seconds = if let Some(&seconds) = state.costs.get(&text) {
+            seconds
+        } else {
+            let bytes = problem.bytes(n_tokens, self.pool.n_threads());
+            if bytes > self.limit_bytes() {
+                return None;
+            }
+            if state.arena.is_none() {
+                state.arena = Arena::reserve(self.limit_bytes()).ok();
+            }
+            let seconds = measure(state.arena.as_mut()?, &self.pool, problem, tables, n_tokens);
+            state.n_measured += 1;
+            state.costs.insert(text, seconds);
+            seconds
+        };
+        state.memo.insert(key, seconds);
+        Some(seconds)
+    }
+
+    fn limit_bytes(&self) -> u64 {
+        self.arena_limit_bytes.min(MAX_TOUCHED_BYTES)
+    }
+
+    /// The larger of the two points: as large as tokens, memory and patience allow.
+    fn second_point(&self, problem: &Problem, flop_per_token: f64) -> u64 {
+        let unit = problem.unit_tokens;
+        let fits = |n: u64| {
+            n as f64 * flop_per_token <= MAX_FLOP
+                && problem.bytes(n, self.pool.n_threads()) <= self.limit_bytes()
+        };
+        let n_most = problem.n_tokens_max.min(MAX_TOKENS.max(unit)) / unit;
+        (2..=n_most).rev().map(|n| n * unit).find(|&n| fits(n)).unwrap_or(unit)
+    }
+}
+
+impl Machine for MeasuredMachine {
+    fn n_threads(&self) -> u32 {
+        self.pool.n_threads() as u32
+    }
+
+    fn scratch_bytes(&self, graph: &Graph, op: OpId, n_tokens: u64) -> u64 {
+        scratch_bytes(&OpSpec::new(graph, &graph.ops[op]), n_tokens, self.pool.n_threads())
+    }
+
+    fn cost_s(&self, graph: &Graph, op: OpId, shape: &StepShape, n_tokens: u64) -> f64 {
+        let problem = Problem::new(graph, op, shape);
+        let tables: Vec<RopeTable> = match problem.spec.kind {
+            OpKind::Rope { .. } => graph.rope_tables.values().cloned().collect(),
+            _ => Vec::new(),
+        };
+        let n = n_tokens as f64 * problem.tokens_ratio;
+        let unit = problem.unit_tokens;
+        let Some(first_s) = self.point(&problem, &tables, unit) else {
+            // Too large to be measured here at all: the work at a nominal speed.
+            return FixedMachine::default().cost_s(graph, op, shape, n_tokens);
+        };
+        if problem.is_constant {
+            return first_s * problem.factor;
+        }
+        let flop_per_token = problem.flop_per_token(graph, op, shape);
+        let second = self.second_point(&problem, flop_per_token);
+        let per_token_s = if second == unit {
+            first_s / unit as f64
+        } else {
+            let second_s = self.point(&problem, &tables, second).unwrap_or(first_s);
+            ((second_s - first_s) / (second - unit) as f64).max(0.0)
+        };
+        problem.factor * (first_s + per_token_s * (n - unit as f64)).max(first_s / unit as f64)
+    }
+
+    fn baseline_bytes(&self) -> u64 {
+        self.baseline_bytes
+    }
+}
+
+/// An op as it is measured: cut to a size where time only scales.
+struct Problem {
+    spec: OpSpec,
+    /// Tokens of a row as measured, for ops that mix them; 0 otherwise.
+    row_tokens: u64,
+    n_selected: u64,
+    /// Tokens of the smaller point, and what the larger is a multiple of.
+    unit_tokens: u64,
+    /// Tokens of the step, as measured.
+    n_tokens_max: u64,
+    /// Measured tokens per token of the step.
+    tokens_ratio: f64,
+    /// What a measured time is multiplied with.
+    factor: f64,
+    /// Whether the time does not depend on the number of tokens.
+    is_constant: bool,
+}
+
+impl Problem {
+    fn new(graph: &Graph, op: OpId, shape: &StepShape) -> Self {
+        let mut spec = OpSpec::new(graph, &graph.ops[op]);
+        let factor = shrink(&mut spec);
+        let is_constant = spec.is_selected() || spec.operands.iter().all(|o| o.lead == Lead::Fixed);
+        let n_selected = if spec.is_selected() { shape.n_selected.max(1) } else { 0 };
+        let mut problem = Self {
+            spec,
+            row_tokens: 0,
+            n_selected,
+            unit_tokens: GRANULE_TOKENS.max(n_selected),
+            n_tokens_max: shape.n_tokens(),
+            tokens_ratio: 1.0,
+            factor,
+            is_constant,
+        };
+        if let OpKind::Attention(a) | OpKind::AttentionGrad(a) = problem.spec.kind {
+            // Work grows with the square of the row: a long one is measured shorter.
+            let longest = (MAX_FLOP / (5.0 * a.q_width() as f64)).sqrt() as u64;
+            let row_tokens = shape.row_tokens.min(longest.next_multiple_of(GRANULE_TOKENS));
+            let measured = StepShape { row_tokens, ..*shape };
+            problem.row_tokens = row_tokens;
+            problem.unit_tokens = measured.row_stride();
+            problem.n_tokens_max = measured.n_tokens();
+            problem.tokens_ratio = measured.row_stride() as f64 / shape.row_stride() as f64;
+            problem.factor = (shape.row_tokens as f64 / row_tokens as f64).powi(2);
+        }
+        problem
+    }
+
+    /// Work per measured token.
+    fn flop_per_token(&self, graph: &Graph, op: OpId, shape: &StepShape) -> f64 {
+        let measured = if self.row_tokens > 0 {
+            StepShape { row_tokens: self.row_tokens, ..*shape }
+        } else {
+            *shape
+        };
+        let whole = flop(graph, op, &measured, self.unit_tokens) / self.unit_tokens as f64;
+        if self.row_tokens > 0 { whole } else { whole / self.factor }
+    }
+
+    fn extent(&self, n_tokens: u64) -> Extent {
+        Extent { n_tokens, n_selected: self.n_selected }
+    }
+
+    /// Offsets of operands and scratch one after another, and the bytes of all.
+    fn layout(&self, n_tokens: u64, n_threads: usize) -> (Vec<u32>, u64) {
+        let scratch = scratch_bytes(&self.spec, n_tokens, n_threads);
+        let sizes = self.spec.operands.iter().map(|o| o.bytes(self.extent(n_tokens)));
+        let mut end = 0;
+        let mut offsets = Vec::new();
+        for bytes in sizes.chain((scratch > 0).then_some(scratch)) {
+            offsets.push((end / UNIT_BYTES) as u32);
+            end += bytes.next_multiple_of(UNIT_BYTES);
+        }
+        (offsets, end)
+    }
+
+    fn bytes(&self, n_tokens: u64, n_threads: usize) -> u64 {
+        self.layout(n_tokens, n_threads).1
+    }
+
+    fn key(&self, tables: &[RopeTable], n_tokens: u64) -> Key {
+        let mut numbers = [0; 16];
+        numbers[..4].copy_from_slice(&attributes(&self.spec.kind, tables));
+        numbers[4] = self.row_tokens;
+        numbers[5] = self.n_selected;
+        for (number, operand) in numbers[6..15].iter_mut().zip(&self.spec.operands) {
+            *number = operand.row_elems;
+        }
+        numbers[15] = n_tokens;
+        (self.spec.kind.name(), numbers)
+    }
+
+    /// The number that ids, targets and selected rows stay below.
+    fn n_ids(&self) -> u64 {
+        let width = |i: usize| self.spec.operands[i].row_elems;
+        match self.spec.kind {
+            OpKind::Embed => width(1) / width(2),
+            OpKind::EmbedScatter => width(2) / width(1),
+            OpKind::CrossEntropy | OpKind::CrossEntropyTrain => width(2) / width(0),
+            _ => GRANULE_TOKENS,
+        }
+    }
+}
+
+/// Cuts the dimensions along which time only scales; returns what to multiply times with.
+fn shrink(spec: &mut OpSpec) -> f64 {
+    let (n_reads, first_output) = (spec.n_reads(), spec.first_output());
+    let operands = &mut spec.operands;
+    let cut = |whole: u64, most: u64| (whole.min(most), whole as f64 / whole.min(most) as f64);
+    match spec.kind {
+        OpKind::Embed | OpKind::EmbedScatter => {
+            let (rows, table) = if spec.kind == OpKind::Embed { (2, 1) } else { (1, 2) };
+            let n_channels = operands[rows].row_elems;
+            let (n_rows, _) = cut(operands[table].row_elems / n_channels, MAX_TABLE_ROWS);
+            operands[table].row_elems = n_rows * n_channels;
+            1.0
+        }
+        OpKind::CrossEntropy | OpKind::CrossEntropyTrain => {
+            let n_channels = operands[0].row_elems;
+            let (n_vocab, factor) = cut(operands[2].row_elems / n_channels, MAX_VOCAB);
+            // The weight, and its sum if there is one.
+            for operand in &mut operands[2..first_output] {
+                operand.row_elems = n_vocab * n_channels;
+            }
+            factor
+        }
+        OpKind::SumSquares | OpKind::AdamW | OpKind::Sgd => {
+            let (n_elems, factor) = cut(operands[0].row_elems, MAX_UPDATED_ELEMS);
+            operands[0].row_elems = n_elems;
+            if spec.kind != OpKind::SumSquares {
+                for operand in &mut operands[n_reads..] {
+                    operand.row_elems = n_elems;
+                }
+            }
+            factor
+        }
+        OpKind::Linear { bias, .. } => {
+            let last = operands.len() - 1;
+            let (k, m) = (operands[0].row_elems, operands[last].row_elems);
+            let (m, factor) = cut(m, columns_max(k));
+            operands[1].row_elems = k * m;
+            operands[last].row_elems = m;
+            if bias {
+                operands[2].row_elems = m;
+            }
+            factor
+        }
+        OpKind::LinearGradInput { .. } => {
+            let (m, k) = (operands[0].row_elems, operands[2].row_elems);
+            let (m, factor) = cut(m, columns_max(k));
+            operands[0].row_elems = m;
+            operands[1].row_elems = k * m;
+            factor
+        }
+        OpKind::LinearGradWeight { .. } => {
+            let (k, m) = (operands[0].row_elems, operands[1].row_elems);
+            let (m, factor) = cut(m, columns_max(k));
+            operands[1].row_elems = m;
+            operands[2].row_elems = k * m;
+            factor
+        }
+        OpKind::LayerNorm { .. }
+        | OpKind::RmsNorm { .. }
+        | OpKind::Rope { .. }
+        | OpKind::Attention(_)
+        | OpKind::Gelu(_)
+        | OpKind::Swiglu
+        | OpKind::Add
+        | OpKind::Dropout { .. }
+        | OpKind::TakeRows
+        | OpKind::BiasGrad
+        | OpKind::LayerNormGrad { .. }
+        | OpKind::RmsNormGrad { .. }
+        | OpKind::AttentionGrad(_)
+        | OpKind::GeluGrad(_)
+        | OpKind::SwigluGrad
+        | OpKind::EmbedGradRows
+        | OpKind::ClipScale => 1.0,
+    }
+}
+
+/// Output columns of a weight with `k` inputs that are measured at most.
+fn columns_max(k: u64) -> u64 {
+    (MAX_WEIGHT_ELEMS / k.max(1)).next_multiple_of(64).max(64)
+}
+
+/// Attributes on which time depends.
+fn attributes(kind: &OpKind, tables: &[RopeTable]) -> [u64; 4] {
+    let layout = |l: WeightLayout| u64::from(l == WeightLayout::InOut);
+    match *kind {
+        OpKind::Linear { layout: l, bias } => [layout(l), u64::from(bias), 0, 0],
+        OpKind::LinearGradInput { layout: l } | OpKind::LinearGradWeight { layout: l } => {
+            [layout(l), 0, 0, 0]
+        }
+        OpKind::Rope { table, n_heads, head_dim, inverse } => {
+            let n_pairs = tables[table.0 as usize].inv_freq.len() as u64;
+            [n_pairs, u64::from(n_heads), u64::from(head_dim), u64::from(inverse)]
+        }
+        OpKind::Attention(a) | OpKind::AttentionGrad(a) => {
+            let (h, k, d) = (a.n_heads, a.n_kv_heads, a.head_dim);
+            [u64::from(h), u64::from(k), u64::from(d), u64::from(a.packed)]
+        }
+        OpKind::Gelu(g) | OpKind::GeluGrad(g) => [u64::from(g == GeluKind::Erf), 0, 0, 0],
+        _ => [0; 4],
+    }
+}
+
+fn key_text((name, numbers): &Key) -> String {
+    let mut text = (*name).to_owned();
+    for number in numbers {
+        write!(text, " {number}").expect("writing to a string succeeds");
+    }
+    text
+}
+
+/// Seconds of one run: the median of a few, after one that warms up.
+fn measure(
+    arena: &mut Arena,
+    pool: &Pool,
+    problem: &Problem,
+    tables: &[RopeTable],
+    n_tokens: u64,
+) -> f64 {
+    let spec = &problem.spec;
+    let (offsets, _) = problem.layout(n_tokens, pool.n_threads());
+    fill(arena, problem, &offsets, n_tokens);
+    let n_rows = n_tokens / problem.unit_tokens;
+    let rows: Vec<RowSpan> = (0..n_rows)
+        .map(|i| (i * problem.unit_tokens) as usize)
+        .map(|start| RowSpan { start, len: problem.row_tokens as usize })
+        .collect();
+    let hyper = OptimizerHyper::default();
+    let inputs = StepInputs {
+        grad_scale: 1e-3,
+        lr: 1e-6,
+        hyper,
+        max_grad_norm: 1.0,
+        ..StepInputs::forward(&rows)
+    };
+    let cx = Context {
+        pool,
+        rope_tables: tables,
+        inputs: &inputs,
+        first_token: 0,
+        n_tokens: n_tokens as u32,
+        rows: &rows,
+    };
+    let scratch = scratch_bytes(spec, n_tokens, pool.n_threads());
+    let mut run = || {
+        let start = Instant::now();
+        let operands = Operands::new(arena, spec, &offsets, problem.extent(n_tokens), scratch);
+        dispatch(spec, operands, &cx);
+        start.elapsed()
+    };
+    let warm_up = run();
+    let n_runs = match TARGET.as_nanos() / warm_up.as_nanos().max(1) {
+        _ if warm_up > LONG_RUN => 1,
+        n => n.clamp(3, 15),
+    };
+    let mut times: Vec<Duration> = (0..n_runs).map(|_| run()).collect();
+    times.sort_unstable();
+    // A clock of coarse steps may show none; costs are positive.
+    times[times.len() / 2].as_secs_f64().max(1e-9)
+}
+
+/// Fills the operands with ordinary numbers: no denormals, ids in range.
+fn fill(arena: &mut Arena, problem: &Problem, offsets: &[u32], n_tokens: u64) {
+    use ounce_ir::DType;
+    let n_ids = problem.n_ids().max(1);
+    for (operand, &at) in problem.spec.operands.iter().zip(offsets) {
+        let bytes = operand.bytes(problem.extent(n_tokens));
+        match operand.dtype {
+            DType::F64 => arena.slice_mut::<f64>(at, bytes / 8).fill(1.0),
+            DType::I32 => {
+                for (i, x) in arena.slice_mut::<i32>(at, bytes / 4).iter_mut().enumerate() {
+                    *x = (i as u64 * 7919 % n_ids) as i32;
+                }
+            }
+            // Between 0.25 and 0.75, unlike neighbours; the 16-bit and quantized types have no
+            // kernels yet and so never get here as operands of one.
+            _ => {
+                for (i, x) in arena.slice_mut::<f32>(at, bytes / 4).iter_mut().enumerate() {
+                    let noise = (i as u32).wrapping_mul(0x9E37_79B9) >> 9;
+                    *x = f32::from_bits(0x3F00_0000 | noise) - 0.25;
+                }
+            }
+        }
+    }
+}
