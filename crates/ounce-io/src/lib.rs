@@ -1,1 +1,60 @@
 //! Bytes on disk: safetensors, tokenizers, datasets, token cache.
+//!
+//! Everything that Ounce reads comes from somebody else and is checked before it is believed; everything that it
+//! writes appears under its name only when it is complete. Nothing here holds a whole file, tensor or data set: data
+//! goes by `pread` through small fixed buffers into buffers of the caller, because every byte of the process counts
+//! against the user's budget. No file is mapped into memory, for the same reason.
+//!
+//! ```no_run
+//! use std::path::Path;
+//! use ounce_io::{BlockSampler, SafetensorsDir, TokenCache};
+//!
+//! # fn main() -> Result<(), ounce_io::IoError> {
+//! let weights = SafetensorsDir::open(Path::new("model"))?;
+//! let mut wte_vc = vec![0.0; 65 * 128];
+//! weights.read_f32("transformer.wte.weight", &mut wte_vc)?;
+//!
+//! let cache = TokenCache::open_or_build(Path::new("out"), &["text.txt".into()], Path::new("model"))?;
+//! let sampler = BlockSampler::new(cache, 64, 42)?;
+//! let mut ids_bt = vec![0; 12 * 64];
+//! sampler.fill_rows(0, 12, &mut ids_bt)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Files in reading order: `error.rs`; `json.rs` (strict, bounded), `hash.rs`, `half.rs`, `atomic.rs`; `safetensors/`;
+//! `hf_dir.rs` (a model directory's side files); `tokenizer/`; `text.rs` (training text in pieces), `token_cache.rs`,
+//! `shuffle.rs`, `batches.rs`.
+
+#![forbid(unsafe_code)]
+
+mod atomic;
+mod batches;
+mod error;
+mod half;
+mod hash;
+mod hf_dir;
+mod json;
+mod safetensors;
+mod shuffle;
+mod text;
+mod token_cache;
+mod tokenizer;
+
+pub use atomic::{AtomicFile, StagingDir, write_file};
+pub use batches::{BlockSampler, EvalBlocks};
+pub use error::{ErrorKind, IoError};
+pub use hf_dir::{
+    MAX_CONFIG_BYTES, copy_side_files, copy_tokenizer_files, read_config, write_json,
+};
+pub use json::{MAX_DEPTH, parse_json, read_json};
+pub use safetensors::{
+    Dtype, MAX_HEADER_BYTES, MAX_TENSORS, SafetensorsDir, SafetensorsWriter, TensorInfo, TensorSpec,
+};
+pub use shuffle::Permutation;
+pub use text::{MAX_LINE_BYTES, PIECE_BYTES, Piece, PieceStart, SourceHash, TextPieces};
+pub use token_cache::{TokenCache, cache_path, tokenize_to_cache};
+pub use tokenizer::{
+    END_OF_TEXT, IdStream, IdTable, MIN_BPE_VOCAB_SIZE, Tokenizer, TrainedTokenizer,
+    tokenizer_fingerprint, train_bpe, train_char,
+};

@@ -1,0 +1,151 @@
+//! The side files of a Hugging Face model directory: everything but the weights.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::atomic::{AtomicFile, write_file};
+use crate::error::IoError;
+use crate::json::{open_regular, read_json};
+
+/// Longest configuration file accepted.
+pub const MAX_CONFIG_BYTES: u64 = 1 << 20;
+
+/// Tokenizer files, as published by one program or another. They are copied byte for byte.
+pub(crate) const TOKENIZER_FILES: [&str; 9] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+/// Reads `config.json` of a model directory, or a configuration file named directly.
+///
+/// # Errors
+/// `Missing`, `Read`, `BadFile` (over [`MAX_CONFIG_BYTES`], not an object), `BadLine` (not strict JSON).
+pub fn read_config(dir_or_file: &Path) -> Result<Value, IoError> {
+    let path =
+        if dir_or_file.is_dir() { dir_or_file.join("config.json") } else { dir_or_file.into() };
+    let config = read_json(&path, MAX_CONFIG_BYTES)?;
+    if config.is_object() {
+        return Ok(config);
+    }
+    Err(IoError::bad_file(
+        &path,
+        "holds no JSON object",
+        "a Hugging Face config.json is an object with a `model_type`",
+    ))
+}
+
+/// Writes a JSON file atomically, indented as Hugging Face does, with a newline at its end.
+///
+/// # Errors
+/// `Write`.
+pub fn write_json(path: &Path, value: &Value) -> Result<(), IoError> {
+    write_file(path, format!("{value:#}\n").as_bytes())
+}
+
+/// Copies the tokenizer's files from one directory to another, byte for byte; returns the names copied.
+///
+/// # Errors
+/// `Read`, `Write`.
+pub fn copy_tokenizer_files(from: &Path, to: &Path) -> Result<Vec<&'static str>, IoError> {
+    copy_files(from, to, &TOKENIZER_FILES)
+}
+
+/// Copies configuration and tokenizer from one model directory to another, byte for byte; returns the names copied.
+///
+/// # Errors
+/// `Missing` without a `config.json`, `Read`, `Write`.
+pub fn copy_side_files(from: &Path, to: &Path) -> Result<Vec<&'static str>, IoError> {
+    open_regular(&from.join("config.json"))?;
+    let mut copied = copy_files(from, to, &["config.json", "generation_config.json"])?;
+    copied.extend(copy_files(from, to, &TOKENIZER_FILES)?);
+    Ok(copied)
+}
+
+/// Copies those of `names` that exist.
+fn copy_files(
+    from: &Path,
+    to: &Path,
+    names: &[&'static str],
+) -> Result<Vec<&'static str>, IoError> {
+    let mut copied = Vec::new();
+    for &name in names {
+        let source = from.join(name);
+        if source.exists() {
+            copy_file(&source, &to.join(name))?;
+            copied.push(name);
+        }
+    }
+    Ok(copied)
+}
+
+/// Copies one file through a small buffer; a copy onto itself changes nothing.
+fn copy_file(from: &Path, to: &Path) -> Result<(), IoError> {
+    let mut source: File = open_regular(from)?;
+    let mut target = AtomicFile::create(to)?;
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let n = source.read(&mut buffer).map_err(|e| IoError::reading(from, e))?;
+        if n == 0 {
+            return target.finish();
+        }
+        target.write_all(&buffer[..n])?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn side_files_are_copied_byte_for_byte_also_onto_themselves() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::write(from.path().join("config.json"), "{ \"odd\" :1}\n\n").unwrap();
+        fs::write(from.path().join("merges.txt"), [0xff, 0, 13]).unwrap();
+        fs::write(from.path().join("model.safetensors"), "weights").unwrap();
+        let copied = copy_side_files(from.path(), to.path()).unwrap();
+        assert_eq!(copied, ["config.json", "merges.txt"]);
+        assert_eq!(fs::read(to.path().join("config.json")).unwrap(), b"{ \"odd\" :1}\n\n");
+        assert_eq!(fs::read(to.path().join("merges.txt")).unwrap(), [0xff, 0, 13]);
+        copy_side_files(from.path(), from.path()).unwrap();
+        assert_eq!(fs::read(from.path().join("merges.txt")).unwrap(), [0xff, 0, 13]);
+    }
+
+    #[test]
+    fn a_directory_without_config_is_named_in_the_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let message = copy_side_files(dir.path(), dir.path()).unwrap_err().to_string();
+        assert!(message.contains("config.json does not exist\nhint: "), "{message}");
+        assert!(read_config(dir.path()).unwrap_err().to_string().contains("config.json"));
+    }
+
+    #[test]
+    fn configs_that_are_too_long_or_no_object_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        fs::write(&path, " ".repeat(MAX_CONFIG_BYTES as usize + 1)).unwrap();
+        assert!(read_config(&path).unwrap_err().to_string().contains("over the limit of 1048576"));
+        fs::write(&path, "[1]").unwrap();
+        assert!(read_config(dir.path()).unwrap_err().to_string().contains("no JSON object"));
+        fs::write(&path, "{\"model_type\": \"gpt2\"}").unwrap();
+        assert_eq!(read_config(dir.path()).unwrap()["model_type"], "gpt2");
+    }
+
+    #[test]
+    fn written_json_is_indented_and_ends_in_a_newline() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        write_json(&path, &serde_json::json!({"a": [1]})).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "{\n  \"a\": [\n    1\n  ]\n}\n");
+    }
+}

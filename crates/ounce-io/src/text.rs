@@ -1,0 +1,643 @@
+//! Training text as a stream of pieces, in bounded memory.
+//!
+//! Idea: data files are read through one small buffer and handed out as pieces of at most [`PIECE_BYTES`], cut where a
+//! tokenizer would cut anyway, so that encoding piece by piece gives the ids of encoding the whole.
+//!
+//! Where pieces are cut, best place first:
+//! 1. before a line feed that follows a plain letter or digit. Pre-tokenizers of the GPT-2 and the newer families end
+//!    a pre-token there whatever stands around it, and SentencePiece vocabularies never merge across a line feed;
+//! 2. before a space between a plain letter or digit and a plain letter, for the same reason;
+//! 3. anywhere between two characters, where 32 KiB hold neither (no guarantee then).
+//!
+//! What a file must satisfy, or the error names `FILE:LINE`: UTF-8, no NUL; a byte order mark at the start is
+//! skipped. A `.jsonl` row is an object with a string `text`, on a line of at most [`MAX_LINE_BYTES`]; other keys are
+//! ignored, blank lines are skipped. Any other file is one text.
+//!
+//! Memory: one piece buffer; for `.jsonl` one line and its decoded text besides.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::error::{IoError, excerpt};
+use crate::hash::Xxh64;
+use crate::json::open_regular;
+
+/// Most bytes of text in one piece.
+pub const PIECE_BYTES: usize = 32 << 10;
+/// Longest line of a `.jsonl` file, in bytes.
+pub const MAX_LINE_BYTES: usize = 16 << 20;
+
+const BOM: &[u8] = b"\xef\xbb\xbf";
+const ROW_HINT: &str = "each line must be an object like {\"text\": \"...\"}";
+
+/// What stands before a piece.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PieceStart {
+    /// The start of a row or file. `joined`: an end-of-text token belongs between it and what came before.
+    Row {
+        /// False for the very first row, and between two plain text files.
+        joined: bool,
+    },
+    /// The piece goes on with a line feed.
+    Newline,
+    /// The piece goes on with a single space.
+    Space,
+    /// The piece goes on in the middle of something.
+    Forced,
+}
+
+/// A piece of text and where it comes from.
+#[derive(Debug)]
+pub struct Piece<'a> {
+    /// The text, possibly empty at the start of a row.
+    pub text: &'a str,
+    /// What stands before it.
+    pub start: PieceStart,
+    /// The file.
+    pub path: &'a Path,
+    /// The line on which the piece starts, from 1.
+    pub line: u64,
+}
+
+/// Fingerprint of a data file as it was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceHash {
+    /// Bytes read.
+    pub n_bytes: u64,
+    /// XXH64 of the bytes.
+    pub hash: u64,
+}
+
+/// The pieces of several files, in order.
+#[derive(Debug)]
+pub struct TextPieces {
+    paths: Vec<PathBuf>,
+    next_path: usize,
+    current: Option<Reader>,
+    hashes: Vec<SourceHash>,
+    /// Whether anything came before, and whether it was a row.
+    before: Option<Format>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Plain,
+    Rows,
+}
+
+#[derive(Debug)]
+enum Reader {
+    Plain(PlainReader),
+    Rows(RowReader),
+}
+
+impl TextPieces {
+    /// Starts at the first file. Nothing is read yet, but every path is checked.
+    ///
+    /// # Errors
+    /// `Missing`, `BadFile` for a directory, a pipe or a format that holds no plain text.
+    pub fn open(paths: &[PathBuf]) -> Result<Self, IoError> {
+        for path in paths {
+            format_of(path)?;
+            open_regular(path)?;
+        }
+        Ok(Self {
+            paths: paths.to_vec(),
+            next_path: 0,
+            current: None,
+            hashes: Vec::new(),
+            before: None,
+        })
+    }
+
+    /// The next piece, or `None` after the last one.
+    ///
+    /// # Errors
+    /// `Read`; `BadLine` for what the module's opening comment lists.
+    pub fn next_piece(&mut self) -> Result<Option<Piece<'_>>, IoError> {
+        loop {
+            if self.current.is_none() {
+                let Some(path) = self.paths.get(self.next_path) else { return Ok(None) };
+                self.current = Some(Reader::open(path)?);
+                self.next_path += 1;
+            }
+            let reader = self.current.as_mut().expect("opened above");
+            let Some(mut start) = reader.advance()? else {
+                self.hashes.push(reader.finish());
+                self.current = None;
+                continue;
+            };
+            if let PieceStart::Row { joined } = &mut start {
+                let format = reader.format();
+                *joined = self.before.is_some_and(|b| b == Format::Rows || format == Format::Rows);
+                self.before = Some(format);
+            }
+            // The reader is looked up again because the borrow checker cannot follow it through the loop.
+            let reader = self.current.as_ref().expect("opened above");
+            return Ok(Some(reader.piece(start)));
+        }
+    }
+
+    /// Length and hash of every file read to its end, in order.
+    pub fn hashes(&self) -> &[SourceHash] {
+        &self.hashes
+    }
+}
+
+/// The format that a file name stands for.
+fn format_of(path: &Path) -> Result<Format, IoError> {
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_lowercase();
+    match extension.as_str() {
+        "jsonl" | "ndjson" => Ok(Format::Rows),
+        "json" | "parquet" | "arrow" | "csv" | "tsv" | "gz" | "zst" | "zip" | "xz" | "bz2" => {
+            Err(IoError::bad_file(
+                path,
+                format!("data in .{extension} files is not read"),
+                "give plain text (.txt) or one JSON object per line (.jsonl)",
+            ))
+        }
+        _ => Ok(Format::Plain),
+    }
+}
+
+impl Reader {
+    fn open(path: &Path) -> Result<Self, IoError> {
+        let source = Source { file: open_regular(path)?, hash: Xxh64::new(), n_bytes: 0 };
+        Ok(match format_of(path)? {
+            Format::Plain => Self::Plain(PlainReader::new(path, source)),
+            Format::Rows => Self::Rows(RowReader::new(path, source)),
+        })
+    }
+
+    fn format(&self) -> Format {
+        match self {
+            Self::Plain(_) => Format::Plain,
+            Self::Rows(_) => Format::Rows,
+        }
+    }
+
+    fn advance(&mut self) -> Result<Option<PieceStart>, IoError> {
+        match self {
+            Self::Plain(reader) => reader.advance(),
+            Self::Rows(reader) => reader.advance(),
+        }
+    }
+
+    fn piece(&self, start: PieceStart) -> Piece<'_> {
+        match self {
+            Self::Plain(r) => Piece { text: r.text(), start, path: &r.path, line: r.line },
+            Self::Rows(r) => Piece { text: r.text(), start, path: &r.path, line: r.line },
+        }
+    }
+
+    fn finish(&self) -> SourceHash {
+        let source = match self {
+            Self::Plain(reader) => &reader.source,
+            Self::Rows(reader) => reader.source.get_ref(),
+        };
+        SourceHash { n_bytes: source.n_bytes, hash: source.hash.digest() }
+    }
+}
+
+/// A file that hashes what is read from it.
+#[derive(Debug)]
+struct Source {
+    file: File,
+    hash: Xxh64,
+    n_bytes: u64,
+}
+
+impl Read for Source {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.file.read(buffer)?;
+        self.hash.update(&buffer[..n]);
+        self.n_bytes += n as u64;
+        Ok(n)
+    }
+}
+
+/// One plain text file. The buffer holds the current piece, then what was read beyond it.
+#[derive(Debug)]
+struct PlainReader {
+    path: PathBuf,
+    source: Source,
+    buffer: Vec<u8>,
+    n_filled: usize,
+    n_piece: usize,
+    at_end: bool,
+    line: u64,
+    next_start: PieceStart,
+}
+
+impl PlainReader {
+    fn new(path: &Path, source: Source) -> Self {
+        Self {
+            path: path.into(),
+            source,
+            buffer: vec![0; PIECE_BYTES],
+            n_filled: 0,
+            n_piece: 0,
+            at_end: false,
+            line: 1,
+            next_start: PieceStart::Row { joined: false },
+        }
+    }
+
+    fn text(&self) -> &str {
+        std::str::from_utf8(&self.buffer[..self.n_piece]).expect("checked by advance")
+    }
+
+    /// Drops the current piece and finds the next; says what stands before it.
+    fn advance(&mut self) -> Result<Option<PieceStart>, IoError> {
+        let is_first = matches!(self.next_start, PieceStart::Row { .. });
+        self.line += count_newlines(&self.buffer[..self.n_piece]);
+        self.buffer.copy_within(self.n_piece..self.n_filled, 0);
+        self.n_filled -= self.n_piece;
+        self.n_piece = 0;
+        self.fill()?;
+        if is_first && self.buffer[..self.n_filled].starts_with(BOM) {
+            self.buffer.copy_within(BOM.len()..self.n_filled, 0);
+            self.n_filled -= BOM.len();
+            self.fill()?;
+        }
+        let start = self.next_start;
+        let text = self.valid_text()?;
+        let (n_piece, next_start) =
+            if self.at_end { (text.len(), PieceStart::Forced) } else { find_cut(text) };
+        (self.n_piece, self.next_start) = (n_piece, next_start);
+        // An empty file is an empty row; later on nothing left means the end.
+        Ok((is_first || n_piece > 0).then_some(start))
+    }
+
+    fn fill(&mut self) -> Result<(), IoError> {
+        while !self.at_end && self.n_filled < self.buffer.len() {
+            let room = &mut self.buffer[self.n_filled..];
+            let n = self.source.read(room).map_err(|e| IoError::reading(&self.path, e))?;
+            self.at_end = n == 0;
+            self.n_filled += n;
+        }
+        Ok(())
+    }
+
+    /// What the buffer holds, less a last character that is not read completely.
+    fn valid_text(&self) -> Result<&str, IoError> {
+        let bytes = &self.buffer[..self.n_filled];
+        let (text, bad_at) = match std::str::from_utf8(bytes) {
+            Ok(text) => (text, None),
+            Err(e) => {
+                let (good, _) = bytes.split_at(e.valid_up_to());
+                let text = std::str::from_utf8(good).expect("valid up to here");
+                let is_cut_short = e.error_len().is_none() && !self.at_end;
+                (text, (!is_cut_short).then_some(e.valid_up_to()))
+            }
+        };
+        // The first fault counts: a NUL before broken UTF-8 says more about the file.
+        if let Some(at) = text.bytes().position(|byte| byte == 0) {
+            return Err(self.fault(
+                at,
+                "holds a NUL byte",
+                "this is no text file, or UTF-16: convert it to UTF-8",
+            ));
+        }
+        match bad_at {
+            None => Ok(text),
+            Some(at) => {
+                let reason = format!("is not UTF-8 (byte 0x{:02x})", bytes[at]);
+                Err(self.fault(at, &reason, "convert the file, for instance with `iconv -t UTF-8`"))
+            }
+        }
+    }
+
+    fn fault(&self, at: usize, reason: &str, hint: &'static str) -> IoError {
+        let line = self.line + count_newlines(&self.buffer[..at]);
+        let near = excerpt(&self.buffer[..self.n_filled], at);
+        IoError::bad_line(&self.path, line, format!("{reason} near `{near}`"), hint)
+    }
+}
+
+/// One file of JSON rows.
+#[derive(Debug)]
+struct RowReader {
+    path: PathBuf,
+    source: BufReader<Source>,
+    line_bytes: Vec<u8>,
+    line: u64,
+    row: String,
+    /// The current piece is `row[piece_start..piece_end]`.
+    piece_start: usize,
+    piece_end: usize,
+    next_start: PieceStart,
+}
+
+#[derive(Deserialize)]
+struct TextRow {
+    text: String,
+}
+
+impl RowReader {
+    fn new(path: &Path, source: Source) -> Self {
+        Self {
+            path: path.into(),
+            source: BufReader::with_capacity(PIECE_BYTES, source),
+            line_bytes: Vec::new(),
+            line: 0,
+            row: String::new(),
+            piece_start: 0,
+            piece_end: 0,
+            next_start: PieceStart::Forced,
+        }
+    }
+
+    fn text(&self) -> &str {
+        &self.row[self.piece_start..self.piece_end]
+    }
+
+    fn advance(&mut self) -> Result<Option<PieceStart>, IoError> {
+        let mut start = self.next_start;
+        self.piece_start = self.piece_end;
+        if self.piece_start == self.row.len() {
+            if !self.next_row()? {
+                return Ok(None);
+            }
+            start = PieceStart::Row { joined: false };
+            self.piece_start = 0;
+        }
+        let rest = &self.row[self.piece_start..];
+        let (n_piece, next_start) = if rest.len() <= PIECE_BYTES {
+            (rest.len(), PieceStart::Forced)
+        } else {
+            find_cut(&rest[..char_boundary(rest, PIECE_BYTES)])
+        };
+        self.piece_end = self.piece_start + n_piece;
+        self.next_start = next_start;
+        Ok(Some(start))
+    }
+
+    /// Reads and parses the next row that is not blank; false at the end of the file.
+    fn next_row(&mut self) -> Result<bool, IoError> {
+        loop {
+            self.line_bytes.clear();
+            // One very long line must not keep its memory for the rest of the file.
+            self.line_bytes.shrink_to(4 * PIECE_BYTES);
+            let mut line = (&mut self.source).take(MAX_LINE_BYTES as u64 + 1);
+            let n = line
+                .read_until(b'\n', &mut self.line_bytes)
+                .map_err(|e| IoError::reading(&self.path, e))?;
+            self.line += 1;
+            if n == 0 {
+                return Ok(false);
+            }
+            if n > MAX_LINE_BYTES {
+                let reason = format!("the line is longer than {} MiB", MAX_LINE_BYTES >> 20);
+                return Err(self.fault(&reason, 0, "split the row into several"));
+            }
+            let bytes = self.line_bytes.strip_prefix(BOM).filter(|_| self.line == 1);
+            let bytes = bytes.unwrap_or(&self.line_bytes);
+            if bytes.iter().all(u8::is_ascii_whitespace) {
+                continue;
+            }
+            self.row = self.parse(bytes)?;
+            return Ok(true);
+        }
+    }
+
+    fn parse(&self, bytes: &[u8]) -> Result<String, IoError> {
+        if let Err(e) = std::str::from_utf8(bytes) {
+            let reason = format!("is not UTF-8 (byte 0x{:02x})", bytes[e.valid_up_to()]);
+            let hint = "convert the file, for instance with `iconv -t UTF-8`";
+            return Err(self.fault(&reason, e.valid_up_to(), hint));
+        }
+        let row: TextRow = serde_json::from_slice(bytes).map_err(|e| self.row_fault(bytes, &e))?;
+        if row.text.contains('\0') {
+            return Err(self.fault(
+                "`text` holds a NUL",
+                0,
+                "remove the NUL characters from the row",
+            ));
+        }
+        Ok(row.text)
+    }
+
+    /// Says what is wrong with a row: no JSON, or JSON of another kind.
+    fn row_fault(&self, bytes: &[u8], error: &serde_json::Error) -> IoError {
+        let full = error.to_string();
+        let reason = full.split(" at line ").next().unwrap_or(&full);
+        if reason.starts_with("missing field") && bytes.windows(10).any(|w| w == b"\"messages\"") {
+            let hint = "chat data is not trained on yet: give rows like {\"text\": \"...\"}";
+            return self.fault("the row has `messages`, but no key `text`", 0, hint);
+        }
+        if error.is_data() {
+            let reason = reason.replace("field", "key");
+            self.fault(&format!("not a row of text: {reason}"), 0, ROW_HINT)
+        } else {
+            let at = error.column().saturating_sub(1);
+            self.fault(&format!("not valid JSON: {reason}"), at, ROW_HINT)
+        }
+    }
+
+    fn fault(&self, reason: &str, at: usize, hint: &'static str) -> IoError {
+        let near = excerpt(&self.line_bytes, at);
+        let near = near.trim_end_matches("\\n");
+        IoError::bad_line(&self.path, self.line, format!("{reason} near `{near}`"), hint)
+    }
+}
+
+/// Length of the longest prefix of `text` to hand out now, and what the next piece starts with.
+fn find_cut(text: &str) -> (usize, PieceStart) {
+    let bytes = text.as_bytes();
+    // A character before the cut, and one after it, are looked at.
+    for at in (1..bytes.len()).rev() {
+        if bytes[at] == b'\n' && text[..at].chars().next_back().is_some_and(is_plain) {
+            return (at, PieceStart::Newline);
+        }
+    }
+    for at in (1..bytes.len().saturating_sub(1)).rev() {
+        if bytes[at] == b' '
+            && text[..at].chars().next_back().is_some_and(is_plain)
+            && text[at + 1..].chars().next().is_some_and(|c| is_plain(c) && !c.is_numeric())
+        {
+            return (at, PieceStart::Space);
+        }
+    }
+    (text.len(), PieceStart::Forced)
+}
+
+/// Letters and digits of the large scripts: all of them in the classes `\p{L}` or `\p{N}`, none of them a mark.
+fn is_plain(c: char) -> bool {
+    c.is_ascii_alphanumeric()
+        || matches!(c,
+            '\u{c0}'..='\u{d6}' | '\u{d8}'..='\u{f6}' | '\u{f8}'..='\u{17f}' // Latin
+            | '\u{391}'..='\u{3a1}' | '\u{3a3}'..='\u{3c9}'                  // Greek
+            | '\u{410}'..='\u{44f}'                                          // Cyrillic
+            | '\u{5d0}'..='\u{5ea}' | '\u{620}'..='\u{63f}'                  // Hebrew, Arabic
+            | '\u{905}'..='\u{939}'                                          // Devanagari
+            | '\u{3041}'..='\u{3096}' | '\u{30a1}'..='\u{30fa}'              // kana
+            | '\u{4e00}'..='\u{9fff}' | '\u{ac00}'..='\u{d7a3}') // Han, Hangul
+}
+
+/// The last character boundary of `text` at or before byte `at`.
+fn char_boundary(text: &str, at: usize) -> usize {
+    (0..=at).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0)
+}
+
+pub(crate) fn count_newlines(bytes: &[u8]) -> u64 {
+    bytes.iter().map(|&byte| u64::from(byte == b'\n')).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Writes `bytes` to a file called `name` and reads it back: rows of pieces, or the error with the path cut off.
+    fn rows(name: &str, bytes: &[u8]) -> Result<Vec<String>, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        read_rows(&[path]).map_err(|e| e.replace(&format!("{}/", dir.path().display()), ""))
+    }
+
+    fn read_rows(paths: &[PathBuf]) -> Result<Vec<String>, String> {
+        let mut pieces = TextPieces::open(paths).map_err(|e| e.to_string())?;
+        let mut rows: Vec<String> = Vec::new();
+        while let Some(piece) = pieces.next_piece().map_err(|e| e.to_string())? {
+            match piece.start {
+                PieceStart::Row { joined } if joined || rows.is_empty() => rows.push(String::new()),
+                PieceStart::Newline => assert!(piece.text.starts_with('\n')),
+                PieceStart::Space => assert!(piece.text.starts_with(' ')),
+                PieceStart::Row { .. } | PieceStart::Forced => {}
+            }
+            rows.last_mut().unwrap().push_str(piece.text);
+        }
+        Ok(rows)
+    }
+
+    #[test]
+    fn pieces_join_to_the_file_whatever_it_holds() {
+        arbtest::arbtest(|u| {
+            let alphabet = ["a", "Z", "9", " ", "\n", "é", "漢", "🙂", ".", "\r\n", "word word\n"];
+            let mut text = String::new();
+            let n_bytes = u.int_in_range(0..=3 * PIECE_BYTES)?;
+            let unit: Vec<usize> = (0..u.int_in_range(1..=40)?)
+                .map(|_| u.choose_index(alphabet.len()))
+                .collect::<Result<_, _>>()?;
+            while text.len() < n_bytes {
+                text.extend(unit.iter().map(|&i| alphabet[i]));
+            }
+            assert_eq!(rows("t.txt", text.as_bytes()).unwrap(), [text.clone()]);
+            let row = serde_json::json!({ "text": text }).to_string();
+            assert_eq!(rows("t.jsonl", row.as_bytes()).unwrap(), [text]);
+            Ok(())
+        })
+        .budget_ms(1500);
+    }
+
+    #[test]
+    fn a_cut_is_before_a_newline_or_space_that_follows_a_letter() {
+        assert_eq!(find_cut("one\ntwo.\n\n"), (3, PieceStart::Newline));
+        assert_eq!(find_cut("one two.\n3 4"), (3, PieceStart::Space));
+        assert_eq!(find_cut("...\n... 9"), (9, PieceStart::Forced));
+        assert_eq!(find_cut("né\n"), (3, PieceStart::Newline));
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_skipped_at_the_start_only() {
+        assert_eq!(rows("a.txt", b"\xef\xbb\xbfhi\xef\xbb\xbf").unwrap(), ["hi\u{feff}"]);
+        assert_eq!(rows("a.jsonl", b"\xef\xbb\xbf{\"text\":\"hi\"}").unwrap(), ["hi"]);
+        assert_eq!(rows("a.txt", b"").unwrap(), [""]);
+    }
+
+    #[test]
+    fn rows_are_joined_and_plain_files_follow_each_other_directly() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let a = write("a.txt", "A");
+        let b = write("b.txt", "B");
+        let rows = write(
+            "c.jsonl",
+            "{\"text\": \"C\", \"id\": 7}\n\n  \r\n{\"text\": \"\"}\r\n{\"text\":\"D\"}",
+        );
+        let starts = |paths: &[PathBuf]| {
+            let mut pieces = TextPieces::open(paths).unwrap();
+            let mut starts = Vec::new();
+            while let Some(piece) = pieces.next_piece().unwrap() {
+                let joined = piece.start == PieceStart::Row { joined: true };
+                starts.push(format!(
+                    "{}{}:{}",
+                    if joined { "+" } else { "" },
+                    piece.text,
+                    piece.line
+                ));
+            }
+            assert_eq!(pieces.hashes().len(), paths.len());
+            starts
+        };
+        assert_eq!(starts(&[a.clone(), b.clone()]), ["A:1", "B:1"]);
+        assert_eq!(starts(&[rows.clone(), a]), ["C:1", "+:4", "+D:5", "+A:1"]);
+        assert_eq!(starts(&[b, rows]), ["B:1", "+C:1", "+:4", "+D:5"]);
+    }
+
+    #[test]
+    fn faults_of_plain_text_name_the_line() {
+        let fault = |bytes: &[u8]| rows("a.txt", bytes).unwrap_err();
+        let broken = fault(b"fine\nstill fine\nbad \xff here\n");
+        assert!(broken.starts_with("a.txt:3: is not UTF-8 (byte 0xff) near `"), "{broken}");
+        assert!(broken.contains("bad ") && broken.contains("\nhint: convert"), "{broken}");
+        assert!(fault(b"one\ntwo\0").starts_with("a.txt:2: holds a NUL byte near"));
+        // A character cut off by the end of the file.
+        assert!(fault(b"caf\xc3").starts_with("a.txt:1: is not UTF-8"));
+        let mut late = b"line\n".repeat(PIECE_BYTES);
+        late.extend(b"\xc0");
+        assert!(fault(&late).starts_with(&format!("a.txt:{}: ", PIECE_BYTES + 1)));
+    }
+
+    #[test]
+    fn faults_of_rows_name_the_line() {
+        let fault = |second: &[u8]| {
+            let text = [b"{\"text\":\"ok\"}\n", second].concat();
+            let message = rows("a.jsonl", &text).unwrap_err();
+            assert!(message.starts_with("a.jsonl:2: "), "{message}");
+            assert!(message.contains("\nhint: "), "{message}");
+            message
+        };
+        assert!(fault(b"{\"txt\": 1}").contains("missing key `text` near `{\"txt\": 1}`"));
+        assert!(fault(b"{\"messages\": []}").contains("chat data is not trained on yet"));
+        assert!(fault(b"{\"text\": 5}").contains("invalid type: integer `5`, expected a string"));
+        assert!(fault(b"{\"text\": \"a\", \"text\": \"b\"}").contains("duplicate key `text`"));
+        assert!(fault(b"[1]").contains("not a row of text"));
+        assert!(fault(b"{\"text\": \"half").contains("not valid JSON: EOF"));
+        assert!(fault(b"{\"text\": \"\\ud800\"}").contains("not valid JSON: "));
+        assert!(fault(b"{\"text\": \"a\\u0000b\"}").contains("NUL"));
+        assert!(fault(b"{\"text\": \"\xff\"}").contains("is not UTF-8"));
+        let deep = format!("{{\"text\": {}", "[".repeat(1_000_000));
+        assert!(fault(deep.as_bytes()).contains("expected a string"));
+    }
+
+    #[test]
+    fn over_long_lines_are_refused() {
+        let mut line = b"{\"text\":\"".to_vec();
+        line.resize(MAX_LINE_BYTES + 10, b'a');
+        assert!(
+            rows("a.jsonl", &line)
+                .unwrap_err()
+                .contains("a.jsonl:1: the line is longer than 16 MiB")
+        );
+    }
+
+    #[test]
+    fn formats_without_plain_text_and_directories_are_refused() {
+        assert!(rows("a.parquet", b"PAR1").unwrap_err().contains(".parquet files is not read"));
+        let dir = tempfile::tempdir().unwrap();
+        let error = TextPieces::open(&[dir.path().into()]).unwrap_err().to_string();
+        assert!(error.contains("is a directory"), "{error}");
+        let error = TextPieces::open(&[dir.path().join("no.txt")]).unwrap_err();
+        assert!(error.to_string().contains("no.txt does not exist"), "{error}");
+        assert_eq!(error.kind(), crate::ErrorKind::BadInput);
+    }
+}

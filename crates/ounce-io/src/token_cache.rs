@@ -1,0 +1,459 @@
+//! Token ids on disk, so that text is tokenized once and then read by `pread`, block by block.
+//!
+//! Layout, all little endian:
+//!
+//! ```text
+//!  0  "OUNCETOK"    8  version u32   12  bytes per id u32 (2 or 4)   16  number of ids u64
+//! 24  tokenizer's fingerprint u64   32  number of sources u32        36  largest id u32
+//! 40  offset of the ids u64         48  XXH64 of the ids u64         56  XXH64 of the head without this field u64
+//! 64  per source: length of its path u32, path, its bytes u64, mtime ns u64, XXH64 of its bytes u64
+//! ..  the ids
+//! ```
+//!
+//! Invariants: a cache that opens is complete and undamaged (every byte is covered by one of the two hashes); it is
+//! fresh if tokenizer and sources are the same, where a source counts as the same if path, length and time agree, or
+//! path, length and content. A cache is written as a stream and appears when it is complete.
+//!
+//! Memory: one piece of text and its ids while writing, one small buffer on the stack while reading.
+
+use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use crate::atomic::AtomicFile;
+use crate::error::IoError;
+use crate::hash::Xxh64;
+use crate::json::open_regular;
+use crate::text::{PieceStart, SourceHash, TextPieces};
+use crate::tokenizer::{Tokenizer, tokenizer_fingerprint};
+
+const MAGIC: &[u8; 8] = b"OUNCETOK";
+/// Goes up with every change of the layout or of how text is cut and joined.
+const VERSION: u32 = 1;
+const FIXED_BYTES: usize = 64;
+/// Longest head: the paths of the sources are in it.
+const MAX_HEAD_BYTES: u64 = 1 << 20;
+/// Bytes of ids that are written at once.
+const WRITE_BYTES: usize = 64 << 10;
+/// Bytes of the buffer through which ids are read.
+const READ_BYTES: usize = 8 << 10;
+
+const DAMAGED: &str = "delete the file: it is made again from the text";
+
+/// An open token cache.
+#[derive(Debug)]
+pub struct TokenCache {
+    path: PathBuf,
+    file: File,
+    head: Head,
+}
+
+/// What the head of a cache says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Head {
+    id_bytes: u32,
+    n_tokens: u64,
+    fingerprint: u64,
+    max_id: u32,
+    data_offset: u64,
+    data_hash: u64,
+    sources: Vec<SourceRecord>,
+}
+
+/// A data file as it was when it was tokenized.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct SourceRecord {
+    path: PathBuf,
+    mtime_ns: u64,
+    content: SourceHash,
+}
+
+/// Where the cache for these data files and this tokenizer lies within `dir`.
+///
+/// # Errors
+/// `Missing`, `Read`.
+pub fn cache_path(dir: &Path, files: &[PathBuf], fingerprint: u64) -> Result<PathBuf, IoError> {
+    let mut hash = Xxh64::new();
+    hash.update(&fingerprint.to_le_bytes());
+    for file in files {
+        let record = SourceRecord::stat(file)?;
+        hash.update(record.path.as_os_str().as_bytes());
+        hash.update(&[0]);
+    }
+    Ok(dir.join(format!("tokens-{:016x}.bin", hash.digest())))
+}
+
+/// Tokenizes `files` into one stream of ids at `cache_path`: rows of `.jsonl` files are joined by the tokenizer's
+/// end-of-text token where it has one.
+///
+/// # Errors
+/// As reading the text; `BadLine` for text that the tokenizer cannot encode; `Write`.
+pub fn tokenize_to_cache(
+    files: &[PathBuf],
+    tokenizer: &Tokenizer,
+    cache_path: &Path,
+) -> Result<TokenCache, IoError> {
+    let sources = files.iter().map(|f| SourceRecord::stat(f)).collect::<Result<Vec<_>, _>>()?;
+    let mut writer = CacheWriter::create(cache_path, tokenizer, sources)?;
+    let mut pieces = TextPieces::open(files)?;
+    let mut ids = Vec::new();
+    while let Some(piece) = pieces.next_piece()? {
+        ids.clear();
+        if piece.start == (PieceStart::Row { joined: true }) {
+            ids.extend(tokenizer.eos_id());
+        }
+        tokenizer.encode_piece(&piece, &mut ids)?;
+        writer.append(&ids)?;
+    }
+    writer.finish(pieces.hashes())?;
+    TokenCache::open(cache_path)
+}
+
+impl TokenCache {
+    /// Opens a cache and verifies all of it.
+    ///
+    /// # Errors
+    /// `Missing`, `Read`, `BadFile` where it is damaged or of another version.
+    pub fn open(path: &Path) -> Result<Self, IoError> {
+        let file = open_regular(path)?;
+        let head = Head::read(&file, path)?;
+        let cache = Self { path: path.into(), file, head };
+        cache.verify_data()?;
+        Ok(cache)
+    }
+
+    /// Opens the cache at `path` if it is there, undamaged, and still what tokenizing `files` would give.
+    ///
+    /// # Errors
+    /// `Missing` or `Read` for the data files; a missing, stale or damaged cache is `None`.
+    pub fn open_fresh(
+        path: &Path,
+        files: &[PathBuf],
+        fingerprint: u64,
+    ) -> Result<Option<Self>, IoError> {
+        let Ok(cache) = Self::open(path) else { return Ok(None) };
+        if cache.head.fingerprint != fingerprint || cache.head.sources.len() != files.len() {
+            return Ok(None);
+        }
+        for (record, file) in cache.head.sources.iter().zip(files) {
+            if !record.is_same(file)? {
+                return Ok(None);
+            }
+        }
+        Ok(Some(cache))
+    }
+
+    /// Opens the cache for `files` in the directory `dir`, made if it is not there; makes it with the tokenizer at
+    /// `tokenizer_path` where there is none that is fresh. The tokenizer is loaded only then.
+    ///
+    /// # Errors
+    /// As [`tokenize_to_cache`] and [`Tokenizer::load`].
+    pub fn open_or_build(
+        dir: &Path,
+        files: &[PathBuf],
+        tokenizer_path: &Path,
+    ) -> Result<Self, IoError> {
+        let fingerprint = tokenizer_fingerprint(tokenizer_path)?;
+        let path = cache_path(dir, files, fingerprint)?;
+        if let Some(cache) = Self::open_fresh(&path, files, fingerprint)? {
+            return Ok(cache);
+        }
+        fs::create_dir_all(dir).map_err(|e| IoError::writing(dir, 0, e))?;
+        tokenize_to_cache(files, &Tokenizer::load(tokenizer_path)?, &path)
+    }
+
+    /// Number of ids.
+    pub fn n_tokens(&self) -> u64 {
+        self.head.n_tokens
+    }
+
+    /// The largest id, which must be below the model's vocabulary size; 0 without any id.
+    pub fn max_id(&self) -> u32 {
+        self.head.max_id
+    }
+
+    /// The cache's own path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The first data file, for messages.
+    pub fn source_path(&self) -> &Path {
+        self.head.sources.first().map_or(&self.path, |source| &source.path)
+    }
+
+    /// Reads ids `start..start + dst.len()`. Allocates nothing.
+    ///
+    /// # Errors
+    /// `Read`; `BadFile` where the file was cut short since it was opened.
+    ///
+    /// # Panics
+    /// If the range reaches beyond the last id.
+    pub fn read(&self, start: u64, dst: &mut [i32]) -> Result<(), IoError> {
+        let end = start.checked_add(dst.len() as u64);
+        assert!(
+            end.is_some_and(|end| end <= self.n_tokens()),
+            "ids {start}.. of {} do not exist",
+            self.n_tokens()
+        );
+        let id_bytes = self.head.id_bytes as usize;
+        let mut buffer = [0; READ_BYTES];
+        let mut offset = self.head.data_offset + start * id_bytes as u64;
+        for part in dst.chunks_mut(READ_BYTES / id_bytes) {
+            let bytes = &mut buffer[..part.len() * id_bytes];
+            let read = self.file.read_exact_at(bytes, offset);
+            read.map_err(|e| IoError::reading(&self.path, e))?;
+            offset += bytes.len() as u64;
+            if id_bytes == 2 {
+                let ids = bytes.as_chunks().0;
+                part.iter_mut().zip(ids).for_each(|(x, &id)| *x = u16::from_le_bytes(id).into());
+            } else {
+                let ids = bytes.as_chunks().0;
+                part.iter_mut().zip(ids).for_each(|(x, &id)| *x = i32::from_le_bytes(id));
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares the ids with their hash.
+    fn verify_data(&self) -> Result<(), IoError> {
+        let mut hash = Xxh64::new();
+        let mut buffer = [0; READ_BYTES];
+        let end = self.head.data_offset + self.head.n_tokens * u64::from(self.head.id_bytes);
+        let mut at = self.head.data_offset;
+        while at < end {
+            let bytes = &mut buffer[..((end - at) as usize).min(READ_BYTES)];
+            let read = self.file.read_exact_at(bytes, at);
+            read.map_err(|e| IoError::reading(&self.path, e))?;
+            hash.update(bytes);
+            at += bytes.len() as u64;
+        }
+        if hash.digest() == self.head.data_hash {
+            return Ok(());
+        }
+        Err(IoError::bad_file(&self.path, "the ids do not match their checksum", DAMAGED))
+    }
+}
+
+impl SourceRecord {
+    /// The file as it is now, with its content still unread.
+    fn stat(file: &Path) -> Result<Self, IoError> {
+        let failed = |e| IoError::reading(file, e);
+        let metadata = fs::metadata(file).map_err(failed)?;
+        Ok(Self {
+            path: file.canonicalize().map_err(failed)?,
+            // Wraps for times before 1970: only equality matters.
+            mtime_ns: (metadata.mtime() as u64)
+                .wrapping_mul(1_000_000_000)
+                .wrapping_add(metadata.mtime_nsec() as u64),
+            content: SourceHash { n_bytes: metadata.len(), hash: 0 },
+        })
+    }
+
+    /// Whether `file` still has the content of this record.
+    fn is_same(&self, file: &Path) -> Result<bool, IoError> {
+        let now = Self::stat(file)?;
+        if now.path != self.path || now.content.n_bytes != self.content.n_bytes {
+            return Ok(false);
+        }
+        Ok(now.mtime_ns == self.mtime_ns || hash_file(file)? == self.content)
+    }
+}
+
+fn hash_file(path: &Path) -> Result<SourceHash, IoError> {
+    let file = open_regular(path)?;
+    let mut hash = Xxh64::new();
+    let mut buffer = vec![0; WRITE_BYTES];
+    let mut n_bytes = 0;
+    loop {
+        let n = file.read_at(&mut buffer, n_bytes).map_err(|e| IoError::reading(path, e))?;
+        if n == 0 {
+            return Ok(SourceHash { n_bytes, hash: hash.digest() });
+        }
+        hash.update(&buffer[..n]);
+        n_bytes += n as u64;
+    }
+}
+
+impl Head {
+    /// The head as bytes; its length depends on the paths only.
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        bytes.extend(MAGIC);
+        bytes.extend(VERSION.to_le_bytes());
+        bytes.extend(self.id_bytes.to_le_bytes());
+        bytes.extend(self.n_tokens.to_le_bytes());
+        bytes.extend(self.fingerprint.to_le_bytes());
+        bytes.extend((self.sources.len() as u32).to_le_bytes());
+        bytes.extend(self.max_id.to_le_bytes());
+        bytes.extend(self.data_offset.to_le_bytes());
+        bytes.extend(self.data_hash.to_le_bytes());
+        bytes.extend([0; 8]);
+        for source in &self.sources {
+            let path = source.path.as_os_str().as_bytes();
+            bytes.extend((path.len() as u32).to_le_bytes());
+            bytes.extend(path);
+            for field in [source.content.n_bytes, source.mtime_ns, source.content.hash] {
+                bytes.extend(field.to_le_bytes());
+            }
+        }
+        let hash = head_hash(&bytes);
+        bytes[FIXED_BYTES - 8..FIXED_BYTES].copy_from_slice(&hash.to_le_bytes());
+        bytes
+    }
+
+    /// Reads and checks the head of an open file.
+    fn read(file: &File, path: &Path) -> Result<Self, IoError> {
+        let bad = |reason: &str| IoError::bad_file(path, reason, DAMAGED);
+        let failed = |e| IoError::reading(path, e);
+        let file_bytes = file.metadata().map_err(failed)?.len();
+        let mut fixed = [0; FIXED_BYTES];
+        if file_bytes < FIXED_BYTES as u64 {
+            return Err(bad("too short for a token cache"));
+        }
+        file.read_exact_at(&mut fixed, 0).map_err(failed)?;
+        let data_offset = u64_at(&fixed, 40);
+        if !fixed.starts_with(MAGIC) || u32_at(&fixed, 8) != VERSION {
+            return Err(bad("not a token cache of this version"));
+        }
+        if data_offset > file_bytes.min(MAX_HEAD_BYTES) || data_offset < FIXED_BYTES as u64 {
+            return Err(bad("the head's length is impossible"));
+        }
+        let mut bytes = vec![0; data_offset as usize];
+        file.read_exact_at(&mut bytes, 0).map_err(failed)?;
+        if head_hash(&bytes) != u64_at(&bytes, FIXED_BYTES - 8) {
+            return Err(bad("the head does not match its checksum"));
+        }
+        let head = Self::parse(&bytes).ok_or_else(|| bad("the head is malformed"))?;
+        let data_bytes = head.n_tokens.checked_mul(u64::from(head.id_bytes));
+        if data_bytes != Some(file_bytes - data_offset) {
+            return Err(bad("the file's length is not that of its ids"));
+        }
+        Ok(head)
+    }
+
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let mut rest = &bytes[FIXED_BYTES..];
+        let mut sources = Vec::new();
+        for _ in 0..u32_at(bytes, 32) {
+            let (n, after) = rest.split_first_chunk::<4>()?;
+            let (path, after) = after.split_at_checked(u32::from_le_bytes(*n) as usize)?;
+            let (fields, after) = after.split_at_checked(24)?;
+            sources.push(SourceRecord {
+                path: std::ffi::OsStr::from_bytes(path).into(),
+                mtime_ns: u64_at(fields, 8),
+                content: SourceHash { n_bytes: u64_at(fields, 0), hash: u64_at(fields, 16) },
+            });
+            rest = after;
+        }
+        let id_bytes = u32_at(bytes, 12);
+        (rest.is_empty() && (id_bytes == 2 || id_bytes == 4)).then(|| Self {
+            id_bytes,
+            n_tokens: u64_at(bytes, 16),
+            fingerprint: u64_at(bytes, 24),
+            max_id: u32_at(bytes, 36),
+            data_offset: u64_at(bytes, 40),
+            data_hash: u64_at(bytes, 48),
+            sources,
+        })
+    }
+}
+
+/// Hash of a head, without the field that holds the hash.
+fn head_hash(bytes: &[u8]) -> u64 {
+    let mut hash = Xxh64::new();
+    hash.update(&bytes[..FIXED_BYTES - 8]);
+    hash.update(&bytes[FIXED_BYTES..]);
+    hash.digest()
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+}
+
+/// Writes ids behind a provisional head, and the true head at the end.
+struct CacheWriter {
+    file: AtomicFile,
+    head: Head,
+    hash: Xxh64,
+    buffer: Vec<u8>,
+}
+
+impl CacheWriter {
+    fn create(
+        path: &Path,
+        tokenizer: &Tokenizer,
+        sources: Vec<SourceRecord>,
+    ) -> Result<Self, IoError> {
+        let mut head = Head {
+            id_bytes: if tokenizer.vocab_size() <= 1 << 16 { 2 } else { 4 },
+            n_tokens: 0,
+            fingerprint: tokenizer.fingerprint(),
+            max_id: 0,
+            data_offset: 0,
+            data_hash: 0,
+            sources,
+        };
+        head.data_offset = head.to_bytes().len() as u64;
+        if head.data_offset > MAX_HEAD_BYTES {
+            return Err(IoError::Usage {
+                what: format!("{} data files are too many for one cache", head.sources.len()),
+                hint: "join the files".into(),
+            });
+        }
+        let mut file = AtomicFile::create(path)?;
+        file.write_all(&vec![0; head.data_offset as usize])?;
+        Ok(Self { file, head, hash: Xxh64::new(), buffer: Vec::with_capacity(2 * WRITE_BYTES) })
+    }
+
+    fn append(&mut self, ids: &[u32]) -> Result<(), IoError> {
+        self.head.n_tokens += ids.len() as u64;
+        self.head.max_id = ids.iter().copied().fold(self.head.max_id, u32::max);
+        for part in ids.chunks(WRITE_BYTES / 4) {
+            if self.head.id_bytes == 2 {
+                let narrow = |&id: &u32| {
+                    u16::try_from(id).expect("the vocabulary has at most 65,536 ids").to_le_bytes()
+                };
+                self.buffer.extend(part.iter().flat_map(narrow));
+            } else {
+                self.buffer.extend(part.iter().flat_map(|id| id.to_le_bytes()));
+            }
+            if self.buffer.len() >= WRITE_BYTES {
+                self.flush()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), IoError> {
+        self.hash.update(&self.buffer);
+        self.file.write_all(&self.buffer)?;
+        self.buffer.clear();
+        Ok(())
+    }
+
+    fn finish(mut self, hashes: &[SourceHash]) -> Result<(), IoError> {
+        self.flush()?;
+        for (source, hash) in self.head.sources.iter_mut().zip(hashes) {
+            if source.content.n_bytes != hash.n_bytes {
+                return Err(IoError::bad_file(
+                    &source.path,
+                    format!(
+                        "changed from {} to {} bytes while it was read",
+                        source.content.n_bytes, hash.n_bytes
+                    ),
+                    "do not write to the file while it is in use",
+                ));
+            }
+            source.content = hash.clone();
+        }
+        self.head.data_hash = self.hash.digest();
+        self.file.write_all_at(0, &self.head.to_bytes())?;
+        self.file.finish()
+    }
+}
