@@ -7,8 +7,8 @@
 //!
 //! Files, in reading order: [`entity`] (u32 ids and the arenas they index), [`dtype`], [`shape`],
 //! [`op`] (every op, its attributes and what it reads), [`graph`] (the nouns), [`builder`] (the
-//! public way to build one), `infer` (one shape rule per op), `verify` (every invariant), `text`
-//! (print and parse).
+//! public way to build one), `infer` (one shape rule per op), [`mod@verify`] (every invariant), `text`
+//! (print), `parse` (and back).
 //!
 //! ```
 //! use ounce_ir::{DType, GraphBuilder, InputKind, Shape, WeightLayout};
@@ -42,6 +42,11 @@ pub mod builder;
 
 mod infer;
 
+pub mod verify;
+
+mod parse;
+mod text;
+
 pub use builder::GraphBuilder;
 pub use dtype::DType;
 pub use entity::{Arena, EntityId};
@@ -51,4 +56,6 @@ pub use graph::{
 };
 pub use infer::{InferError, infer_outputs};
 pub use op::{AttentionSpec, GeluKind, Op, OpId, OpKind, WeightLayout};
+pub use parse::ParseError;
 pub use shape::{Lead, Shape};
+pub use verify::{VerifyError, verify};
