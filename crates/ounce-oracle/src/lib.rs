@@ -36,5 +36,8 @@ pub mod interpret;
 
 pub mod finite_difference;
 
+pub mod random_graph;
+
 pub use finite_difference::{GradientCheck, check_gradients};
 pub use interpret::{Hyper, Interpreter, Row};
+pub use random_graph::{RandomCase, TestRng, random_case};

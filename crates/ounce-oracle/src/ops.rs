@@ -5,6 +5,7 @@
 //! follows from the length of a slice. Forward ops return their output; gradient ops return the
 //! gradients of their inputs and add to sums. Gradients are of the mean loss, as `dy` brings it.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use ounce_ir::{AttentionSpec, GeluKind, WeightLayout};
@@ -43,45 +44,42 @@ pub struct Weight<'a> {
 }
 
 impl Weight<'_> {
-    fn at(&self, out: usize, input: usize) -> f64 {
-        self.data[weight_index(self.layout, out, input, self.n_out, self.n_in)]
-    }
-}
-
-fn weight_index(
-    layout: WeightLayout,
-    out: usize,
-    input: usize,
-    n_out: usize,
-    n_in: usize,
-) -> usize {
-    match layout {
-        WeightLayout::OutIn => out * n_in + input,
-        WeightLayout::InOut => input * n_out + out,
+    /// The elements in the order of `layout`.
+    fn laid_out(&self, layout: WeightLayout) -> Cow<'_, [f64]> {
+        let (n_rows, n_columns) = match self.layout {
+            WeightLayout::OutIn => (self.n_out, self.n_in),
+            WeightLayout::InOut => (self.n_in, self.n_out),
+        };
+        if layout == self.layout {
+            return Cow::Borrowed(self.data);
+        }
+        let column = |c| (0..n_rows).map(move |r| self.data[r * n_columns + c]);
+        Cow::Owned((0..n_columns).flat_map(column).collect())
     }
 }
 
 /// `y[n, m] = sum over k of x[n, k] w[m, k], + b[m]`.
 pub fn linear(x: &[f64], w: Weight<'_>, b: Option<&[f64]>) -> Vec<f64> {
-    let mut y = Vec::new();
-    for x in x.chunks(w.n_in) {
-        for m in 0..w.n_out {
-            let product: f64 = x.iter().enumerate().map(|(k, x)| x * w.at(m, k)).sum();
-            y.push(product + b.map_or(0.0, |b| b[m]));
-        }
-    }
+    let bias = b.map_or(vec![0.0; w.n_out], <[f64]>::to_vec);
+    let mut y = bias.repeat(x.len() / w.n_in);
+    add_product(&mut y, x, &w.laid_out(WeightLayout::InOut), w.n_in, w.n_out);
     y
 }
 
 /// `dx[n, k] = sum over m of dy[n, m] w[m, k]`.
 pub fn linear_grad_input(dy: &[f64], w: Weight<'_>) -> Vec<f64> {
-    let mut dx = Vec::new();
-    for dy in dy.chunks(w.n_out) {
-        for k in 0..w.n_in {
-            dx.push(dy.iter().enumerate().map(|(m, dy)| dy * w.at(m, k)).sum());
+    let mut dx = vec![0.0; dy.len() / w.n_out * w.n_in];
+    add_product(&mut dx, dy, &w.laid_out(WeightLayout::OutIn), w.n_out, w.n_in);
+    dx
+}
+
+/// Adds `a` (N, `n_inner`) times `b` (`n_inner`, `n_columns`) to `c`.
+fn add_product(c: &mut [f64], a: &[f64], b: &[f64], n_inner: usize, n_columns: usize) {
+    for (c, a) in c.chunks_mut(n_columns).zip(a.chunks(n_inner)) {
+        for (a, b) in a.iter().zip(b.chunks(n_columns)) {
+            add_scaled(c, *a, b);
         }
     }
-    dx
 }
 
 /// `dw[m, k] += sum over n of dy[n, m] x[n, k]`; `x` (N, `n_in`), `dy` (N, `n_out`).
@@ -94,10 +92,12 @@ pub fn linear_grad_weight(
     layout: WeightLayout,
 ) {
     for (x, dy) in x.chunks(n_in).zip(dy.chunks(n_out)) {
-        for (m, dy) in dy.iter().enumerate() {
-            for (k, x) in x.iter().enumerate() {
-                dw[weight_index(layout, m, k, n_out, n_in)] += dy * x;
-            }
+        let (rows, columns) = match layout {
+            WeightLayout::OutIn => (dy, x),
+            WeightLayout::InOut => (x, dy),
+        };
+        for (dw, row) in dw.chunks_mut(columns.len()).zip(rows) {
+            add_scaled(dw, *row, columns);
         }
     }
 }
