@@ -8,7 +8,7 @@ pub enum PlanError {
     /// Even the least-peak plan is larger than the budget.
     #[error(
         "the plan does not fit: budget {}, smallest feasible budget: {}; of that {}",
-        mib(*budget_bytes), mib(*smallest_bytes), table(dominating)
+        mib(*budget_bytes), mib_up(*smallest_bytes), table(dominating)
     )]
     DoesNotFit {
         /// The budget that was asked for.
@@ -23,6 +23,13 @@ pub enum PlanError {
 /// Bytes as MiB with two digits.
 pub(crate) fn mib(bytes: u64) -> String {
     format!("{:.2} MiB", bytes as f64 / (1024.0 * 1024.0))
+}
+
+/// Bytes as MiB with two digits, rounded up, so that the figure works as a budget.
+pub fn mib_up(bytes: u64) -> String {
+    const MIB: u64 = 1 << 20;
+    let hundredths = (u128::from(bytes) * 100).div_ceil(u128::from(MIB));
+    format!("{}.{:02} MiB", hundredths / 100, hundredths % 100)
 }
 
 fn table(rows: &[(Category, u64)]) -> String {

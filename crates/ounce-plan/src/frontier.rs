@@ -217,7 +217,7 @@ impl<'a> Frontier<'a> {
         let certificate = Certificate {
             budget_bytes,
             peak_bytes: baseline_bytes + placement.height,
-            max_load_bytes: baseline_bytes + base + load,
+            max_load_bytes: baseline_bytes + base - align(self.options.reserved_bytes) + load,
             step_s: entry.time_s,
             step_bound_s: bound_s.min(entry.time_s),
             unconstrained_step_s: self.entries.last().map_or(entry.time_s, |e| e.time_s),
