@@ -1,0 +1,228 @@
+//! Whole steps of small models: against the f64 interpreter, and bit for bit against themselves
+//! under other threads, micro-batches, cuts and in-place plans.
+
+mod support;
+
+use ounce_exec::{OptimizerHyper, StepInputs};
+use ounce_ir::{Graph, InputKind, OpKind, OptimizerKind, ValueKind};
+use ounce_oracle::{Hyper, Interpreter};
+use ounce_program::StepShape;
+use support::{
+    Cut, ROW_TOKENS, Session, gpt2_like, has_op, llama_like, llama_like_decode, n_supervised, rows,
+    spans, start_values, training,
+};
+
+const N_STEPS: u64 = 3;
+const N_ROWS: u64 = 4;
+
+/// With an epsilon far above rounding, a gradient that is zero but for rounding moves nothing.
+const HYPER: Hyper =
+    Hyper { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-3, weight_decay: 0.1, max_grad_norm: 0.5 };
+
+fn step_inputs<'a>(step: u64, grad_scale: f32, rows: &'a [ounce_exec::RowSpan]) -> StepInputs<'a> {
+    StepInputs {
+        seed: 0x1234_5678_9abc,
+        step,
+        grad_scale,
+        lr: HYPER.lr as f32,
+        hyper: OptimizerHyper {
+            beta1: HYPER.beta1 as f32,
+            beta2: HYPER.beta2 as f32,
+            eps: HYPER.eps as f32,
+            weight_decay: HYPER.weight_decay as f32,
+        },
+        max_grad_norm: HYPER.max_grad_norm as f32,
+        rows,
+    }
+}
+
+/// Runs the steps and returns what they leave.
+fn run(graph: &Graph, shape: StepShape, cut: Cut, n_threads: usize) -> Vec<(String, Vec<f32>)> {
+    let mut session = Session::new(graph, shape, cut, n_threads);
+    for step in 1..=N_STEPS {
+        let rows = rows(shape.n_rows, step);
+        let spans = spans(shape, &rows);
+        session.set_rows(graph, shape, &rows);
+        let grad_scale = 1.0 / n_supervised(&rows) as f32;
+        session.exec.run(&mut session.arena, &step_inputs(step, grad_scale, &spans));
+    }
+    session.everything(graph)
+}
+
+/// The same steps in f64, in the order of [`Session::everything`].
+fn run_oracle(graph: &Graph, shape: StepShape) -> Vec<(String, Vec<f64>)> {
+    let mut oracle = Interpreter::new(graph, shape);
+    oracle.seed = 0x1234_5678_9abc;
+    for p in graph.params.ids() {
+        let values: Vec<f64> = start_values(graph, p).into_iter().map(f64::from).collect();
+        oracle.set_param(p, &values);
+    }
+    for step in 1..=N_STEPS {
+        oracle.set_rows(&rows(shape.n_rows, step));
+        oracle.run_step(&HYPER);
+    }
+    let mut all = Vec::new();
+    for (v, value) in graph.values.iter() {
+        if matches!(value.kind, ValueKind::Sum(_) | ValueKind::Loss)
+            || value.kind == ValueKind::Scalar && value.dtype == ounce_ir::DType::F32
+        {
+            all.push((value.name.clone(), oracle.value(v).to_vec()));
+        }
+    }
+    for (p, param) in graph.params.iter() {
+        all.push((param.name.clone(), oracle.param(p).to_vec()));
+        for k in 0..graph.states.len() {
+            all.push((format!("state {k} of {}", param.name), oracle.state(p, k).to_vec()));
+        }
+    }
+    all
+}
+
+/// Compares every tensor with the oracle's, relative to its largest element.
+fn assert_close(got: &[(String, Vec<f32>)], want: &[(String, Vec<f64>)], tolerance: f64) {
+    assert_eq!(got.len(), want.len());
+    for ((name, got), (want_name, want)) in got.iter().zip(want) {
+        assert_eq!(name, want_name);
+        let largest = want.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+        for (i, (got, want)) in got.iter().zip(want).enumerate() {
+            let off = (f64::from(*got) - want).abs();
+            // Gradients that are zero but for rounding (a key's bias) have no scale of their own.
+            let allowed = tolerance * largest.max(1e-3);
+            assert!(off <= allowed, "{name}[{i}] is {got}, not {want} (largest {largest})");
+        }
+    }
+}
+
+/// Whether two runs left the same bits, with the name of the first difference.
+fn assert_same_bits(a: &[(String, Vec<f32>)], b: &[(String, Vec<f32>)], what: &str) {
+    for ((name, a), (_, b)) in a.iter().zip(b) {
+        let differs = a.iter().zip(b).position(|(a, b)| a.to_bits() != b.to_bits());
+        assert_eq!(differs, None, "{name} under {what}");
+    }
+}
+
+fn graphs() -> [(&'static str, Graph); 2] {
+    [
+        ("gpt2", training(&gpt2_like(0.1), OptimizerKind::AdamW, true)),
+        ("llama", training(&llama_like(), OptimizerKind::AdamW, true)),
+    ]
+}
+
+#[test]
+fn three_adamw_steps_match_the_f64_interpreter() {
+    let shape = StepShape::new(N_ROWS, ROW_TOKENS);
+    for (name, graph) in graphs() {
+        assert!(has_op(&graph, |k| matches!(k, OpKind::ClipScale)), "{name} clips");
+        let got = run(&graph, shape, Cut::NONE, 2);
+        assert_close(&got, &run_oracle(&graph, shape), 1e-4);
+    }
+}
+
+#[test]
+fn sgd_without_clipping_matches_the_f64_interpreter() {
+    let graph = training(&gpt2_like(0.0), OptimizerKind::Sgd, false);
+    let shape = StepShape::new(2, ROW_TOKENS);
+    let got = run(&graph, shape, Cut::NONE, 2);
+    assert_close(&got, &run_oracle(&graph, shape), 1e-4);
+}
+
+#[test]
+fn a_frozen_body_passes_gradients_through() {
+    for mut forward in [gpt2_like(0.0), llama_like()] {
+        // Only the first layer's output projection is trained: gradients pass frozen norms,
+        // attention, MLP and head.
+        let ids: Vec<_> = forward.params.ids().collect();
+        for p in ids {
+            let name = forward.params[p].name.clone();
+            forward.params[p].trainable =
+                name.contains("0.attn.c_proj") || name.contains("0.o_proj");
+        }
+        let graph = training(&forward, OptimizerKind::AdamW, true);
+        let shape = StepShape::new(2, ROW_TOKENS);
+        let got = run(&graph, shape, Cut::NONE, 2);
+        assert_close(&got, &run_oracle(&graph, shape), 1e-4);
+    }
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    let shape = StepShape::new(N_ROWS, ROW_TOKENS);
+    for (name, graph) in graphs() {
+        let one = run(&graph, shape, Cut::NONE, 1);
+        for n_threads in [2, 3] {
+            let other = run(&graph, shape, Cut::NONE, n_threads);
+            assert_same_bits(&one, &other, &format!("{n_threads} threads, {name}"));
+        }
+    }
+}
+
+#[test]
+fn micro_batches_cuts_recomputation_and_in_place_do_not_change_a_bit() {
+    let shape = StepShape::new(N_ROWS, ROW_TOKENS);
+    let cuts = [
+        Cut { micro_batch_rows: 2, ..Cut::NONE },
+        Cut { micro_batch_rows: 1, run_tokens: 64, ..Cut::NONE },
+        Cut { micro_batch_rows: 3, run_tokens: 192, in_place: true, recompute: true },
+        Cut { in_place: true, ..Cut::NONE },
+    ];
+    for (name, graph) in graphs() {
+        let whole = run(&graph, shape, Cut::NONE, 2);
+        for cut in cuts {
+            assert_same_bits(&whole, &run(&graph, shape, cut, 2), &format!("{cut:?}, {name}"));
+        }
+    }
+}
+
+#[test]
+fn logits_of_selected_tokens_match_the_f64_interpreter() {
+    let graph = llama_like_decode();
+    let shape = StepShape { n_selected: 3, ..StepShape::new(3, ROW_TOKENS) };
+    let rows = rows(3, 1);
+    let spans = spans(shape, &rows);
+    let selected: Vec<i32> = spans.iter().map(|s| (s.start + s.len - 1) as i32).collect();
+
+    let mut oracle = Interpreter::new(&graph, shape);
+    for p in graph.params.ids() {
+        let values: Vec<f64> = start_values(&graph, p).into_iter().map(f64::from).collect();
+        oracle.set_param(p, &values);
+    }
+    oracle.set_rows(&rows);
+    oracle.set_input(InputKind::SelectedRows, &selected);
+    oracle.run_forward();
+
+    let result = graph.find_value(ValueKind::Result).expect("a result");
+    let want = vec![("logits".to_owned(), oracle.value(result).to_vec())];
+    for in_place in [false, true] {
+        let cut = Cut { run_tokens: 64, in_place, ..Cut::NONE };
+        let mut session = Session::new(&graph, shape, cut, 2);
+        session.set_rows(&graph, shape, &rows);
+        let idx = graph.find_value(ValueKind::Input(InputKind::SelectedRows)).expect("an input");
+        session.exec.buffers(&mut session.arena).session_i32(idx).copy_from_slice(&selected);
+        session.exec.run(&mut session.arena, &StepInputs::forward(&spans));
+        let logits = session.exec.buffers(&mut session.arena).session_f32(result).to_vec();
+        assert_close(&[("logits".to_owned(), logits)], &want, 1e-4);
+    }
+}
+
+#[test]
+fn a_profile_counts_every_run_of_a_step() {
+    let graph = training(&llama_like(), OptimizerKind::AdamW, true);
+    let shape = StepShape::new(2, ROW_TOKENS);
+    let cut = Cut { micro_batch_rows: 1, ..Cut::NONE };
+    let mut session = Session::new(&graph, shape, cut, 1);
+    let rows = rows(2, 1);
+    let spans = spans(shape, &rows);
+    session.set_rows(&graph, shape, &rows);
+    assert!(session.exec.profile().is_empty(), "nothing was measured yet");
+    session.exec.start_profile();
+    for step in 1..=2 {
+        session.exec.run(&mut session.arena, &step_inputs(step, 1.0, &spans));
+    }
+    let profile = session.exec.profile();
+    let n_runs = |name: &str| profile.iter().find(|t| t.op == name).map_or(0, |t| t.n_runs);
+    let n_ops = |name: &str| graph.ops.values().filter(|op| op.kind.name() == name).count() as u64;
+    assert_eq!(n_runs("linear"), 2 * 2 * n_ops("linear"), "two steps of two micro-batches");
+    assert_eq!(n_runs("adamw"), 2 * n_ops("adamw"));
+    assert!(n_runs("zero") > 0);
+    assert!(profile.windows(2).all(|w| w[0].total >= w[1].total), "the longest first");
+}
