@@ -1,8 +1,10 @@
-//! The slow truth, for tests only: an f64 interpreter that defines every op, finite differences.
+//! The slow truth, for tests only: an f64 interpreter that defines every op, finite differences, a
+//! brute-force planner.
 //!
 //! Nothing here is fast and nothing of it is in the product. The interpreter runs a [`Graph`] over a
 //! whole step, all tokens at once and every value kept, in f64; kernels and plans are compared with
-//! it. Finite differences check the interpreter's gradients with nothing but its losses.
+//! it. Finite differences check the interpreter's gradients with nothing but its losses. The
+//! brute-force planner finds the fastest schedule of a tiny graph within a number of bytes.
 //!
 //! ```
 //! use ounce_ir::{GraphBuilder, InputKind, Shape};
@@ -23,7 +25,8 @@
 //! ```
 //!
 //! Files, in reading order: [`ops`] (every op's definition, on slices), [`philox`] (random bits),
-//! [`interpret`] (a graph on a step), [`finite_difference`] (gradients without a backward).
+//! [`interpret`] (a graph on a step), [`finite_difference`] (gradients without a backward),
+//! [`mod@brute_force`] (the fastest schedule in a number of bytes).
 //!
 //! [`Graph`]: ounce_ir::Graph
 #![forbid(unsafe_code)]
@@ -36,6 +39,9 @@ pub mod interpret;
 
 pub mod finite_difference;
 
+pub mod brute_force;
+
+pub use brute_force::{brute_force, least_bytes};
 pub mod random_graph;
 
 pub use finite_difference::{GradientCheck, check_gradients};

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use expect_test::{Expect, expect};
 use ounce_ir::{
     AttentionSpec, GeluKind, Graph, GraphBuilder, Init, InputKind, OptimizerKind, ParamId, Phase,
-    Shape, ValueId, ValueKind, WeightLayout, infer_outputs,
+    Shape, ValueId, ValueKind, WeightLayout, verify,
 };
 use ounce_passes::{PassError, attach_optimizer, differentiate};
 
@@ -49,10 +49,7 @@ fn print(graph: &Graph) -> String {
 }
 
 fn check(graph: &Graph, expected: &Expect) {
-    for op in graph.ops.values() {
-        let outputs = infer_outputs(graph, op).unwrap();
-        assert_eq!(outputs.len(), op.outputs.len());
-    }
+    verify(graph).unwrap();
     expected.assert_eq(&print(graph));
 }
 
@@ -274,6 +271,7 @@ fn with_clipping_all_norms_come_first_in_parameter_order() {
 }
 
 fn check_update(graph: &Graph, expected: &Expect) {
+    verify(graph).unwrap();
     let text = print(graph);
     let update: String = text
         .lines()
