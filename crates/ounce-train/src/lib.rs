@@ -1,1 +1,78 @@
-//! The training session: the whole flow on one screen, schedules, evaluation, sampling.
+//! The training session: from a model directory, text and a budget to a trained model directory.
+//!
+//! A library: no globals, no exits, no signal handlers, nothing printed. What a run tells goes to an
+//! [`Observer`], which may also ask it to stop. The flow, each verb a crate or a file:
+//! build, differentiate, attach the optimizer, plan, check, resolve (all in `session`), then load,
+//! step, evaluate, sample, save.
+//!
+//! Files, in reading order: [`error`], [`budget`] (bytes stated, free and used), `baseline` (the
+//! declared size of the process), [`settings`], [`schedule`], [`report`] (what is told), `model` (the
+//! directory that a run starts from), `tokenize` and `text_table` (tokenizing in a child process),
+//! `weights`, `batch` (rows on the token axis), `session`, [`train_loop`], [`mod@evaluate`],
+//! [`mod@generate`], [`bench`], [`mod@init`].
+//!
+//! ```
+//! use ounce_train::{Memory, Settings};
+//! let mut flags = serde_json::Map::new();
+//! flags.insert("memory".to_owned(), "48MiB".into());
+//! let settings = Settings::resolve(None, &flags)?;
+//! assert_eq!(settings.memory, Memory::Bytes(48 << 20));
+//! # Ok::<(), ounce_train::Error>(())
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod error;
+
+pub mod budget;
+
+mod baseline;
+
+pub mod settings;
+
+pub mod schedule;
+
+pub mod report;
+
+mod model;
+
+mod tokenize;
+
+mod text_table;
+
+mod weights;
+
+mod batch;
+
+mod session;
+
+pub mod train_loop;
+
+pub mod evaluate;
+
+pub mod generate;
+
+pub mod bench;
+
+pub mod init;
+
+use std::path::PathBuf;
+
+pub use bench::{BenchRecord, BenchSettings, bench_step};
+pub use budget::{Memory, format_bytes};
+pub use error::{Error, ErrorClass, Result};
+pub use evaluate::evaluate;
+pub use generate::{GenerateRecord, GenerateSettings, generate};
+pub use init::{Architecture, InitRecord, InitSettings, ModelShape, init};
+pub use report::{DoneRecord, EvalRecord, Observer, PlanRecord, Silent, StepRecord};
+pub use settings::{Optimizer, Precision, Settings};
+pub use tokenize::answer_tokenize_request;
+pub use train_loop::{plan, train};
+
+/// What the library may know of the process that it runs in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Environment {
+    /// A program that hands `__tokenize` requests to [`answer_tokenize_request`]: the caller itself.
+    pub worker: PathBuf,
+    /// Folder for token files and measured costs.
+    pub cache_dir: PathBuf,
+}

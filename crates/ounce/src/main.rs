@@ -1,2 +1,102 @@
-//! The `ounce` command.
-fn main() {}
+//! The `ounce` command: flags in, exit code out. Everything else is in `ounce-train`.
+//!
+//! Files, in reading order: `flags` (the command line as typed), `console` (what is printed),
+//! `commands` (one function per command). This is the only crate that prints, reads the environment,
+//! handles signals and exits.
+#![forbid(unsafe_code)]
+
+mod flags;
+
+mod console;
+
+mod commands;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use clap::Parser;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use ounce_train::{Error, ErrorClass};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+/// Exit code of wrong usage.
+const USAGE: u8 = 2;
+/// Exit code of a bug of ours, as sysexits has it.
+const BUG: u8 = 70;
+
+fn main() -> ExitCode {
+    let cli = match flags::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return refuse(&e),
+    };
+    // The number of the signal that arrived, 0 for none. A second one of a kind ends the process.
+    let signal = Arc::new(AtomicUsize::new(0));
+    for number in [SIGINT, SIGTERM] {
+        let code = 128 + number;
+        let seen = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let registered =
+            signal_hook::flag::register_conditional_shutdown(number, code, seen.clone())
+                .and_then(|_| signal_hook::flag::register(number, seen))
+                .and_then(|_| {
+                    signal_hook::flag::register_usize(number, signal.clone(), number as usize)
+                });
+        if let Err(e) = registered {
+            console::print_err(&format!("warning: signals end the run at once: {e}\n"));
+        }
+    }
+    match commands::run(cli.command, &signal) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            console::print_err(&format!("error: {e}\n"));
+            exit_code(&e, signal.load(Ordering::Relaxed))
+        }
+    }
+}
+
+/// The contract's exit code of a failure.
+fn exit_code(e: &Error, signal: usize) -> ExitCode {
+    ExitCode::from(match e.class() {
+        ErrorClass::Usage => USAGE,
+        ErrorClass::DoesNotFit => 3,
+        ErrorClass::Input => 4,
+        ErrorClass::NonFinite => 5,
+        ErrorClass::Files => 6,
+        ErrorClass::Interrupted => 128 + signal as u8,
+        ErrorClass::Bug => BUG,
+    })
+}
+
+/// Prints help, or what is wrong with the command line and what it might have meant.
+fn refuse(e: &clap::Error) -> ExitCode {
+    if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+        console::print_out(&e.render().to_string());
+        return ExitCode::SUCCESS;
+    }
+    if e.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        console::print_err(&e.render().to_string());
+        return ExitCode::from(USAGE);
+    }
+    let suggestion =
+        [ContextKind::SuggestedArg, ContextKind::SuggestedSubcommand, ContextKind::SuggestedValue]
+            .into_iter()
+            .find_map(|kind| match e.get(kind)? {
+                ContextValue::String(s) => Some(s.clone()),
+                ContextValue::Strings(s) => s.first().cloned(),
+                _ => None,
+            });
+    let hint = suggestion.map_or_else(
+        || "see `ounce --help` and `ounce COMMAND --help`".to_owned(),
+        |s| format!("the nearest match is `{s}`"),
+    );
+    let text = e.render().to_string();
+    let has_hint = text.lines().any(|l| l.starts_with("hint: "));
+    let hint = if has_hint { String::new() } else { format!("hint: {hint}\n") };
+    // Clap's own pointers ("tip", "For more information") say what the hint says.
+    let kept = text
+        .lines()
+        .filter(|l| !l.trim_start().starts_with("tip:") && !l.starts_with("For more information"));
+    let text: String = kept.map(|l| format!("{l}\n")).collect();
+    console::print_err(&format!("{}\n{hint}", text.trim_end()));
+    ExitCode::from(USAGE)
+}

@@ -1,0 +1,88 @@
+//! The declared size of the process outside the arena, and the budget that belongs to an arena.
+//!
+//! What a process takes besides the planned bytes: code and libraries that were touched, the stacks
+//! of the threads, the tables of graph, plan and executor, the table from id to bytes, I/O buffers,
+//! and, charged by the kernel though not resident memory, the page tables that map the arena (8 bytes
+//! per page of 4 KiB). Each has a bound that is known before planning; the sum is checked against the
+//! running process before step 1.
+
+use crate::budget::{BUDGET_QUANTUM_BYTES, resident_bytes};
+use crate::{Error, Result};
+
+/// Code, libraries, main stack, heap of a process that has planned nothing yet.
+const PROCESS_BYTES: u64 = 12 << 20;
+/// Touched stack of one thread, and what the kernel keeps for it.
+const THREAD_BYTES: u64 = 64 << 10;
+/// Graph, plan and executor tables per op of a graph.
+const OP_BYTES: u64 = 4 << 10;
+/// Table from id to bytes (a token's bytes and their end), and a sampler's weight per id.
+const TOKEN_BYTES: u64 = 24;
+/// One byte of page tables maps this many.
+const PAGE_TABLE_SHARE: u64 = 512;
+
+/// Declared bytes outside the arena, for one budget.
+#[derive(Debug, Clone)]
+pub(crate) struct Baseline {
+    fixed_bytes: u64,
+    page_table_bytes: u64,
+}
+
+impl Baseline {
+    /// The bound for a run on `n_threads` threads, with graphs of `n_ops` ops together and a
+    /// vocabulary of `vocab_size`, in a budget.
+    pub(crate) fn declare(n_ops: u64, n_threads: u64, vocab_size: u64, budget_bytes: u64) -> Self {
+        let fixed_bytes =
+            PROCESS_BYTES + THREAD_BYTES * n_threads + OP_BYTES * n_ops + TOKEN_BYTES * vocab_size;
+        Self { fixed_bytes, page_table_bytes: budget_bytes / PAGE_TABLE_SHARE }
+    }
+
+    /// All of it.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.fixed_bytes + self.page_table_bytes
+    }
+
+    /// The smallest budget whose arena has `arena_bytes`.
+    pub(crate) fn smallest_budget(&self, arena_bytes: u64) -> u64 {
+        let fits = |budget: u64| {
+            budget.checked_sub(self.fixed_bytes + budget / PAGE_TABLE_SHARE) >= Some(arena_bytes)
+        };
+        let need = self.fixed_bytes + arena_bytes;
+        // Above `need` by the page tables of `need`, and of those in turn: close below, then counted up.
+        let mut budget = (need + need / PAGE_TABLE_SHARE).next_multiple_of(BUDGET_QUANTUM_BYTES);
+        while budget > BUDGET_QUANTUM_BYTES && fits(budget - BUDGET_QUANTUM_BYTES) {
+            budget -= BUDGET_QUANTUM_BYTES;
+        }
+        while !fits(budget) {
+            budget += BUDGET_QUANTUM_BYTES;
+        }
+        budget
+    }
+
+    /// Checks the running process, whose arena is not touched yet.
+    ///
+    /// # Errors
+    /// [`Error::Baseline`] with both numbers.
+    pub(crate) fn check(&self) -> Result<()> {
+        let (resident_bytes, declared_bytes) = (resident_bytes(), self.bytes());
+        if resident_bytes <= declared_bytes {
+            return Ok(());
+        }
+        Err(Error::Baseline { resident_bytes, declared_bytes })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_smallest_budget_fits_its_arena_and_one_quantum_less_does_not() {
+        for arena_bytes in [0, 1, 20 << 20, 300 << 20, (7 << 30) + 4096] {
+            let budget = Baseline::declare(500, 2, 65, 0).smallest_budget(arena_bytes);
+            let room = |b: u64| b.saturating_sub(Baseline::declare(500, 2, 65, b).bytes());
+            assert_eq!(budget % BUDGET_QUANTUM_BYTES, 0);
+            assert!(room(budget) >= arena_bytes);
+            assert!(arena_bytes == 0 || room(budget - BUDGET_QUANTUM_BYTES) < arena_bytes);
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! `bench step`: full training steps on one fixed random batch, from random weights.
+//!
+//! The keys of the record are those of `bench/peer_torch.py`, so that both can be put side by side.
+//! Like there, the batch never changes, so the loss must fall.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use ounce_ir::OptimizerKind;
+use ounce_kernels::philox::philox4x32_10;
+use ounce_models::{PRESETS, preset};
+use ounce_program::StepShape;
+use serde::Serialize;
+
+use crate::budget::{Memory, peak_resident_bytes};
+use crate::model::{Model, read_config};
+use crate::schedule::SchedulerType;
+use crate::session::{TrainWanted, Wanted, compile};
+use crate::settings::Optimizer;
+use crate::train_loop::{Rows, Trainer, limits};
+use crate::{Environment, Error, Observer, Result, Settings};
+
+/// What to measure.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BenchSettings {
+    /// A directory with a `config.json`, or a published size.
+    pub model: String,
+    /// Rows per step.
+    pub n_rows: u64,
+    /// Tokens per row.
+    pub max_length: u64,
+    /// Measured steps.
+    pub n_steps: u64,
+    /// Steps before the measured ones.
+    pub n_warmup_steps: u64,
+    /// Budget of the whole process.
+    pub memory: Memory,
+    /// Threads; all cores if not given.
+    pub threads: Option<u32>,
+    /// Seed of weights and batch.
+    pub seed: u64,
+    /// Update rule.
+    pub optimizer: Optimizer,
+    /// Learning rate.
+    pub learning_rate: f64,
+    /// Gradients are scaled down to this norm; 0 is off.
+    pub max_grad_norm: f64,
+    /// Whether to time every class of op.
+    pub profile: bool,
+}
+
+/// What was measured. Sizes in MiB, times in seconds.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[expect(missing_docs, reason = "the keys are those of bench/peer_torch.py")]
+pub struct BenchRecord {
+    pub engine: String,
+    pub model: String,
+    pub params: u64,
+    pub batch: u64,
+    pub seq: u64,
+    pub dtype: String,
+    pub optimizer: Optimizer,
+    pub threads: u64,
+    pub tok_per_s: f64,
+    pub step_s_median: f64,
+    pub step_s_min: f64,
+    pub step_s_all: Vec<f64>,
+    pub first_step_s: f64,
+    pub peak_rss_mib: f64,
+    pub losses: Vec<f64>,
+    pub plan_peak_mib: f64,
+    pub predicted_step_s: f64,
+    pub unconstrained_step_s: f64,
+    pub budget_mib: f64,
+    /// Time by class of op, for people; empty unless asked for.
+    #[serde(skip)]
+    pub profile_table: String,
+}
+
+/// The command: plans, runs and times the steps.
+///
+/// # Errors
+/// Wrong settings or configuration; a budget that does not fit; a request to stop.
+pub fn bench_step(
+    wanted: &BenchSettings,
+    env: &Environment,
+    observer: &mut dyn Observer,
+) -> Result<BenchRecord> {
+    let model = open_model(&wanted.model)?;
+    let settings = settings(wanted);
+    settings.check_ranges()?;
+    let shape = StepShape::new(wanted.n_rows, wanted.max_length);
+    let optimizer = match wanted.optimizer {
+        Optimizer::Adamw => OptimizerKind::AdamW,
+        Optimizer::Sgd => OptimizerKind::Sgd,
+    };
+    let train = TrainWanted { shape, optimizer, clip: wanted.max_grad_norm > 0.0, dropout: 0.0 };
+    let plans = Wanted {
+        train: Some(train),
+        eval: None,
+        sample_tokens: None,
+        max_length: wanted.max_length,
+    };
+    let limits = limits(&settings);
+    let mut session = compile(&model, &plans, &limits, env)?;
+    session.check_baseline()?;
+    let n_steps = wanted.n_warmup_steps + wanted.n_steps;
+    let plan = session.record();
+    observer.planned(&plan, n_steps);
+    session.load_fresh(wanted.seed);
+    let rows = RandomRows { seed: wanted.seed, vocab_size: model.config.vocab_size() };
+    let mut trainer = Trainer::new(&settings, &session, n_steps);
+    let (mut losses, mut times) = (Vec::new(), Vec::new());
+    for step in 1..=n_steps {
+        if observer.stop_requested() {
+            return Err(Error::Interrupted { step: step - 1 });
+        }
+        if wanted.profile && step == wanted.n_warmup_steps + 1 {
+            session.train.as_mut().expect("a bench has a training plan").executor.start_profile();
+        }
+        let record = trainer.step(&mut session, &rows, step)?;
+        observer.step(&record);
+        losses.push(record.loss);
+        times.push(record.step_s);
+    }
+    let measured = &times[wanted.n_warmup_steps as usize..];
+    let step_s_median = median(measured);
+    let mib = |bytes: u64| bytes as f64 / 1048576.0;
+    Ok(BenchRecord {
+        engine: format!("ounce {}", env!("CARGO_PKG_VERSION")),
+        model: wanted.model.clone(),
+        params: plan.n_params,
+        batch: wanted.n_rows,
+        seq: wanted.max_length,
+        dtype: "fp32".to_owned(),
+        optimizer: wanted.optimizer,
+        threads: limits.n_threads as u64,
+        tok_per_s: (wanted.n_rows * wanted.max_length) as f64 / step_s_median,
+        step_s_median,
+        step_s_min: measured.iter().copied().fold(f64::INFINITY, f64::min),
+        step_s_all: measured.to_vec(),
+        first_step_s: times[0],
+        peak_rss_mib: mib(peak_resident_bytes()),
+        losses,
+        plan_peak_mib: mib(plan.peak_bytes),
+        predicted_step_s: plan.step_s,
+        unconstrained_step_s: plan.unconstrained_step_s,
+        budget_mib: mib(plan.budget_bytes),
+        profile_table: profile_table(&session, wanted),
+    })
+}
+
+/// A published size by name, else a directory or file with a configuration.
+fn open_model(name: &str) -> Result<Model> {
+    if let Some(config) = preset(name) {
+        return Ok(Model { dir: name.into(), config });
+    }
+    let dir = Path::new(name);
+    if !dir.exists() {
+        return Err(Error::Usage {
+            message: format!("`{name}` is neither a directory nor a published size"),
+            hint: format!("published sizes are {}", PRESETS.join(", ")),
+        });
+    }
+    Ok(Model { dir: dir.to_path_buf(), config: read_config(dir)? })
+}
+
+/// The settings of a run that does what `bench/peer_torch.py` does.
+fn settings(wanted: &BenchSettings) -> Settings {
+    Settings {
+        per_device_train_batch_size: wanted.n_rows,
+        max_length: Some(wanted.max_length),
+        max_steps: Some(wanted.n_warmup_steps + wanted.n_steps),
+        optimizer: wanted.optimizer,
+        learning_rate: wanted.learning_rate,
+        lr_scheduler_type: SchedulerType::Constant,
+        weight_decay: if wanted.optimizer == Optimizer::Adamw { 0.1 } else { 0.0 },
+        adam_beta2: 0.95,
+        max_grad_norm: wanted.max_grad_norm,
+        memory: wanted.memory,
+        threads: wanted.threads,
+        seed: wanted.seed,
+        ..Settings::default()
+    }
+}
+
+/// The same random ids in every step.
+struct RandomRows {
+    seed: u64,
+    vocab_size: u64,
+}
+
+impl Rows for RandomRows {
+    fn read(&self, _step: u64, _n_rows: u64, row: u64, ids: &mut [i32]) -> Result<usize> {
+        let key = [self.seed as u32, (self.seed >> 32) as u32];
+        for (i, group) in ids.chunks_mut(4).enumerate() {
+            let words = philox4x32_10([i as u32, row as u32, 0, 0x0062_656e], key);
+            for (id, word) in group.iter_mut().zip(words) {
+                *id = (u64::from(word) * self.vocab_size >> 32) as i32;
+            }
+        }
+        Ok(ids.len())
+    }
+}
+
+fn median(times: &[f64]) -> f64 {
+    let mut sorted = times.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let mid = sorted.len() / 2;
+    if sorted.len() % 2 == 1 { sorted[mid] } else { f64::midpoint(sorted[mid - 1], sorted[mid]) }
+}
+
+/// Time by class of op, the longest first.
+fn profile_table(session: &crate::session::Session, wanted: &BenchSettings) -> String {
+    let times = session.train.as_ref().map_or_else(Vec::new, |p| p.executor.profile());
+    let total: f64 = times.iter().map(|t| t.total.as_secs_f64()).sum();
+    let mut table = String::new();
+    for t in &times {
+        let seconds = t.total.as_secs_f64();
+        writeln!(
+            table,
+            "{:<20} {:>8} runs {:>10.3} ms/step {:>5.1} %",
+            t.op,
+            t.n_runs / wanted.n_steps,
+            1e3 * seconds / wanted.n_steps as f64,
+            100.0 * seconds / total
+        )
+        .expect("writing to a string cannot fail");
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle_or_between_the_two_middle_ones() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+
+    #[test]
+    fn random_rows_are_the_same_every_time_and_below_the_vocabulary() {
+        let rows = RandomRows { seed: 1, vocab_size: 97 };
+        let read = |step, row| {
+            let mut ids = [0; 33];
+            rows.read(step, 4, row, &mut ids).unwrap();
+            ids
+        };
+        assert_eq!(read(1, 0), read(2, 0));
+        assert_ne!(read(1, 0), read(1, 1));
+        assert!(read(1, 0).iter().all(|&id| (0..97).contains(&id)));
+    }
+}

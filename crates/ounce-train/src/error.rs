@@ -1,0 +1,177 @@
+//! What can end a run, and whose doing it is.
+
+use crate::budget::{format_budget, format_bytes};
+
+/// Every failure of this crate. Each message ends with a `hint:` line.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A setting is missing, unknown or out of range.
+    #[error("{message}\nhint: {hint}")]
+    Usage {
+        /// What is wrong with which setting.
+        message: String,
+        /// What to try.
+        hint: String,
+    },
+    /// The feature is named by the command line contract, but there is no code for it.
+    #[error("{what} is not built yet\nhint: leave it out; `ounce --help` shows what there is")]
+    NotBuilt {
+        /// The flag or command.
+        what: String,
+    },
+    /// No plan fits into the budget.
+    #[error(
+        "the plan does not fit: budget {}\n{breakdown}smallest feasible budget: {}\nhint: {hint}",
+        format_bytes(*budget_bytes),
+        format_budget(*smallest_bytes)
+    )]
+    DoesNotFit {
+        /// What was asked for.
+        budget_bytes: u64,
+        /// What would do.
+        smallest_bytes: u64,
+        /// What dominates the smallest plan, one line per category.
+        breakdown: String,
+        /// The cheapest change that fits.
+        hint: String,
+    },
+    /// The model or the data is wrong.
+    #[error("{message}\nhint: {hint}")]
+    Input {
+        /// File, tensor or key, and what is wrong with it.
+        message: String,
+        /// What to try.
+        hint: String,
+    },
+    /// A loss or a gradient is infinite or not a number.
+    #[error(
+        "step {step}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the \
+         update was written\nhint: try a lower --learning-rate, a longer --warmup-steps or \
+         --max-grad-norm 1"
+    )]
+    NonFinite {
+        /// The step, counted from 1.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+        /// Its gradient norm.
+        grad_norm: f64,
+    },
+    /// Reading or writing failed.
+    #[error("{message}\nhint: {hint}")]
+    Files {
+        /// The file and the system's reason.
+        message: String,
+        /// What to try.
+        hint: String,
+    },
+    /// The caller asked to stop.
+    #[error("stopped after step {step}\nhint: nothing was written; start the run again")]
+    Interrupted {
+        /// Steps that were done.
+        step: u64,
+    },
+    /// The process outside the arena is larger than declared.
+    #[error(
+        "the process takes {} before its first step, more than the {} that are declared for it\n\
+         hint: raise --memory; this is a bug in ounce, please report it",
+        format_bytes(*resident_bytes),
+        format_bytes(*declared_bytes)
+    )]
+    Baseline {
+        /// What is resident.
+        resident_bytes: u64,
+        /// What was declared.
+        declared_bytes: u64,
+    },
+    /// A bug of ours: the checker refused a plan, or a graph was malformed.
+    #[error(
+        "{message}\nhint: this is a bug in ounce; please report it with the command and config"
+    )]
+    Bug {
+        /// What does not hold.
+        message: String,
+    },
+}
+
+/// Results of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What kind of failure it is: the binary maps it to the exit code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorClass {
+    /// Wrong use of the command.
+    Usage,
+    /// No plan fits.
+    DoesNotFit,
+    /// The model or the data is wrong.
+    Input,
+    /// A non-finite loss.
+    NonFinite,
+    /// Reading or writing failed.
+    Files,
+    /// Stopped by a signal.
+    Interrupted,
+    /// A bug of ours.
+    Bug,
+}
+
+impl Error {
+    /// What kind of failure it is.
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Self::Usage { .. } | Self::NotBuilt { .. } => ErrorClass::Usage,
+            Self::DoesNotFit { .. } => ErrorClass::DoesNotFit,
+            Self::Input { .. } => ErrorClass::Input,
+            Self::NonFinite { .. } => ErrorClass::NonFinite,
+            Self::Files { .. } => ErrorClass::Files,
+            Self::Interrupted { .. } => ErrorClass::Interrupted,
+            Self::Baseline { .. } | Self::Bug { .. } => ErrorClass::Bug,
+        }
+    }
+
+    /// Bytes on disk: their own message and hint, and their own class.
+    fn from_io(e: &ounce_io::IoError) -> Self {
+        let text = e.to_string();
+        let (message, hint) = text.split_once("\nhint: ").unwrap_or((&text, "check the file"));
+        let (message, hint) = (message.to_owned(), hint.to_owned());
+        match e.kind() {
+            ounce_io::ErrorKind::Usage => Self::Usage { message, hint },
+            ounce_io::ErrorKind::BadInput => Self::Input { message, hint },
+            ounce_io::ErrorKind::WriteFailed => Self::Files { message, hint },
+        }
+    }
+
+    /// Reading or writing `path` failed.
+    pub(crate) fn file(path: &std::path::Path, e: &std::io::Error) -> Self {
+        let hint = match e.kind() {
+            std::io::ErrorKind::NotFound => "check the path",
+            std::io::ErrorKind::PermissionDenied => "check the permissions",
+            std::io::ErrorKind::StorageFull => "free some disk space",
+            _ => "check the disk and the path",
+        };
+        Self::Files { message: format!("{}: {e}", path.display()), hint: hint.to_owned() }
+    }
+}
+
+impl From<ounce_io::IoError> for Error {
+    fn from(e: ounce_io::IoError) -> Self {
+        Self::from_io(&e)
+    }
+}
+
+impl From<ounce_passes::PassError> for Error {
+    fn from(e: ounce_passes::PassError) -> Self {
+        let text = e.to_string();
+        let (message, hint) = text.split_once("\nhint: ").unwrap_or((&text, "see above"));
+        Self::Input { message: message.to_owned(), hint: hint.to_owned() }
+    }
+}
+
+impl From<ounce_exec::ExecError> for Error {
+    fn from(e: ounce_exec::ExecError) -> Self {
+        let text = e.to_string();
+        let (message, hint) = text.split_once("\nhint: ").unwrap_or((&text, "see above"));
+        Self::Usage { message: message.to_owned(), hint: hint.to_owned() }
+    }
+}

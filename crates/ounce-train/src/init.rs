@@ -1,0 +1,222 @@
+//! `init`: a fresh model directory from a configuration or a few sizes, with a tokenizer.
+
+use std::path::{Path, PathBuf};
+
+use ounce_io::{StagingDir, Tokenizer, write_file, write_json};
+use ounce_models::{
+    Gpt2Config, LlamaConfig, ModelConfig, Purpose, RopeConfig, SpecialTokens, build,
+};
+use serde::Serialize;
+
+use crate::model::{model_error, read_config};
+use crate::{Error, Result, weights};
+
+/// Vocabulary of a `bpe` tokenizer, if neither flag nor configuration says.
+const DEFAULT_BPE_VOCAB: u64 = 1024;
+
+/// Families that can be made from sizes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum Architecture {
+    Gpt2,
+    Llama,
+}
+
+/// The shape of a fresh model.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ModelShape {
+    /// As in a `config.json`.
+    Config(PathBuf),
+    /// From sizes.
+    Sizes {
+        /// Family.
+        architecture: Architecture,
+        /// `L`.
+        n_layers: u64,
+        /// `H`.
+        n_heads: u64,
+        /// Key and value heads; `H` if not given.
+        n_kv_heads: Option<u64>,
+        /// `C`.
+        hidden_size: u64,
+        /// `F`; the family's usual multiple of `C` if not given.
+        intermediate_size: Option<u64>,
+        /// Longest row in tokens.
+        context_length: u64,
+    },
+}
+
+/// What to make.
+#[derive(Debug, Clone, PartialEq)]
+pub struct InitSettings {
+    /// Where the model goes.
+    pub output_dir: PathBuf,
+    /// Its shape.
+    pub model: ModelShape,
+    /// `char`, `bpe`, a model directory, or a `tokenizer.json`.
+    pub tokenizer: String,
+    /// Ids of a `bpe` tokenizer.
+    pub vocab_size: Option<u64>,
+    /// Text that the tokenizer is trained on.
+    pub data: Vec<PathBuf>,
+    /// Seed of the weights.
+    pub seed: u64,
+}
+
+/// What was made.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct InitRecord {
+    /// Where it is.
+    pub output_dir: PathBuf,
+    /// Parameters, tied ones once.
+    pub n_params: u64,
+    /// `V`.
+    pub vocab_size: u64,
+    /// Longest row in tokens.
+    pub context_length: u64,
+}
+
+/// The command: writes the directory, all of it or nothing.
+///
+/// # Errors
+/// A configuration or a tokenizer that is wrong; a failed write.
+pub fn init(wanted: &InitSettings) -> Result<InitRecord> {
+    let given = match &wanted.model {
+        ModelShape::Config(path) => Some(read_config(path)?),
+        ModelShape::Sizes { .. } => None,
+    };
+    let staging = StagingDir::create(&wanted.output_dir)?;
+    let dir = staging.path();
+    write_tokenizer(dir, wanted, given.as_ref().map(ModelConfig::vocab_size))?;
+    let tokenizer = Tokenizer::load(dir)?;
+    let n_ids = tokenizer.vocab_size() as u64;
+    let mut config = match given {
+        Some(config) => config,
+        None => from_sizes(&wanted.model, n_ids)?,
+    };
+    if n_ids > config.vocab_size() {
+        return Err(Error::Input {
+            message: format!(
+                "the tokenizer has {n_ids} ids, the configuration's vocab_size is {}",
+                config.vocab_size()
+            ),
+            hint: format!("set vocab_size to at least {n_ids} in the configuration"),
+        });
+    }
+    config.set_special_tokens(SpecialTokens {
+        bos: tokenizer.bos_id().map(u64::from),
+        eos: tokenizer.eos_id().map(u64::from).into_iter().collect(),
+        pad: None,
+    });
+    let graph =
+        build(&config, Purpose::Loss, 0.0).map_err(|e| model_error(&wanted.output_dir, &e))?;
+    write_file(&dir.join("config.json"), config.to_json().as_bytes())?;
+    let generation = serde_json::json!({
+        "_from_model_config": true,
+        "bos_token_id": tokenizer.bos_id(),
+        "eos_token_id": tokenizer.eos_id(),
+    });
+    write_json(&dir.join("generation_config.json"), &generation)?;
+    weights::write_fresh(dir, &graph, wanted.seed)?;
+    staging.publish()?;
+    Ok(InitRecord {
+        output_dir: wanted.output_dir.clone(),
+        n_params: graph.n_params_elems(),
+        vocab_size: config.vocab_size(),
+        context_length: config.max_positions(),
+    })
+}
+
+/// Trains or copies the tokenizer into `dir`.
+fn write_tokenizer(dir: &Path, wanted: &InitSettings, config_vocab: Option<u64>) -> Result<()> {
+    let trained = matches!(wanted.tokenizer.as_str(), "char" | "bpe");
+    if trained && wanted.data.is_empty() {
+        return Err(Error::Usage {
+            message: format!("a `{}` tokenizer is made from a text", wanted.tokenizer),
+            hint: "give `--data FILE`".to_owned(),
+        });
+    }
+    match wanted.tokenizer.as_str() {
+        "char" => Ok(ounce_io::train_char(&wanted.data)?.save(dir)?),
+        "bpe" => {
+            let n_ids = wanted.vocab_size.or(config_vocab).unwrap_or(DEFAULT_BPE_VOCAB);
+            Ok(ounce_io::train_bpe(&wanted.data, n_ids as usize)?.save(dir)?)
+        }
+        other => copy_tokenizer(Path::new(other), dir),
+    }
+}
+
+/// Copies the tokenizer of a model directory, or one file.
+fn copy_tokenizer(from: &Path, to: &Path) -> Result<()> {
+    if from.is_dir() {
+        ounce_io::copy_tokenizer_files(from, to)?;
+        return Ok(());
+    }
+    let bytes = std::fs::read(from).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => Error::Usage {
+            message: format!("`{}` is no tokenizer", from.display()),
+            hint: "`--tokenizer` takes char, bpe, a model directory or a tokenizer.json".to_owned(),
+        },
+        _ => Error::file(from, &e),
+    })?;
+    Ok(write_file(&to.join("tokenizer.json"), &bytes)?)
+}
+
+/// The configuration of a family from its sizes.
+fn from_sizes(shape: &ModelShape, vocab_size: u64) -> Result<ModelConfig> {
+    let ModelShape::Sizes {
+        architecture,
+        n_layers,
+        n_heads,
+        n_kv_heads,
+        hidden_size,
+        intermediate_size,
+        context_length,
+    } = *shape
+    else {
+        unreachable!("a configuration was read as one")
+    };
+    if n_heads == 0 || hidden_size == 0 || !hidden_size.is_multiple_of(n_heads) {
+        return Err(Error::Usage {
+            message: format!("hidden size {hidden_size} is no multiple of {n_heads} heads"),
+            hint: "choose `--hidden-size` as heads times 32 or 64".to_owned(),
+        });
+    }
+    let config = match architecture {
+        Architecture::Gpt2 => ModelConfig::Gpt2(Gpt2Config {
+            vocab_size,
+            n_positions: context_length,
+            hidden: hidden_size,
+            n_layers,
+            n_heads,
+            n_inner: intermediate_size,
+            ..Gpt2Config::default()
+        }),
+        Architecture::Llama => ModelConfig::Llama(LlamaConfig {
+            vocab_size,
+            hidden: hidden_size,
+            // 8/3 C, as in the Llama papers, in whole cache lines.
+            intermediate: intermediate_size
+                .unwrap_or_else(|| (hidden_size * 8 / 3).next_multiple_of(32)),
+            n_layers,
+            n_heads,
+            n_kv_heads: n_kv_heads.unwrap_or(n_heads),
+            head_dim: hidden_size / n_heads,
+            max_position_embeddings: context_length,
+            rms_norm_eps: 1e-5,
+            initializer_range: 0.02,
+            rope: RopeConfig::plain(10000.0),
+            qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
+            tied: true,
+            special_tokens: SpecialTokens::default(),
+        }),
+    };
+    // Reading it back checks the sizes against each other.
+    ModelConfig::from_json(&config.to_json()).map_err(|e| {
+        let text = e.to_string();
+        let (message, hint) = text.split_once("\nhint: ").unwrap_or((&text, "change the sizes"));
+        Error::Usage { message: message.to_owned(), hint: hint.to_owned() }
+    })
+}

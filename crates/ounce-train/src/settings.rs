@@ -1,0 +1,389 @@
+//! Settings of a run under Hugging Face's names: YAML keys in `snake_case`, flags in `--kebab-case`.
+//!
+//! Values come from three layers, later ones winning: the defaults below (those of transformers'
+//! `TrainingArguments` where it has the setting), the YAML file of `--config`, the flags. The layers
+//! are JSON objects that are merged and then read once, so that a key has one name and one type. Keys
+//! are checked before: an unknown one is an error with the nearest match, a value of the wrong type is
+//! reported with its line.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::budget::Memory;
+use crate::schedule::SchedulerType;
+use crate::{Error, Result};
+
+/// Element type of the computation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum Precision {
+    F32,
+    Bf16,
+    F16,
+}
+
+/// Which update rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Optimizer {
+    /// AdamW, decoupled weight decay.
+    Adamw,
+    /// Plain stochastic gradient descent.
+    Sgd,
+}
+
+/// Every setting of `plan`, `train`, `eval` and `generate`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// Model directory.
+    pub model: Option<PathBuf>,
+    /// Text to train on, or to evaluate; several files are one stream.
+    pub data: Vec<PathBuf>,
+    /// Held-out text.
+    pub eval_data: Vec<PathBuf>,
+    /// Where the result goes.
+    pub output_dir: Option<PathBuf>,
+    /// Tokens per row; the model's context, at most 1024, if not given.
+    pub max_length: Option<u64>,
+
+    /// Rows per step are this times `gradient_accumulation_steps`; the planner cuts them anew.
+    pub per_device_train_batch_size: u64,
+    /// See `per_device_train_batch_size`.
+    pub gradient_accumulation_steps: u64,
+    /// Steps; wins over `num_train_epochs`.
+    pub max_steps: Option<u64>,
+    /// Passes over the data.
+    pub num_train_epochs: f64,
+    /// Update rule.
+    pub optimizer: Optimizer,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Schedule after the warm-up.
+    pub lr_scheduler_type: SchedulerType,
+    /// Steps, or a share of all steps if below 1.
+    pub warmup_steps: f64,
+    /// The learning rate falls to this share of the peak.
+    pub min_lr_ratio: f64,
+    /// Decoupled decay of weight matrices; norms and biases never decay.
+    pub weight_decay: f64,
+    /// Decay of AdamW's first moment.
+    pub adam_beta1: f64,
+    /// Decay of AdamW's second moment.
+    pub adam_beta2: f64,
+    /// Added to the root of AdamW's second moment.
+    pub adam_epsilon: f64,
+    /// Gradients are scaled down to this norm; 0 is off.
+    pub max_grad_norm: f64,
+    /// Dropout of embedding and residual branches, whatever the configuration says.
+    pub dropout: f64,
+
+    /// Budget of the whole process.
+    pub memory: Memory,
+    /// Threads; all cores if not given.
+    pub threads: Option<u32>,
+    /// Seed of data order, dropout and sampling.
+    pub seed: u64,
+    /// Element type of the computation.
+    pub precision: Precision,
+
+    /// Steps between lines of progress; a sensible interval if not given.
+    pub logging_steps: Option<u64>,
+    /// Steps between evaluations; at the end only if not given.
+    pub eval_steps: Option<u64>,
+    /// Steps between sample texts; at the end only if not given, never if 0.
+    pub sample_steps: Option<u64>,
+    /// What sample texts continue.
+    pub sample_prompt: String,
+    /// Tokens of a sample text.
+    pub sample_tokens: u64,
+
+    /// Steps between checkpoints. Not built yet.
+    pub save_steps: Option<u64>,
+    /// Checkpoints that are kept. Not built yet.
+    pub save_total_limit: Option<u64>,
+    /// Checkpoint to go on from. Not built yet.
+    pub resume_from_checkpoint: Option<String>,
+    /// First loss scale of f16. Not built yet.
+    pub init_loss_scale: Option<f64>,
+    /// Several samples per row. Not built yet.
+    pub packing: bool,
+    /// Low-rank adapters. Not built yet.
+    pub use_peft: bool,
+    /// Rank of the adapters. Not built yet.
+    pub lora_r: Option<u64>,
+    /// Scale of the adapters. Not built yet.
+    pub lora_alpha: Option<f64>,
+    /// Dropout of the adapters. Not built yet.
+    pub lora_dropout: Option<f64>,
+    /// Layers with adapters. Not built yet.
+    pub lora_target_modules: Option<String>,
+    /// Folder for paging. Not built yet.
+    pub scratch_dir: Option<PathBuf>,
+    /// Bytes of disk for paging. Not built yet.
+    pub scratch_limit: Option<String>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            model: None,
+            data: Vec::new(),
+            eval_data: Vec::new(),
+            output_dir: None,
+            max_length: None,
+            per_device_train_batch_size: 8,
+            gradient_accumulation_steps: 1,
+            max_steps: None,
+            num_train_epochs: 3.0,
+            optimizer: Optimizer::Adamw,
+            learning_rate: 5e-5,
+            lr_scheduler_type: SchedulerType::Linear,
+            warmup_steps: 0.0,
+            min_lr_ratio: 0.0,
+            weight_decay: 0.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            dropout: 0.0,
+            memory: Memory::Auto,
+            threads: None,
+            seed: 42,
+            precision: Precision::F32,
+            logging_steps: None,
+            eval_steps: None,
+            sample_steps: None,
+            sample_prompt: "\n".to_owned(),
+            sample_tokens: 100,
+            save_steps: None,
+            save_total_limit: None,
+            resume_from_checkpoint: None,
+            init_loss_scale: None,
+            packing: false,
+            use_peft: false,
+            lora_r: None,
+            lora_alpha: None,
+            lora_dropout: None,
+            lora_target_modules: None,
+            scratch_dir: None,
+            scratch_limit: None,
+        }
+    }
+}
+
+impl Settings {
+    /// Defaults, then the YAML file, then the flags (a JSON object of those that were given).
+    ///
+    /// # Errors
+    /// Unknown keys, values of the wrong type or out of range, features that are not built.
+    pub fn resolve(config: Option<&Path>, flags: &Map<String, Value>) -> Result<Self> {
+        let mut layers = Map::new();
+        if let Some(path) = config {
+            layers = read_yaml(path)?;
+        }
+        layers.extend(flags.clone());
+        // Each key was checked on its own by `read_yaml`, each flag by the command line.
+        let settings: Self = serde_json::from_value(Value::Object(layers))
+            .map_err(|e| usage(format!("settings: {e}"), "see `ounce train --help`"))?;
+        settings.check_built()?;
+        settings.check_ranges()?;
+        Ok(settings)
+    }
+
+    /// Rows per step.
+    pub fn n_rows(&self) -> u64 {
+        self.per_device_train_batch_size * self.gradient_accumulation_steps
+    }
+
+    /// The settings as a YAML file that [`Settings::resolve`] reads back; what is not set is left out.
+    pub fn to_yaml(&self) -> String {
+        let Ok(Value::Object(map)) = serde_json::to_value(self) else {
+            unreachable!("a struct of plain fields serializes to an object")
+        };
+        // A JSON value is a YAML value.
+        map.iter()
+            .filter(|(_, v)| !v.is_null())
+            .map(|(key, value)| format!("{key}: {value}\n"))
+            .collect()
+    }
+
+    fn check_built(&self) -> Result<()> {
+        let refused = [
+            (self.precision != Precision::F32, "--precision bf16 and f16"),
+            (self.save_steps.is_some(), "--save-steps"),
+            (self.save_total_limit.is_some(), "--save-total-limit"),
+            (self.resume_from_checkpoint.is_some(), "--resume-from-checkpoint"),
+            (self.init_loss_scale.is_some(), "--init-loss-scale"),
+            (self.packing, "--packing"),
+            (self.use_peft, "--use-peft"),
+            (self.lora_r.is_some(), "--lora-r"),
+            (self.lora_alpha.is_some(), "--lora-alpha"),
+            (self.lora_dropout.is_some(), "--lora-dropout"),
+            (self.lora_target_modules.is_some(), "--lora-target-modules"),
+            (self.scratch_dir.is_some(), "--scratch-dir"),
+            (self.scratch_limit.is_some(), "--scratch-limit"),
+        ];
+        match refused.iter().find(|(given, _)| *given) {
+            Some((_, what)) => Err(Error::NotBuilt { what: (*what).to_owned() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses values that make no sense.
+    pub(crate) fn check_ranges(&self) -> Result<()> {
+        let positive = |x: f64| x.is_finite() && x > 0.0;
+        let not_negative = |x: f64| x.is_finite() && x >= 0.0;
+        let share = |x: f64| (0.0..1.0).contains(&x);
+        let rows = self.per_device_train_batch_size.checked_mul(self.gradient_accumulation_steps);
+        let rules = [
+            (
+                rows.is_some_and(|n| (1..=1 << 24).contains(&n)),
+                "per_device_train_batch_size times gradient_accumulation_steps",
+                "from 1 to 16777216 rows per step",
+            ),
+            (self.max_steps != Some(0), "max_steps", "at least 1"),
+            (positive(self.num_train_epochs), "num_train_epochs", "above 0"),
+            (not_negative(self.learning_rate), "learning_rate", "at least 0"),
+            (not_negative(self.warmup_steps), "warmup_steps", "at least 0"),
+            ((0.0..=1.0).contains(&self.min_lr_ratio), "min_lr_ratio", "from 0 to 1"),
+            (not_negative(self.weight_decay), "weight_decay", "at least 0"),
+            (share(self.adam_beta1), "adam_beta1", "from 0 to below 1"),
+            (share(self.adam_beta2), "adam_beta2", "from 0 to below 1"),
+            (positive(self.adam_epsilon), "adam_epsilon", "above 0"),
+            (not_negative(self.max_grad_norm), "max_grad_norm", "at least 0 (0 is off)"),
+            (share(self.dropout), "dropout", "from 0 to below 1"),
+            (self.threads.is_none_or(|n| (1..=1024).contains(&n)), "threads", "from 1 to 1024"),
+            (
+                self.max_length.is_none_or(|n| (2..=1 << 24).contains(&n)),
+                "max_length",
+                "from 2 to 16777216",
+            ),
+            (self.logging_steps != Some(0), "logging_steps", "at least 1"),
+            (self.eval_steps != Some(0), "eval_steps", "at least 1"),
+        ];
+        match rules.iter().find(|(fine, ..)| !fine) {
+            Some((_, name, range)) => {
+                Err(usage(format!("`{name}` is out of range"), &format!("it may be {range}")))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// A usage error with its hint.
+fn usage(message: String, hint: &str) -> Error {
+    Error::Usage { message, hint: hint.to_owned() }
+}
+
+/// Reads a YAML file of settings, checking every key and value on its own.
+fn read_yaml(path: &Path) -> Result<Map<String, Value>> {
+    let file = path.display();
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| usage(format!("{file}: {e}"), "`--config` takes a YAML file of settings"))?;
+    if text.trim().is_empty() {
+        return Ok(Map::new());
+    }
+    let map: Map<String, Value> = serde_yaml_ng::from_str(&text).map_err(|e| {
+        let line = e.location().map_or(1, |l| l.line());
+        usage(format!("{file}:{line}: {e}"), "the file is a mapping of settings, `key: value`")
+    })?;
+    let known = match serde_json::to_value(Settings::default()) {
+        Ok(Value::Object(known)) => known,
+        _ => unreachable!("a struct of plain fields serializes to an object"),
+    };
+    for (key, value) in &map {
+        let line = line_of(&text, key);
+        if !known.contains_key(key) {
+            let hint = nearest(key, known.keys().map(String::as_str)).map_or_else(
+                || "see `ounce train --help` for the settings".to_owned(),
+                |name| format!("the nearest setting is `{name}`"),
+            );
+            return Err(usage(format!("{file}:{line}: unknown setting `{key}`"), &hint));
+        }
+        let alone = Map::from_iter([(key.clone(), value.clone())]);
+        if let Err(e) = serde_json::from_value::<Settings>(Value::Object(alone)) {
+            let hint = format!("the default is `{}`", known[key]);
+            return Err(usage(format!("{file}:{line}: `{key}`: {e}"), &hint));
+        }
+    }
+    Ok(map)
+}
+
+/// The line on which a top-level key stands.
+fn line_of(text: &str, key: &str) -> usize {
+    let starts = |l: &str| l.trim_start_matches(['"', '\'']).starts_with(key);
+    text.lines().position(starts).map_or(1, |i| i + 1)
+}
+
+/// The candidate most like `word`, if any is alike.
+fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let scored = candidates.map(|c| (strsim::jaro_winkler(word, c), c));
+    scored.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(score, _)| *score > 0.7).map(|(_, c)| c)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn resolve(yaml: &str, flags: Value) -> Result<Settings> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), yaml).unwrap();
+        let Value::Object(flags) = flags else { panic!("flags are an object") };
+        Settings::resolve(Some(file.path()), &flags)
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_the_defaults() {
+        let yaml = "learning_rate: 1e-3\nmax_steps: 7\nmemory: 48MiB\nwarmup_steps: 0.1\n";
+        let s = resolve(yaml, json!({ "max_steps": 9 })).unwrap();
+        assert_eq!((s.learning_rate, s.max_steps), (1e-3, Some(9)));
+        assert_eq!((s.memory, s.warmup_steps), (Memory::Bytes(48 << 20), 0.1));
+        assert_eq!(s.max_grad_norm, 1.0);
+    }
+
+    #[test]
+    fn an_unknown_key_names_its_line_and_the_nearest_match() {
+        let e = resolve("max_steps: 7\nlerning_rate: 1\n", json!({})).unwrap_err().to_string();
+        assert!(e.contains(":2: unknown setting `lerning_rate`"), "{e}");
+        assert!(e.ends_with("hint: the nearest setting is `learning_rate`"), "{e}");
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_type_names_its_line() {
+        let e = resolve("seed: 1\nmax_steps: many\n", json!({})).unwrap_err().to_string();
+        assert!(e.contains(":2: `max_steps`"), "{e}");
+    }
+
+    #[test]
+    fn a_feature_that_is_not_built_is_refused_as_such() {
+        let e = resolve("precision: bf16\n", json!({})).unwrap_err();
+        assert!(matches!(e, Error::NotBuilt { .. }), "{e}");
+        let e = resolve("", json!({ "packing": true })).unwrap_err().to_string();
+        assert!(e.contains("--packing is not built yet"), "{e}");
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused() {
+        for flags in [
+            json!({ "learning_rate": -1.0 }),
+            json!({ "dropout": 1.0 }),
+            json!({ "per_device_train_batch_size": 0 }),
+            json!({ "max_length": 1 }),
+            json!({ "threads": 0 }),
+        ] {
+            assert!(resolve("", flags.clone()).is_err(), "{flags}");
+        }
+    }
+
+    #[test]
+    fn the_resolved_file_reads_back_as_the_same_settings() {
+        let flags = json!({ "model": "m", "data": ["a b.txt"], "memory": "48MiB", "dropout": 0.2 });
+        let s = resolve("", flags).unwrap();
+        assert_eq!(resolve(&s.to_yaml(), json!({})).unwrap(), s);
+    }
+}

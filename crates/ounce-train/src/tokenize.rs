@@ -1,0 +1,151 @@
+//! Tokenizing in a child process, so that its memory is never ours.
+//!
+//! A tokenizer takes tens of MiB, and the pages it leaves behind would stay resident for the whole
+//! run. So the parent starts its own program file as `__tokenize`, sends one request as JSON on stdin
+//! and reads one answer from stdout. What stays: token files on disk, read with `pread`, and the
+//! table from id to bytes. The child ends before the arena is touched.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use ounce_io::{IdTable, TokenCache, Tokenizer};
+use serde::{Deserialize, Serialize};
+
+use crate::text_table::TextTable;
+use crate::{Environment, Error, Result};
+
+/// What the child is asked to do.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Request {
+    /// Model directory with the tokenizer.
+    pub(crate) tokenizer: PathBuf,
+    /// Where token files and the table go.
+    pub(crate) cache_dir: PathBuf,
+    /// Streams of text, each of several files, to be turned into token files.
+    pub(crate) streams: Vec<Vec<PathBuf>>,
+    /// Text to encode as a prompt.
+    pub(crate) prompt: Option<String>,
+}
+
+/// What the child found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Answer {
+    /// One token file per stream.
+    pub(crate) token_files: Vec<PathBuf>,
+    /// The table from id to bytes.
+    pub(crate) text_table: PathBuf,
+    /// Ids of the prompt.
+    pub(crate) prompt_ids: Vec<u32>,
+    /// Ids at which generation ends.
+    pub(crate) stop_ids: Vec<u32>,
+    /// Ids of the tokenizer.
+    pub(crate) vocab_size: u64,
+}
+
+/// An answer, or what went wrong in the child.
+#[derive(Debug, Serialize, Deserialize)]
+enum Reply {
+    Done(Answer),
+    Failed { input: bool, message: String, hint: String },
+}
+
+/// The child's whole work: a request in, an answer out.
+///
+/// # Errors
+/// A request that is not one; failures of the work itself are part of the answer.
+pub fn answer_tokenize_request(request: &str) -> Result<String> {
+    let request: Request = serde_json::from_str(request).map_err(|e| Error::Usage {
+        message: format!("not a request to tokenize: {e}"),
+        hint: "`__tokenize` is started by ounce itself".to_owned(),
+    })?;
+    let reply = match work(&request) {
+        Ok(answer) => Reply::Done(answer),
+        Err(e) => {
+            let text = e.to_string();
+            let (message, hint) = text.split_once("\nhint: ").unwrap_or((&text, "see above"));
+            Reply::Failed {
+                input: e.class() != crate::ErrorClass::Files,
+                message: message.to_owned(),
+                hint: hint.to_owned(),
+            }
+        }
+    };
+    Ok(serde_json::to_string(&reply).expect("plain fields serialize"))
+}
+
+fn work(request: &Request) -> Result<Answer> {
+    std::fs::create_dir_all(&request.cache_dir).map_err(|e| Error::file(&request.cache_dir, &e))?;
+    let tokenizer = Tokenizer::load(&request.tokenizer)?;
+    let mut token_files = Vec::with_capacity(request.streams.len());
+    for files in &request.streams {
+        token_files.push(token_file(&request.cache_dir, files, &tokenizer)?);
+    }
+    let text_table = request.cache_dir.join(format!("{:016x}.ids", tokenizer.fingerprint()));
+    TextTable::write(&text_table, &IdTable::new(&tokenizer)?)?;
+    let prompt_ids = match &request.prompt {
+        Some(text) => tokenizer.encode_prompt(text)?,
+        None => Vec::new(),
+    };
+    Ok(Answer {
+        token_files,
+        text_table,
+        prompt_ids,
+        stop_ids: tokenizer.stop_ids().to_vec(),
+        vocab_size: tokenizer.vocab_size() as u64,
+    })
+}
+
+/// The token file of a stream, made anew unless it is there and fresh.
+fn token_file(dir: &Path, files: &[PathBuf], tokenizer: &Tokenizer) -> Result<PathBuf> {
+    let fingerprint = tokenizer.fingerprint();
+    let path = ounce_io::cache_path(dir, files, fingerprint)?;
+    if TokenCache::open_fresh(&path, files, fingerprint)?.is_none() {
+        ounce_io::tokenize_to_cache(files, tokenizer, &path)?;
+    }
+    Ok(path)
+}
+
+/// Asks a child process.
+pub(crate) fn ask(env: &Environment, request: &Request) -> Result<Answer> {
+    let failed = |e: std::io::Error| Error::file(&env.worker, &e);
+    let mut child = Command::new(&env.worker)
+        .arg("__tokenize")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(failed)?;
+    let text = serde_json::to_string(request).expect("plain fields serialize");
+    // A child that dies early closes the pipe; its status below says more than the pipe's error.
+    let _ = child.stdin.take().expect("stdin is piped").write_all(text.as_bytes());
+    let output = child.wait_with_output().map_err(failed)?;
+    match serde_json::from_slice(&output.stdout) {
+        Ok(Reply::Done(answer)) if output.status.success() => Ok(answer),
+        Ok(Reply::Failed { input: true, message, hint }) => Err(Error::Input { message, hint }),
+        Ok(Reply::Failed { input: false, message, hint }) => Err(Error::Files { message, hint }),
+        _ => Err(Error::Files {
+            message: format!("the tokenizing process ended early ({})", output.status),
+            hint: "if it was killed, the machine may be short of memory".to_owned(),
+        }),
+    }
+}
+
+/// Where token files go.
+pub(crate) fn cache_dir(env: &Environment) -> PathBuf {
+    env.cache_dir.join("tokens")
+}
+
+/// Checks that the tokenizer's ids fit the model.
+pub(crate) fn check_vocab(tokenizer: &Path, answer: &Answer, model_vocab: u64) -> Result<()> {
+    if answer.vocab_size <= model_vocab {
+        return Ok(());
+    }
+    Err(Error::Input {
+        message: format!(
+            "{}: the tokenizer has {} ids, config.json says vocab_size {model_vocab}",
+            tokenizer.display(),
+            answer.vocab_size
+        ),
+        hint: "the tokenizer and the model must belong together".to_owned(),
+    })
+}

@@ -1,0 +1,209 @@
+//! Parameters in and out: fresh ones, from a model directory, to a model directory.
+//!
+//! Nothing here holds a model: a parameter goes from the file into its planned place, and from there
+//! through one small buffer into the new file. A fresh element is a pure function of (seed, parameter
+//! name, index), so that a model made on disk by `init` and one made in the arena are the same.
+
+use std::path::Path;
+
+use ounce_exec::Buffers;
+use ounce_io::{Dtype, SafetensorsDir, SafetensorsWriter, TensorSpec};
+use ounce_ir::{EntityId, Graph, Init, Param, ParamId};
+use ounce_kernels::philox::philox4x32_10;
+use ounce_models::{ModelConfig, alternative_name, is_ignored_tensor};
+
+use crate::{Error, Result};
+
+/// Elements per piece when parameters are made without an arena.
+const PIECE_ELEMS: usize = 16 << 10;
+
+/// Fills `dst` with elements `start..` of a fresh parameter. `start` is a multiple of 4.
+///
+/// Normal numbers come from Philox words in pairs by the Box-Muller transform.
+pub(crate) fn fill_fresh(param: &Param, seed: u64, start: usize, dst: &mut [f32]) {
+    let std = match param.init {
+        Init::Zeros => return dst.fill(0.0),
+        Init::Ones => return dst.fill(1.0),
+        Init::Normal(std) => std,
+    };
+    let name = name_key(&param.name);
+    let key = [seed as u32, (seed >> 32) as u32];
+    for (i, group) in dst.chunks_mut(4).enumerate() {
+        let at = (start / 4 + i) as u64;
+        let counter = [at as u32, (at >> 32) as u32, name as u32, (name >> 32) as u32];
+        let words = philox4x32_10(counter, key);
+        let (a, b) = (normal_pair(words[0], words[1]), normal_pair(words[2], words[3]));
+        for (x, normal) in group.iter_mut().zip([a.0, a.1, b.0, b.1]) {
+            *x = (normal * f64::from(std)) as f32;
+        }
+    }
+}
+
+/// Two independent standard normal numbers from two random words.
+fn normal_pair(a: u32, b: u32) -> (f64, f64) {
+    // In (0, 1]: the logarithm of 0 does not exist.
+    let u = (f64::from(a) + 1.0) / 4294967296.0;
+    let angle = std::f64::consts::TAU * f64::from(b) / 4294967296.0;
+    let radius = (-2.0 * u.ln()).sqrt();
+    (radius * angle.cos(), radius * angle.sin())
+}
+
+/// FNV-1a, 64 bits.
+fn name_key(name: &str) -> u64 {
+    name.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// The graph's parameters as tensors of a file, in `ParamId` order.
+fn specs(graph: &Graph) -> Vec<TensorSpec> {
+    let spec = |p: &Param| TensorSpec {
+        name: p.name.clone(),
+        dtype: Dtype::F32,
+        shape: p.shape.dims.iter().map(|&d| d as usize).collect(),
+    };
+    graph.params.values().map(spec).collect()
+}
+
+/// Writes `model.safetensors` of a fresh model into `dir`, piece by piece.
+pub(crate) fn write_fresh(dir: &Path, graph: &Graph, seed: u64) -> Result<()> {
+    let mut file = SafetensorsWriter::create(&dir.join("model.safetensors"), &specs(graph), &[])?;
+    let mut piece = vec![0.0; PIECE_ELEMS];
+    for param in graph.params.values() {
+        let n_elems = param.shape.row_elems() as usize;
+        for start in (0..n_elems).step_by(PIECE_ELEMS) {
+            let part = &mut piece[..PIECE_ELEMS.min(n_elems - start)];
+            fill_fresh(param, seed, start, part);
+            file.append_f32(&param.name, part)?;
+        }
+    }
+    Ok(file.finish()?)
+}
+
+/// Writes `model.safetensors` into `dir` from the parameters in the arena.
+pub(crate) fn write(dir: &Path, graph: &Graph, buffers: &mut Buffers<'_>) -> Result<()> {
+    let mut file = SafetensorsWriter::create(&dir.join("model.safetensors"), &specs(graph), &[])?;
+    for (id, param) in graph.params.iter() {
+        file.write_tensor_f32(&param.name, buffers.param(id))?;
+    }
+    Ok(file.finish()?)
+}
+
+/// The tensors of a model directory, matched with the parameters of a graph.
+pub(crate) struct Source {
+    dir: SafetensorsDir,
+    /// Name in the file, by `ParamId`.
+    names: Vec<String>,
+}
+
+impl Source {
+    /// Opens the weights and checks that every parameter is there in its shape, and nothing else.
+    pub(crate) fn open(path: &Path, config: &ModelConfig, graph: &Graph) -> Result<Self> {
+        let dir = SafetensorsDir::open(path)?;
+        let mut names = Vec::with_capacity(graph.params.len());
+        for param in graph.params.values() {
+            let found = dir
+                .get(&param.name)
+                .or_else(|| alternative_name(&param.name).and_then(|name| dir.get(name)));
+            let Some(info) = found else {
+                return Err(mismatch(path, &param.name, "is missing"));
+            };
+            let want: Vec<usize> = param.shape.dims.iter().map(|&d| d as usize).collect();
+            if info.shape != want {
+                let what = format!("has shape {:?}, the configuration says {want:?}", info.shape);
+                return Err(mismatch(path, &info.name, &what));
+            }
+            names.push(info.name.clone());
+        }
+        let known: std::collections::BTreeSet<&str> = names.iter().map(String::as_str).collect();
+        let stranger = dir
+            .tensors()
+            .find(|t| !known.contains(t.name.as_str()) && !is_ignored_tensor(config, &t.name));
+        match stranger {
+            Some(t) => Err(mismatch(path, &t.name, "is no parameter of this configuration")),
+            None => Ok(Self { dir, names }),
+        }
+    }
+
+    /// Reads a parameter into its place.
+    pub(crate) fn read(&self, id: ParamId, dst: &mut [f32]) -> Result<()> {
+        Ok(self.dir.read_f32(&self.names[id.index()], dst)?)
+    }
+}
+
+fn mismatch(path: &Path, tensor: &str, what: &str) -> Error {
+    Error::Input {
+        message: format!("{}: tensor `{tensor}` {what}", path.display()),
+        hint: "config.json and the weights must belong to the same model".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ounce_models::{Purpose, build};
+
+    fn model(text: &str) -> (ModelConfig, Graph) {
+        let config = ModelConfig::from_json(text).unwrap();
+        let graph = build(&config, Purpose::Loss, 0.0).unwrap();
+        (config, graph)
+    }
+
+    const TINY: &str = r#"{"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2,
+        "vocab_size": 97, "n_positions": 32}"#;
+
+    #[test]
+    fn fresh_weights_have_the_declared_spread_and_depend_on_seed_and_name() {
+        let (_, graph) = model(TINY);
+        let (_, wte) = graph.params.iter().find(|(_, p)| p.name.ends_with("wte.weight")).unwrap();
+        let make = |seed| {
+            let mut x = vec![0.0; wte.shape.row_elems() as usize];
+            fill_fresh(wte, seed, 0, &mut x);
+            x
+        };
+        let x = make(1);
+        let mean = x.iter().sum::<f32>() / x.len() as f32;
+        let std = (x.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / x.len() as f32).sqrt();
+        assert!(mean.abs() < 2e-3 && (std - 0.02).abs() < 2e-3, "mean {mean}, std {std}");
+        assert_ne!(x, make(2));
+    }
+
+    #[test]
+    fn pieces_of_a_fresh_parameter_are_parts_of_the_whole() {
+        let (_, graph) = model(TINY);
+        let (_, wte) = graph.params.iter().find(|(_, p)| p.name.ends_with("wte.weight")).unwrap();
+        let (mut whole, mut part) = ([0.0; 64], [0.0; 10]);
+        fill_fresh(wte, 7, 0, &mut whole);
+        fill_fresh(wte, 7, 20, &mut part);
+        assert_eq!(part, whole[20..30]);
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let (config, graph) = model(TINY);
+        let dir = tempfile::tempdir().unwrap();
+        write_fresh(dir.path(), &graph, 3).unwrap();
+        let source = Source::open(dir.path(), &config, &graph).unwrap();
+        for (id, param) in graph.params.iter() {
+            let n = param.shape.row_elems() as usize;
+            let (mut read, mut made) = (vec![0.0; n], vec![0.0; n]);
+            source.read(id, &mut read).unwrap();
+            fill_fresh(param, 3, 0, &mut made);
+            assert_eq!(read, made, "{}", param.name);
+        }
+    }
+
+    #[test]
+    fn weights_of_another_model_are_refused_by_tensor() {
+        let (_, graph) = model(TINY);
+        let dir = tempfile::tempdir().unwrap();
+        write_fresh(dir.path(), &graph, 3).unwrap();
+        let other = TINY.replace("\"n_layer\": 1", "\"n_layer\": 2");
+        let (config, graph) = model(&other);
+        let e = Source::open(dir.path(), &config, &graph).err().unwrap().to_string();
+        assert!(e.contains("tensor `transformer.h.1."), "{e}");
+        let other = TINY.replace("\"vocab_size\": 97", "\"vocab_size\": 98");
+        let (config, graph) = model(&other);
+        let e = Source::open(dir.path(), &config, &graph).err().unwrap().to_string();
+        assert!(e.contains("has shape [97, 32], the configuration says [98, 32]"), "{e}");
+    }
+}

@@ -1,0 +1,219 @@
+//! One function per command: flags to settings, a call into `ounce-train`, the result printed.
+
+use std::io::Read;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+
+use ounce_train::{
+    Architecture, BenchSettings, Environment, Error, GenerateSettings, InitSettings, ModelShape,
+    Optimizer, Result, Settings, format_bytes,
+};
+
+use crate::console::{Console, print_err, print_json, print_out};
+use crate::flags::{
+    BenchFlags, BenchStepFlags, BenchWhat, Command, GenerateFlags, InitFlags, RunFlags,
+};
+
+/// Runs a command; `signal` holds the number of a signal that arrived.
+pub(crate) fn run(command: Command, signal: &Arc<AtomicUsize>) -> Result<()> {
+    match command {
+        Command::Init(flags) => init(flags),
+        Command::Plan(flags) => plan(&flags, signal),
+        Command::Train(flags) => train(&flags, signal),
+        Command::Eval(flags) => eval(&flags, signal),
+        Command::Generate(flags) => generate(flags, signal),
+        Command::Bench(BenchFlags { what: BenchWhat::Step(flags) }) => bench_step(flags, signal),
+        Command::Chat(_) => not_built("chat"),
+        Command::Serve(_) => not_built("serve"),
+        Command::Search(_) => not_built("search"),
+        Command::Prune(_) => not_built("prune"),
+        Command::Export(_) => not_built("export"),
+        Command::Data(_) => not_built("data"),
+        Command::Doctor(_) => not_built("doctor"),
+        Command::Tokenize => tokenize(),
+    }
+}
+
+fn not_built(command: &str) -> Result<()> {
+    Err(Error::NotBuilt { what: format!("`ounce {command}`") })
+}
+
+/// What the library may know of this process: its own program file, and where caches go.
+fn environment() -> Result<Environment> {
+    let worker = std::env::current_exe().map_err(|e| Error::Files {
+        message: format!("cannot find the program's own file: {e}"),
+        hint: "start ounce by its full path".to_owned(),
+    })?;
+    let home = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let cache_dir = home("OUNCE_CACHE_DIR")
+        .or_else(|| home("XDG_CACHE_HOME").map(|d| d.join("ounce")))
+        .or_else(|| home("HOME").map(|d| d.join(".cache/ounce")))
+        .unwrap_or_else(|| std::env::temp_dir().join("ounce"));
+    Ok(Environment { worker, cache_dir })
+}
+
+fn settings(flags: &RunFlags) -> Result<Settings> {
+    Settings::resolve(flags.config.as_deref(), &flags.given())
+}
+
+fn init(flags: InitFlags) -> Result<()> {
+    let model = match (flags.config, flags.arch.as_deref()) {
+        (Some(path), _) => ModelShape::Config(path),
+        (None, arch) => ModelShape::Sizes {
+            architecture: if arch == Some("gpt2") {
+                Architecture::Gpt2
+            } else {
+                Architecture::Llama
+            },
+            n_layers: flags.n_layers.unwrap_or(4),
+            n_heads: flags.n_heads.unwrap_or(4),
+            n_kv_heads: flags.n_kv_heads,
+            hidden_size: flags.hidden_size.unwrap_or(128),
+            intermediate_size: flags.intermediate_size,
+            context_length: flags.context_length.unwrap_or(256),
+        },
+    };
+    let record = ounce_train::init(&InitSettings {
+        output_dir: flags.output_dir,
+        model,
+        tokenizer: flags.tokenizer,
+        vocab_size: flags.vocab_size,
+        data: flags.data,
+        seed: flags.seed,
+    })?;
+    if flags.json {
+        print_json(&record);
+    } else {
+        print_out(&format!(
+            "{}: {} parameters, vocabulary of {}, context of {} tokens\n",
+            record.output_dir.display(),
+            record.n_params,
+            record.vocab_size,
+            record.context_length
+        ));
+    }
+    Ok(())
+}
+
+fn plan(flags: &RunFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
+    let settings = settings(flags)?;
+    let mut console = Console::new(flags.json, None, signal.clone());
+    let record = ounce_train::plan(&settings, &environment()?, &mut console)?;
+    if flags.json {
+        print_json(&record);
+    } else {
+        print_out(&format!("{}\n", record.table.trim_end()));
+    }
+    Ok(())
+}
+
+fn train(flags: &RunFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
+    let settings = settings(flags)?;
+    let mut console = Console::new(flags.json, settings.logging_steps, signal.clone());
+    let done = ounce_train::train(&settings, &environment()?, &mut console)?;
+    if flags.json {
+        print_json(&done);
+    } else {
+        let eval = done.eval_loss.map_or_else(String::new, |l| format!(", eval loss {l:.4}"));
+        print_err(&format!(
+            "done: {} steps, {:.0} tok/s, peak {} of {}{eval}\n",
+            done.steps,
+            done.tokens_per_s,
+            format_bytes(done.rss_peak_bytes),
+            format_bytes(done.budget_bytes)
+        ));
+        if let Some(dir) = &settings.output_dir {
+            print_err(&format!("the model is in {}\n", dir.display()));
+        }
+    }
+    Ok(())
+}
+
+fn eval(flags: &RunFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
+    let settings = settings(flags)?;
+    let mut console = Console::new(flags.json, None, signal.clone());
+    let record = ounce_train::evaluate(&settings, &environment()?, &mut console)?;
+    if flags.json {
+        print_json(&record);
+    } else {
+        print_out(&format!(
+            "loss {:.4}  perplexity {:.3}  over {} predictions\n",
+            record.loss, record.perplexity, record.tokens
+        ));
+    }
+    Ok(())
+}
+
+fn generate(flags: GenerateFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
+    let settings = settings(&flags.run)?;
+    let wanted = GenerateSettings {
+        prompt: flags.prompt,
+        temperature: flags.temperature,
+        max_new_tokens: flags.max_new_tokens,
+    };
+    let json = flags.run.json;
+    let mut console = Console::new(json, None, signal.clone());
+    let mut print = |text: &str| {
+        if !json {
+            print_out(text);
+        }
+    };
+    let record =
+        ounce_train::generate(&settings, &wanted, &environment()?, &mut console, &mut print)?;
+    if json {
+        print_json(&record);
+    } else {
+        print_out("\n");
+    }
+    Ok(())
+}
+
+fn bench_step(flags: BenchStepFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
+    if flags.precision != "f32" {
+        return Err(Error::NotBuilt { what: format!("--precision {}", flags.precision) });
+    }
+    let wanted = BenchSettings {
+        model: flags.model,
+        n_rows: flags.batch_size,
+        max_length: flags.max_length,
+        n_steps: flags.steps,
+        n_warmup_steps: flags.warmup,
+        memory: flags.memory,
+        threads: flags.threads,
+        seed: flags.seed,
+        optimizer: if flags.optimizer == "sgd" { Optimizer::Sgd } else { Optimizer::Adamw },
+        learning_rate: flags.learning_rate,
+        max_grad_norm: flags.max_grad_norm,
+        profile: flags.profile,
+    };
+    let mut console = Console::new(flags.json, Some(1), signal.clone());
+    let record = ounce_train::bench_step(&wanted, &environment()?, &mut console)?;
+    if flags.json {
+        print_json(&record);
+    } else {
+        print_out(&format!(
+            "{:.1} tokens/s, {:.4} s per step (predicted {:.4}), peak {:.1} MiB (planned {:.1})\n",
+            record.tok_per_s,
+            record.step_s_median,
+            record.predicted_step_s,
+            record.peak_rss_mib,
+            record.plan_peak_mib
+        ));
+    }
+    if flags.profile {
+        print_err(&record.profile_table);
+    }
+    Ok(())
+}
+
+/// The child process: one request on stdin, one answer on stdout.
+fn tokenize() -> Result<()> {
+    let mut request = String::new();
+    std::io::stdin().read_to_string(&mut request).map_err(|e| Error::Files {
+        message: format!("cannot read the request: {e}"),
+        hint: "`__tokenize` is started by ounce itself".to_owned(),
+    })?;
+    print_out(&ounce_train::answer_tokenize_request(&request)?);
+    Ok(())
+}

@@ -1,0 +1,177 @@
+//! What a run tells, as JSON lines on stdout or as text for people on stderr.
+//!
+//! On a terminal the last line is a progress bar that each step redraws; elsewhere there are plain
+//! lines: one at step 1, then one every `logging_steps`, or every few seconds if that is not given.
+
+use std::io::{IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use ounce_train::{EvalRecord, Observer, PlanRecord, StepRecord, format_bytes};
+use serde::Serialize;
+
+/// Cells of the progress bar.
+const BAR_CELLS: usize = 24;
+/// Between two plain lines, if the user gave no interval.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// Prints one JSON object as a line on stdout.
+pub(crate) fn print_json(record: &impl Serialize) {
+    let line = serde_json::to_string(record).expect("records have string keys");
+    print_out(&format!("{line}\n"));
+}
+
+/// Prints text on stdout. A closed pipe is nobody reading, which is no failure of ours.
+pub(crate) fn print_out(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Prints text on stderr.
+pub(crate) fn print_err(text: &str) {
+    let _ = std::io::stderr().lock().write_all(text.as_bytes());
+}
+
+/// The observer that prints.
+pub(crate) struct Console {
+    json: bool,
+    bar: bool,
+    logging_steps: Option<u64>,
+    signal: Arc<AtomicUsize>,
+    n_steps: u64,
+    budget_bytes: u64,
+    start: Option<Instant>,
+    last_line: Option<Instant>,
+}
+
+impl Console {
+    /// Prints for a run whose stop signal is `signal`.
+    pub(crate) fn new(json: bool, logging_steps: Option<u64>, signal: Arc<AtomicUsize>) -> Self {
+        let bar = !json && std::io::stderr().is_terminal();
+        Self {
+            json,
+            bar,
+            logging_steps,
+            signal,
+            n_steps: 0,
+            budget_bytes: 0,
+            start: None,
+            last_line: None,
+        }
+    }
+
+    /// A line on stderr that does not disturb the bar.
+    fn line(&self, text: &str) {
+        let clear = if self.bar { "\r\x1b[K" } else { "" };
+        print_err(&format!("{clear}{text}\n"));
+    }
+
+    fn is_due(&self, step: u64) -> bool {
+        let first_or_last = step == 1 || step == self.n_steps;
+        first_or_last
+            || match self.logging_steps {
+                Some(n) => step.is_multiple_of(n),
+                None => self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY),
+            }
+    }
+
+    fn text(&self, r: &StepRecord) -> String {
+        let left_s = self.start.map_or(0.0, |start| {
+            start.elapsed().as_secs_f64() / r.step as f64 * (self.n_steps - r.step) as f64
+        });
+        format!(
+            "step {}/{}  loss {:.4}  {} tok/s  ETA {}  peak {}/{}",
+            r.step,
+            self.n_steps,
+            r.loss,
+            thousands(r.tokens_per_s),
+            duration(left_s),
+            format_bytes(r.rss_peak_bytes),
+            format_bytes(self.budget_bytes),
+        )
+    }
+}
+
+impl Observer for Console {
+    fn note(&mut self, text: &str) {
+        self.line(text);
+    }
+
+    fn planned(&mut self, plan: &PlanRecord, n_steps: u64) {
+        self.n_steps = n_steps;
+        self.budget_bytes = plan.budget_bytes;
+        self.line(plan.table.trim_end());
+    }
+
+    fn step(&mut self, r: &StepRecord) {
+        let start = Duration::from_secs_f64(r.step_s);
+        self.start
+            .get_or_insert_with(|| Instant::now().checked_sub(start).unwrap_or_else(Instant::now));
+        if self.json {
+            print_json(r);
+            return;
+        }
+        if self.is_due(r.step) && (!self.bar || self.logging_steps.is_some()) {
+            self.last_line = Some(Instant::now());
+            self.line(&self.text(r));
+        }
+        if self.bar {
+            let n_full = (r.step as usize * BAR_CELLS) / self.n_steps.max(1) as usize;
+            let bar = "=".repeat(n_full) + &" ".repeat(BAR_CELLS - n_full);
+            let end = if r.step == self.n_steps { "\n" } else { "" };
+            print_err(&format!("\r\x1b[K[{bar}] {}{end}", self.text(r)));
+        }
+    }
+
+    fn evaluated(&mut self, step: u64, r: &EvalRecord) {
+        self.line(&format!(
+            "step {step}  eval loss {:.4}  perplexity {:.2}  over {} predictions",
+            r.loss, r.perplexity, r.tokens
+        ));
+    }
+
+    fn sample(&mut self, step: u64, text: &str) {
+        self.line(&format!("--- sample after step {step}\n{}\n---", text.trim_matches('\n')));
+    }
+
+    fn stop_requested(&self) -> bool {
+        self.signal.load(Ordering::Relaxed) != 0
+    }
+}
+
+/// `1842.3` as `1,842`.
+fn thousands(x: f64) -> String {
+    let digits = format!("{x:.0}");
+    let mut text = String::new();
+    for (i, c) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(c);
+    }
+    text
+}
+
+/// Seconds as `1:02:03` or `2:03`.
+fn duration(s: f64) -> String {
+    let s = s.round() as u64;
+    match s / 3600 {
+        0 => format!("{}:{:02}", s / 60, s % 60),
+        h => format!("{h}:{:02}:{:02}", s / 60 % 60, s % 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_grouped_and_times_are_clocks() {
+        assert_eq!(thousands(999.4), "999");
+        assert_eq!(thousands(1842.3), "1,842");
+        assert_eq!(thousands(1234567.0), "1,234,567");
+        assert_eq!(duration(59.6), "1:00");
+        assert_eq!(duration(3723.0), "1:02:03");
+    }
+}

@@ -1,0 +1,323 @@
+//! The command line as it was typed.
+//!
+//! Flags are the settings of `ounce_train::Settings` in kebab case, every one optional: those that
+//! were given become a JSON object ([`RunFlags::given`]) that is laid over the YAML file and the
+//! defaults. One more flag is one field here and one there.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use ounce_train::Memory;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+/// Trains transformer language models inside a memory budget that you state in bytes.
+#[derive(Debug, Parser)]
+#[command(name = "ounce", version, disable_help_subcommand = true, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Make a fresh model directory: config, random weights, tokenizer
+    Init(InitFlags),
+    /// Show what a run would take, without running it
+    Plan(RunFlags),
+    /// Train a model inside a memory budget
+    Train(RunFlags),
+    /// Loss and perplexity of a model on a text
+    Eval(RunFlags),
+    /// Continue a prompt
+    Generate(GenerateFlags),
+    /// Measure speed and memory
+    Bench(BenchFlags),
+    /// (not built yet)
+    Chat(NotBuiltFlags),
+    /// (not built yet)
+    Serve(NotBuiltFlags),
+    /// (not built yet)
+    Search(NotBuiltFlags),
+    /// (not built yet)
+    Prune(NotBuiltFlags),
+    /// (not built yet)
+    Export(NotBuiltFlags),
+    /// (not built yet)
+    Data(NotBuiltFlags),
+    /// (not built yet)
+    Doctor(NotBuiltFlags),
+    /// Turns text into ids for the process that started this one
+    #[command(name = "__tokenize", hide = true)]
+    Tokenize,
+}
+
+/// Swallows whatever follows a command that is refused.
+#[derive(Debug, Args)]
+pub(crate) struct NotBuiltFlags {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    _rest: Vec<String>,
+}
+
+#[derive(Debug, Default, Args, Serialize)]
+pub(crate) struct RunFlags {
+    /// YAML file of settings; flags win
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub(crate) config: Option<PathBuf>,
+    /// Print JSON lines on stdout
+    #[arg(long)]
+    #[serde(skip)]
+    pub(crate) json: bool,
+
+    /// Model directory in Hugging Face's layout
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Text, `.txt` or `.jsonl`; repeatable
+    #[arg(long, value_name = "FILE")]
+    data: Vec<PathBuf>,
+    /// Held-out text; repeatable
+    #[arg(long, value_name = "FILE")]
+    eval_data: Vec<PathBuf>,
+    /// Where the result goes
+    #[arg(long, value_name = "DIR")]
+    output_dir: Option<PathBuf>,
+    /// Tokens per row [default: the model's context, at most 1024]
+    #[arg(long, value_name = "T")]
+    max_length: Option<u64>,
+
+    /// Budget of the whole process: 64MiB, 2GiB, 12345B or auto [default: auto]
+    #[arg(long, value_name = "BYTES", value_parser = Memory::parse)]
+    memory: Option<Memory>,
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N")]
+    threads: Option<u32>,
+    /// Seed of data order, dropout and sampling [default: 42]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Element type of the computation [default: f32]
+    #[arg(long, value_parser = ["f32", "bf16", "f16"])]
+    precision: Option<String>,
+
+    /// Rows per step, times the accumulation steps [default: 8]
+    #[arg(long, value_name = "B", help_heading = "Optimization")]
+    per_device_train_batch_size: Option<u64>,
+    /// See --per-device-train-batch-size; the planner cuts the rows anew [default: 1]
+    #[arg(long, value_name = "N", help_heading = "Optimization")]
+    gradient_accumulation_steps: Option<u64>,
+    /// Steps; wins over --num-train-epochs
+    #[arg(long, value_name = "N", help_heading = "Optimization")]
+    max_steps: Option<u64>,
+    /// Passes over the data [default: 3]
+    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    num_train_epochs: Option<f64>,
+    /// Update rule [default: adamw]
+    #[arg(long, value_parser = ["adamw", "sgd"], help_heading = "Optimization")]
+    optimizer: Option<String>,
+    /// Peak learning rate [default: 5e-5]
+    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    learning_rate: Option<f64>,
+    /// What follows the warm-up [default: linear]
+    #[arg(long, value_parser = ["constant", "linear", "cosine"], help_heading = "Optimization")]
+    lr_scheduler_type: Option<String>,
+    /// Warm-up: steps, or a share of all steps if below 1 [default: 0]
+    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    warmup_steps: Option<f64>,
+    /// The learning rate falls to this share of the peak [default: 0]
+    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    min_lr_ratio: Option<f64>,
+    /// Decay of weight matrices; norms and biases never decay [default: 0]
+    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    weight_decay: Option<f64>,
+    /// AdamW's beta 1 [default: 0.9]
+    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    adam_beta1: Option<f64>,
+    /// AdamW's beta 2 [default: 0.999]
+    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    adam_beta2: Option<f64>,
+    /// AdamW's epsilon [default: 1e-8]
+    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    adam_epsilon: Option<f64>,
+    /// Largest norm of the gradient; 0 is off [default: 1]
+    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    max_grad_norm: Option<f64>,
+    /// Dropout of embedding and residual branches [default: 0]
+    #[arg(long, value_name = "P", help_heading = "Optimization")]
+    dropout: Option<f64>,
+
+    /// Steps between lines of progress
+    #[arg(long, value_name = "N", help_heading = "Reports")]
+    logging_steps: Option<u64>,
+    /// Steps between evaluations [default: at the end]
+    #[arg(long, value_name = "N", help_heading = "Reports")]
+    eval_steps: Option<u64>,
+    /// Steps between sample texts, 0 for none [default: at the end]
+    #[arg(long, value_name = "N", help_heading = "Reports")]
+    sample_steps: Option<u64>,
+    /// What sample texts continue
+    #[arg(long, value_name = "TEXT", help_heading = "Reports")]
+    sample_prompt: Option<String>,
+    /// Tokens of a sample text [default: 100]
+    #[arg(long, value_name = "N", help_heading = "Reports")]
+    sample_tokens: Option<u64>,
+
+    // Named by the contract and refused by `Settings::resolve`.
+    #[arg(long, hide = true)]
+    save_steps: Option<u64>,
+    #[arg(long, hide = true)]
+    save_total_limit: Option<u64>,
+    #[arg(long, hide = true)]
+    resume_from_checkpoint: Option<String>,
+    #[arg(long, hide = true)]
+    init_loss_scale: Option<f64>,
+    #[arg(long, hide = true)]
+    packing: bool,
+    #[arg(long, hide = true)]
+    use_peft: bool,
+    #[arg(long, hide = true)]
+    lora_r: Option<u64>,
+    #[arg(long, hide = true)]
+    lora_alpha: Option<f64>,
+    #[arg(long, hide = true)]
+    lora_dropout: Option<f64>,
+    #[arg(long, hide = true)]
+    lora_target_modules: Option<String>,
+    #[arg(long, hide = true)]
+    scratch_dir: Option<PathBuf>,
+    #[arg(long, hide = true)]
+    scratch_limit: Option<String>,
+}
+
+impl RunFlags {
+    /// The settings that were given, as an object.
+    pub(crate) fn given(&self) -> Map<String, Value> {
+        let Ok(Value::Object(mut flags)) = serde_json::to_value(self) else {
+            unreachable!("a struct of plain fields serializes to an object")
+        };
+        flags.retain(|_, v| match v {
+            Value::Null | Value::Bool(false) => false,
+            Value::Array(items) => !items.is_empty(),
+            _ => true,
+        });
+        flags
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateFlags {
+    #[command(flatten)]
+    pub(crate) run: RunFlags,
+    /// Text to continue
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) prompt: String,
+    /// 0 takes the likeliest token, above 0 draws one
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub(crate) temperature: f64,
+    /// Tokens to add at most
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub(crate) max_new_tokens: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InitFlags {
+    /// Where the model goes
+    #[arg(long, value_name = "DIR")]
+    pub(crate) output_dir: PathBuf,
+    /// A config.json; its vocab_size is kept
+    #[arg(long, value_name = "FILE", required_unless_present = "arch", conflicts_with = "arch")]
+    pub(crate) config: Option<PathBuf>,
+    /// Family of the model
+    #[arg(long, value_parser = ["gpt2", "llama"])]
+    pub(crate) arch: Option<String>,
+    /// Layers [default: 4]
+    #[arg(long, value_name = "N", requires = "arch")]
+    pub(crate) n_layers: Option<u64>,
+    /// Attention heads [default: 4]
+    #[arg(long, value_name = "N", requires = "arch")]
+    pub(crate) n_heads: Option<u64>,
+    /// Key and value heads, llama only [default: the heads]
+    #[arg(long, value_name = "N", requires = "arch")]
+    pub(crate) n_kv_heads: Option<u64>,
+    /// Channels [default: 128]
+    #[arg(long, value_name = "N", requires = "arch")]
+    pub(crate) hidden_size: Option<u64>,
+    /// Width of the MLP [default: the family's usual multiple of the channels]
+    #[arg(long, value_name = "N", requires = "arch")]
+    pub(crate) intermediate_size: Option<u64>,
+    /// Longest row in tokens [default: 256]
+    #[arg(long, value_name = "T", requires = "arch")]
+    pub(crate) context_length: Option<u64>,
+    /// `char` or `bpe` (trained on --data), a model directory, or a tokenizer.json
+    #[arg(long, value_name = "KIND")]
+    pub(crate) tokenizer: String,
+    /// Size of the `bpe` vocabulary [default: 1024]
+    #[arg(long, value_name = "N")]
+    pub(crate) vocab_size: Option<u64>,
+    /// Text that the tokenizer is trained on; repeatable
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: Vec<PathBuf>,
+    /// Seed of the weights
+    #[arg(long, value_name = "N", default_value_t = 42)]
+    pub(crate) seed: u64,
+    /// Print one JSON line on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchFlags {
+    #[command(subcommand)]
+    pub(crate) what: BenchWhat,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchWhat {
+    /// Full training steps on one fixed random batch from random weights
+    Step(BenchStepFlags),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchStepFlags {
+    /// A directory with a config.json, or gpt2, smollm2-135m, qwen2.5-0.5b, tinyllama-1.1b
+    #[arg(long, value_name = "DIR|NAME")]
+    pub(crate) model: String,
+    /// Rows per step
+    #[arg(long, value_name = "B", default_value_t = 4)]
+    pub(crate) batch_size: u64,
+    /// Tokens per row
+    #[arg(long, value_name = "T", default_value_t = 1024)]
+    pub(crate) max_length: u64,
+    /// Measured steps
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub(crate) steps: u64,
+    /// Steps before the measured ones
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) warmup: u64,
+    /// Budget of the whole process
+    #[arg(long, value_name = "BYTES", default_value = "auto", value_parser = Memory::parse)]
+    pub(crate) memory: Memory,
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<u32>,
+    /// Seed of weights and batch
+    #[arg(long, value_name = "N", default_value_t = 1337)]
+    pub(crate) seed: u64,
+    /// Element type of the computation
+    #[arg(long, value_parser = ["f32", "bf16", "f16"], default_value = "f32")]
+    pub(crate) precision: String,
+    /// Update rule
+    #[arg(long, value_parser = ["adamw", "sgd"], default_value = "adamw")]
+    pub(crate) optimizer: String,
+    /// Learning rate
+    #[arg(long, value_name = "X", default_value_t = 3e-4)]
+    pub(crate) learning_rate: f64,
+    /// Largest norm of the gradient; 0 is off
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub(crate) max_grad_norm: f64,
+    /// Time by class of op, on stderr
+    #[arg(long)]
+    pub(crate) profile: bool,
+    /// Print one JSON line on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
