@@ -26,7 +26,8 @@
 //!
 //! Files, in reading order: [`ops`] (every op's definition, on slices), [`philox`] (random bits),
 //! [`interpret`] (a graph on a step), [`finite_difference`] (gradients without a backward),
-//! [`mod@brute_force`] (the fastest schedule in a number of bytes).
+//! [`mod@brute_force`] (the fastest schedule in a number of bytes), [`random_graph`] (models for
+//! property tests).
 //!
 //! [`Graph`]: ounce_ir::Graph
 #![forbid(unsafe_code)]
@@ -41,9 +42,9 @@ pub mod finite_difference;
 
 pub mod brute_force;
 
-pub use brute_force::{brute_force, least_bytes};
 pub mod random_graph;
 
+pub use brute_force::{brute_force, least_bytes};
 pub use finite_difference::{GradientCheck, check_gradients};
 pub use interpret::{Hyper, Interpreter, Row};
 pub use random_graph::{RandomCase, TestRng, random_case};

@@ -11,7 +11,7 @@ use ounce_ir::{
     Shape, ValueId, WeightLayout,
 };
 use ounce_oracle::philox::word;
-use ounce_oracle::{Interpreter, Row, check_gradients};
+use ounce_oracle::{Interpreter, Row, TestRng, check_gradients, random_case};
 use ounce_passes::differentiate;
 use ounce_program::StepShape;
 
@@ -255,6 +255,32 @@ fn gradients_are_of_the_mean_over_supervised_tokens_wherever_rows_stand() {
     assert_eq!(far.loss(), near.loss());
     for p in graph.params.ids() {
         assert_eq!(far.gradient(p), near.gradient(p));
+    }
+}
+
+#[test]
+fn random_models_of_several_stages() {
+    for seed in 0..20 {
+        let case = random_case(seed, 3);
+        let graph = differentiate(&case.graph).unwrap();
+        let mut step = Interpreter::new(&graph, case.shape);
+        let mut rng = TestRng::new(seed);
+        step.seed = seed;
+        let mut row = |_| {
+            let len = 1 + rng.below(case.shape.row_tokens) as usize;
+            let mut ids = || (0..len).map(|_| rng.below(case.vocab) as i32).collect();
+            Row { token_ids: ids(), targets: ids() }
+        };
+        step.set_rows(&(0..case.shape.n_rows).map(&mut row).collect::<Vec<_>>());
+        for (p, param) in graph.params.iter() {
+            let data: Vec<f64> =
+                (0..param.shape.row_elems()).map(|_| 0.5 * rng.symmetric()).collect();
+            step.set_param(p, &data);
+        }
+        for check in check_gradients(&mut step, seed) {
+            let name = check.param.map_or("all", |p| &graph.params[p].name);
+            assert!(check.error < TOLERANCE, "seed {seed}, {name}: {check:?}");
+        }
     }
 }
 
