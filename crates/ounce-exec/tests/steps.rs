@@ -3,56 +3,25 @@
 
 mod support;
 
-use ounce_exec::{OptimizerHyper, StepInputs};
-use ounce_ir::{Graph, InputKind, OpKind, OptimizerKind, ValueKind};
-use ounce_oracle::{Hyper, Interpreter};
+use ounce_exec::StepInputs;
+use ounce_ir::{DType, Graph, InputKind, OpKind, OptimizerKind, ValueKind};
+use ounce_oracle::Interpreter;
 use ounce_program::StepShape;
 use support::{
-    Cut, ROW_TOKENS, Session, gpt2_like, has_op, llama_like, llama_like_decode, n_supervised, rows,
-    spans, start_values, training,
+    Cut, HYPER, N_STEPS, ROW_TOKENS, SEED, Session, Tensors, assert_same_bits, gpt2_like, has_op,
+    llama_like, llama_like_decode, rows, spans, start_values, step_inputs, training,
 };
 
-const N_STEPS: u64 = 3;
 const N_ROWS: u64 = 4;
 
-/// With an epsilon far above rounding, a gradient that is zero but for rounding moves nothing.
-const HYPER: Hyper =
-    Hyper { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-3, weight_decay: 0.1, max_grad_norm: 0.5 };
-
-fn step_inputs<'a>(step: u64, grad_scale: f32, rows: &'a [ounce_exec::RowSpan]) -> StepInputs<'a> {
-    StepInputs {
-        seed: 0x1234_5678_9abc,
-        step,
-        grad_scale,
-        lr: HYPER.lr as f32,
-        hyper: OptimizerHyper {
-            beta1: HYPER.beta1 as f32,
-            beta2: HYPER.beta2 as f32,
-            eps: HYPER.eps as f32,
-            weight_decay: HYPER.weight_decay as f32,
-        },
-        max_grad_norm: HYPER.max_grad_norm as f32,
-        rows,
-    }
-}
-
-/// Runs the steps and returns what they leave.
-fn run(graph: &Graph, shape: StepShape, cut: Cut, n_threads: usize) -> Vec<(String, Vec<f32>)> {
-    let mut session = Session::new(graph, shape, cut, n_threads);
-    for step in 1..=N_STEPS {
-        let rows = rows(shape.n_rows, step);
-        let spans = spans(shape, &rows);
-        session.set_rows(graph, shape, &rows);
-        let grad_scale = 1.0 / n_supervised(&rows) as f32;
-        session.exec.run(&mut session.arena, &step_inputs(step, grad_scale, &spans));
-    }
-    session.everything(graph)
+fn run(graph: &Graph, shape: StepShape, cut: Cut, n_threads: usize) -> Tensors {
+    support::run(graph, shape, Session::new(graph, shape, cut, n_threads))
 }
 
 /// The same steps in f64, in the order of [`Session::everything`].
 fn run_oracle(graph: &Graph, shape: StepShape) -> Vec<(String, Vec<f64>)> {
     let mut oracle = Interpreter::new(graph, shape);
-    oracle.seed = 0x1234_5678_9abc;
+    oracle.seed = SEED;
     for p in graph.params.ids() {
         let values: Vec<f64> = start_values(graph, p).into_iter().map(f64::from).collect();
         oracle.set_param(p, &values);
@@ -64,7 +33,7 @@ fn run_oracle(graph: &Graph, shape: StepShape) -> Vec<(String, Vec<f64>)> {
     let mut all = Vec::new();
     for (v, value) in graph.values.iter() {
         if matches!(value.kind, ValueKind::Sum(_) | ValueKind::Loss)
-            || value.kind == ValueKind::Scalar && value.dtype == ounce_ir::DType::F32
+            || value.kind == ValueKind::Scalar && value.dtype == DType::F32
         {
             all.push((value.name.clone(), oracle.value(v).to_vec()));
         }
@@ -79,7 +48,7 @@ fn run_oracle(graph: &Graph, shape: StepShape) -> Vec<(String, Vec<f64>)> {
 }
 
 /// Compares every tensor with the oracle's, relative to its largest element.
-fn assert_close(got: &[(String, Vec<f32>)], want: &[(String, Vec<f64>)], tolerance: f64) {
+fn assert_close(got: &Tensors, want: &[(String, Vec<f64>)], tolerance: f64) {
     assert_eq!(got.len(), want.len());
     for ((name, got), (want_name, want)) in got.iter().zip(want) {
         assert_eq!(name, want_name);
@@ -90,14 +59,6 @@ fn assert_close(got: &[(String, Vec<f32>)], want: &[(String, Vec<f64>)], toleran
             let allowed = tolerance * largest.max(1e-3);
             assert!(off <= allowed, "{name}[{i}] is {got}, not {want} (largest {largest})");
         }
-    }
-}
-
-/// Whether two runs left the same bits, with the name of the first difference.
-fn assert_same_bits(a: &[(String, Vec<f32>)], b: &[(String, Vec<f32>)], what: &str) {
-    for ((name, a), (_, b)) in a.iter().zip(b) {
-        let differs = a.iter().zip(b).position(|(a, b)| a.to_bits() != b.to_bits());
-        assert_eq!(differs, None, "{name} under {what}");
     }
 }
 
@@ -200,7 +161,7 @@ fn logits_of_selected_tokens_match_the_f64_interpreter() {
         session.exec.buffers(&mut session.arena).session_i32(idx).copy_from_slice(&selected);
         session.exec.run(&mut session.arena, &StepInputs::forward(&spans));
         let logits = session.exec.buffers(&mut session.arena).session_f32(result).to_vec();
-        assert_close(&[("logits".to_owned(), logits)], &want, 1e-4);
+        assert_close(&vec![("logits".to_owned(), logits)], &want, 1e-4);
     }
 }
 

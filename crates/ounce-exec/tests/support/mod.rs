@@ -6,13 +6,13 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use ounce_exec::{Arena, Executor, MeasuredMachine, RowSpan};
+use ounce_exec::{Arena, Executor, MeasuredMachine, OptimizerHyper, RowSpan, StepInputs};
 use ounce_ir::{
     Arena as Table, AttentionSpec, GeluKind, Graph, GraphBuilder, Init, InputKind, Lead, OpId,
     OpKind, OptimizerKind, ParamId, Phase, Shape, ValueId, ValueKind, WeightLayout,
 };
 use ounce_kernels::pool::Pool;
-use ounce_oracle::Row;
+use ounce_oracle::{Hyper, Row};
 use ounce_program::{
     Buffer, BufferId, BufferRef, BufferRole, Category, Certificate, Choice, GRANULE_TOKENS, Instr,
     LoopOrder, Machine, Plan, StepShape, Tier,
@@ -169,7 +169,7 @@ pub(crate) fn rows(n_rows: u64, seed: u64) -> Vec<Row> {
         .map(|r| {
             let len = [ROW_TOKENS, 7, 64, 1, 33][(r % 5) as usize] as usize;
             let draw = noise(2 * len, seed * 100 + r);
-            let id = |x: f32| ((x + 1.0) / 2.0 * VOCAB as f32) as i32;
+            let id = |x: f32| (f32::midpoint(x, 1.0) * VOCAB as f32) as i32;
             let targets = draw[len..].iter().enumerate();
             Row {
                 token_ids: draw[..len].iter().map(|&x| id(x)).collect(),
@@ -296,7 +296,9 @@ impl Naive<'_> {
         }
         let end = self.plan.instrs.len() as u32;
         let ids: Vec<BufferId> = self.plan.buffers.ids().collect();
-        ids.into_iter().for_each(|id| self.plan.buffers[id].live = 0..end);
+        for id in ids {
+            self.plan.buffers[id].live = 0..end;
+        }
     }
 
     fn micro_batch(&mut self, tokens: &Range<u64>) {
@@ -407,9 +409,8 @@ impl Naive<'_> {
 
     fn whole(&self, role: BufferRole) -> BufferRef {
         let buffer = self.plan.find_buffer(role).expect("a resident buffer");
-        let param = match role {
-            BufferRole::Param(p) | BufferRole::State(p, _) => p,
-            _ => unreachable!("only parameters and states are asked for"),
+        let (BufferRole::Param(param) | BufferRole::State(param, _)) = role else {
+            unreachable!("only parameters and states are asked for")
         };
         BufferRef { buffer, at: 0, bytes: self.graph.params[param].bytes() }
     }
@@ -441,7 +442,11 @@ impl Session {
         let pool = Arc::new(Pool::new(n_threads));
         let machine = MeasuredMachine::new(Arc::clone(&pool), 0, 0, None);
         let plan = naive_plan(graph, &machine, shape, cut);
-        let exec = Executor::new(graph, &plan, pool).expect("an executable plan");
+        Self::of_plan(graph, &plan, pool)
+    }
+
+    pub(crate) fn of_plan(graph: &Graph, plan: &Plan, pool: Arc<Pool>) -> Self {
+        let exec = Executor::new(graph, plan, pool).expect("an executable plan");
         let mut arena = Arena::reserve(plan.arena_bytes).expect("memory");
         let mut buffers = exec.buffers(&mut arena);
         for p in graph.params.ids() {
@@ -467,7 +472,8 @@ impl Session {
         fill(InputKind::Positions, 0, &|row| (0..row.token_ids.len() as i32).collect());
     }
 
-    /// Everything that a step leaves: losses, sums, scalars, results, parameters and states.
+    /// Everything that a step leaves: losses, scalars, results, parameters, states; and sums, where
+    /// the plan hands them to the session, as the naive one does.
     pub(crate) fn everything(&mut self, graph: &Graph) -> Vec<(String, Vec<f32>)> {
         let mut buffers = self.exec.buffers(&mut self.arena);
         let mut all = Vec::new();
@@ -477,7 +483,7 @@ impl Session {
                 ValueKind::Scalar => value.dtype == ounce_ir::DType::F32,
                 ValueKind::Input(_) | ValueKind::Activation | ValueKind::Gradient => false,
             };
-            if keep {
+            if keep && buffers.has_session(v) {
                 all.push((value.name.clone(), buffers.session_f32(v).to_vec()));
             }
         }
@@ -499,4 +505,53 @@ pub(crate) fn n_supervised(rows: &[Row]) -> usize {
 /// Whether an op of that name is in the graph: tests name what they mean to cover.
 pub(crate) fn has_op(graph: &Graph, test: impl Fn(&OpKind) -> bool) -> bool {
     graph.ops.values().any(|op| test(&op.kind))
+}
+
+/// Steps that a comparison runs.
+pub(crate) const N_STEPS: u64 = 3;
+pub(crate) const SEED: u64 = 0x1234_5678_9abc;
+
+/// With an epsilon far above rounding, a gradient that is zero but for rounding moves nothing.
+pub(crate) const HYPER: Hyper =
+    Hyper { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-3, weight_decay: 0.1, max_grad_norm: 0.5 };
+
+pub(crate) fn step_inputs(step: u64, grad_scale: f32, rows: &[RowSpan]) -> StepInputs<'_> {
+    StepInputs {
+        seed: SEED,
+        step,
+        grad_scale,
+        lr: HYPER.lr as f32,
+        hyper: OptimizerHyper {
+            beta1: HYPER.beta1 as f32,
+            beta2: HYPER.beta2 as f32,
+            eps: HYPER.eps as f32,
+            weight_decay: HYPER.weight_decay as f32,
+        },
+        max_grad_norm: HYPER.max_grad_norm as f32,
+        rows,
+    }
+}
+
+/// Tensors by name.
+pub(crate) type Tensors = Vec<(String, Vec<f32>)>;
+
+/// Runs a few steps and returns what they leave.
+pub(crate) fn run(graph: &Graph, shape: StepShape, mut session: Session) -> Tensors {
+    for step in 1..=N_STEPS {
+        let rows = rows(shape.n_rows, step);
+        let spans = spans(shape, &rows);
+        session.set_rows(graph, shape, &rows);
+        let grad_scale = 1.0 / n_supervised(&rows) as f32;
+        session.exec.run(&mut session.arena, &step_inputs(step, grad_scale, &spans));
+    }
+    session.everything(graph)
+}
+
+/// Whether two runs left the same bits in every tensor of `a`, with the name of the first difference.
+pub(crate) fn assert_same_bits(a: &Tensors, b: &Tensors, what: &str) {
+    for (name, a) in a {
+        let (_, b) = b.iter().find(|(n, _)| n == name).expect("both runs have it");
+        let differs = a.iter().zip(b).position(|(a, b)| a.to_bits() != b.to_bits());
+        assert_eq!(differs, None, "{name} under {what}");
+    }
 }
