@@ -1,2 +1,67 @@
-//! Repository chores.
-fn main() {}
+//! Repository chores in one language: `cargo xtask help` lists them.
+//!
+//! Files, in reading order: [`shell`] (running programs), [`ci`] (the list of checks), [`tidy`] (what
+//! the compiler does not check), [`golden`] (making golden data anew), [`record`] (results kept under
+//! `bench/runs`), [`bench`] (speed, side by side with PyTorch), [`accept`] (demonstrations).
+#![forbid(unsafe_code)]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "chores speak to people")]
+
+mod shell;
+
+mod ci;
+mod tidy;
+
+mod golden;
+
+mod record;
+
+mod accept;
+mod bench;
+
+use std::process::ExitCode;
+
+/// Why a chore failed, in words.
+type Result<T = ()> = std::result::Result<T, String>;
+
+const HELP: &str = "\
+cargo xtask COMMAND
+
+  ci                    everything that must hold: formatting, lints, documentation, tidy, examples,
+                        a release build, a small acceptance run, tests
+  test [ARGS]           the tests: by cargo-nextest where it is installed, else by cargo test
+  tidy                  what the compiler does not check: crate edges, leftovers, long lines, ...
+  golden [ARGS]         make tests/golden anew with python3 (needs torch and transformers)
+  bench step [FLAGS]    training steps; with --python P side by side with bench/peer_torch.py
+  bench kernels [ARGS]  the kernels beside the machine's peak
+  accept NAME [FLAGS]   a demonstration; without NAME, the list of them
+
+Flags of bench step: --model M --batch-size B --max-length T --steps N --rounds R --memory BYTES
+  --threads N --python PROGRAM
+Flags of accept: --python PROGRAM --threads N
+";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let done = match args[..] {
+        ["ci"] => ci::ci(),
+        ["test", ref rest @ ..] => ci::test(rest),
+        ["tidy"] => tidy::tidy(),
+        ["golden", ref rest @ ..] => golden::golden(rest),
+        ["bench", "step", ref rest @ ..] => bench::step(rest),
+        ["bench", "kernels", ref rest @ ..] => bench::kernels(rest),
+        ["accept", ref rest @ ..] => accept::accept(rest),
+        ["help" | "--help" | "-h"] => {
+            print!("{HELP}");
+            Ok(())
+        }
+        _ => Err(format!("unknown command {args:?}\nhint: cargo xtask help")),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("error: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,472 @@
+//! Demonstrations: each runs the release binary as a user would, reads its JSON lines, and judges
+//! claims. What was measured and whether the claims held is kept under `bench/runs`.
+//!
+//! To add one: a function that returns claims and results, and a line in [`DEMONSTRATIONS`].
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::Result;
+use crate::bench::{StepRun, last_object};
+use crate::record::{Record, keep};
+use crate::shell::{capture, flag, json_lines, output, release_binary, root, scratch_folder};
+
+const FLAGS: &[&str] = &["--python", "--threads"];
+
+const MIB: f64 = 1024.0 * 1024.0;
+
+/// Name, what it shows, and the function.
+type Demonstration = (&'static str, &'static str, fn(&Setting<'_>) -> Result<Outcome>);
+
+const DEMONSTRATIONS: &[Demonstration] = &[
+    ("smoke", "init, plan, train, eval and generate in a small budget, in seconds", smoke),
+    ("nanogpt", "nanoGPT's CPU recipe on tinyshakespeare in 48 MiB: loss and time", nanogpt),
+    (
+        "gpt2-budgets",
+        "GPT-2 124M, 4 x 1024, from unconstrained to the smallest budget",
+        gpt2_budgets,
+    ),
+];
+
+/// What a demonstration runs with.
+struct Setting<'a> {
+    binary: String,
+    /// A Python with torch, for the other side.
+    python: Option<&'a str>,
+    threads: Option<&'a str>,
+}
+
+/// What a demonstration found.
+#[derive(Default)]
+struct Outcome {
+    /// What was claimed, with numbers, and whether it held.
+    claims: Vec<(String, bool)>,
+    /// Engine, setting and result of each run.
+    runs: Vec<(&'static str, String, Value)>,
+    /// Whether the runs are worth keeping.
+    is_kept: bool,
+}
+
+impl Outcome {
+    fn claim(&mut self, holds: bool, what: String) {
+        println!("{} {what}", if holds { "holds:" } else { "DOES NOT HOLD:" });
+        self.claims.push((what, holds));
+    }
+}
+
+/// `cargo xtask accept NAME`
+pub(crate) fn accept(args: &[&str]) -> Result {
+    let Some((name, flags)) = args.split_first() else {
+        for (name, what, _) in DEMONSTRATIONS {
+            println!("{name:<14} {what}");
+        }
+        return Ok(());
+    };
+    let found = DEMONSTRATIONS.iter().find(|(n, _, _)| n == name);
+    let (_, what, run) = found.ok_or_else(|| format!("no demonstration is called {name}"))?;
+    let setting = Setting {
+        python: flag(flags, "--python", FLAGS)?,
+        threads: flag(flags, "--threads", FLAGS)?,
+        binary: release_binary()?,
+    };
+    println!("{name}: {what}");
+    let mut outcome = run(&setting)?;
+    let broken: Vec<&str> =
+        outcome.claims.iter().filter(|(_, holds)| !holds).map(|(what, _)| what.as_str()).collect();
+    let verdict =
+        format!("{} of {} claims", outcome.claims.len() - broken.len(), outcome.claims.len());
+    if outcome.is_kept {
+        let claims: Vec<Value> = outcome
+            .claims
+            .iter()
+            .map(|(what, holds)| json!({"what": what, "holds": holds}))
+            .collect();
+        let judged = json!({"verdict": verdict, "claims": claims});
+        outcome.runs.push(("ounce", (*what).to_owned(), judged));
+        let label = format!("accept {name}");
+        let records: Vec<Record<'_>> = outcome
+            .runs
+            .iter()
+            .map(|(engine, setting, result)| Record { what: &label, engine, setting, result })
+            .collect();
+        keep(&records)?;
+    }
+    println!("{name}: {verdict} hold");
+    if broken.is_empty() { Ok(()) } else { Err(format!("does not hold: {}", broken.join("; "))) }
+}
+
+impl Setting<'_> {
+    /// Runs `ounce` with these arguments; it must succeed. Returns standard output.
+    fn ounce(&self, args: &[&str]) -> Result<String> {
+        capture(&self.binary, args)
+    }
+
+    /// `--threads N`, if N was given.
+    fn thread_args(&self) -> Vec<&str> {
+        self.threads.into_iter().flat_map(|n| ["--threads", n]).collect()
+    }
+}
+
+fn number(value: &Value, key: &str) -> Result<f64> {
+    value[key].as_f64().ok_or_else(|| format!("no number {key:?} in {value}"))
+}
+
+fn path(p: &Path) -> &str {
+    p.to_str().expect("the path of a scratch folder is UTF-8")
+}
+
+/// The text that ships with the repository: its first 90 % of characters for training, the rest for evaluation.
+fn shakespeare(folder: &Path) -> Result<(PathBuf, PathBuf)> {
+    let source = root().join("data/tinyshakespeare.txt");
+    let text =
+        std::fs::read_to_string(&source).map_err(|e| format!("{}: {e}", source.display()))?;
+    let n_train = text.chars().count() * 9 / 10;
+    let cut = text.char_indices().nth(n_train).map_or(text.len(), |(at, _)| at);
+    let (train, validation) = (folder.join("train.txt"), folder.join("validation.txt"));
+    for (file, part) in [(&train, &text[..cut]), (&validation, &text[cut..])] {
+        std::fs::write(file, part).map_err(|e| format!("{}: {e}", file.display()))?;
+    }
+    Ok((train, validation))
+}
+
+// ---- smoke ---------------------------------------------------------------------------------
+
+/// A tiny model through every command. Seconds; part of CI.
+fn smoke(s: &Setting<'_>) -> Result<Outcome> {
+    let mut outcome = Outcome::default();
+    let folder = scratch_folder("accept-smoke")?;
+    let (train, validation) = shakespeare(&folder)?;
+    let (fresh, trained) = (folder.join("fresh"), folder.join("trained"));
+    let sizes =
+        ["--n-layers", "2", "--n-heads", "2", "--hidden-size", "64", "--context-length", "64"];
+    let init = ["init", "--arch", "gpt2", "--tokenizer", "char", "--data", path(&train)];
+    s.ounce(&[&init[..], &sizes, &["--output-dir", path(&fresh)]].concat())?;
+    let recipe = ["--model", path(&fresh), "--data", path(&train), "--max-length", "64"];
+    let budget = ["--per-device-train-batch-size", "8", "--memory", "64MiB", "--json"];
+    let recipe = [&recipe[..], &budget].concat();
+
+    let plan = last_object(&s.ounce(&[&["plan"], &recipe[..]].concat())?)?;
+    let planned = number(&plan, "peak_bytes")?;
+    outcome.claim(planned <= 64.0 * MIB, format!("planned peak {:.1} MiB of 64", planned / MIB));
+
+    let more = ["--eval-data", path(&validation), "--output-dir", path(&trained)];
+    let steps = ["--max-steps", "40", "--learning-rate", "1e-3", "--lr-scheduler-type", "constant"];
+    let lines = json_lines(&s.ounce(&[&["train"], &recipe[..], &more, &steps].concat())?);
+    let losses: Vec<f64> = lines.iter().filter_map(|l| l["loss"].as_f64()).collect();
+    let (first, last) = (losses.first().copied().unwrap_or(0.0), losses.last().copied());
+    let last = last.unwrap_or(f64::INFINITY);
+    outcome.claim(losses.len() == 40, format!("{} of 40 steps printed", losses.len()));
+    outcome.claim(last < first - 0.5, format!("loss falls from {first:.3} to {last:.3}"));
+    let done = lines.last().ok_or("train printed nothing")?;
+    let peak = number(done, "rss_peak_bytes")?;
+    outcome.claim(peak <= 64.0 * MIB, format!("measured peak {:.1} MiB of 64", peak / MIB));
+
+    let eval =
+        ["eval", "--model", path(&trained), "--data", path(&validation), "--max-length", "64"];
+    let eval = last_object(&s.ounce(&[&eval[..], &["--json"]].concat())?)?;
+    let (said, found) = (number(done, "eval_loss")?, number(&eval, "loss")?);
+    outcome.claim(said == found, format!("train says eval loss {said}, eval says {found}"));
+
+    let prompt = ["--prompt", "ROMEO:", "--temperature", "0", "--max-new-tokens", "20"];
+    let text = s.ounce(&[&["generate", "--model", path(&trained)], &prompt[..]].concat())?;
+    let chars = text.trim_end_matches('\n').chars().count();
+    outcome.claim((1..=20).contains(&chars), format!("a continuation of {chars} characters"));
+
+    let tight = [&["train"], &recipe[..6], &["--memory", "1MiB", "--max-steps", "1"]].concat();
+    let refused = output(&s.binary, &tight)?;
+    let code = refused.status.code();
+    outcome.claim(code == Some(3), format!("a budget of 1 MiB exits with {code:?}, 3 is right"));
+    let smallest = smallest_budget(&String::from_utf8_lossy(&refused.stderr));
+    outcome
+        .claim(smallest.is_some(), format!("the smallest feasible budget is told: {smallest:?}"));
+    Ok(outcome)
+}
+
+/// The figure after `smallest feasible budget: ` as an argument of `--memory`.
+fn smallest_budget(stderr: &str) -> Option<String> {
+    let (_, rest) = stderr.split_once("smallest feasible budget: ")?;
+    let mut words = rest.split_whitespace();
+    let amount = words.next()?.trim_end_matches([',', ';', '.']);
+    let unit = words.next().unwrap_or_default();
+    // `61.5 MiB` or `61.5MiB`.
+    let has_unit = amount.ends_with('B');
+    let unit = unit.trim_end_matches(|c: char| !c.is_ascii_alphabetic());
+    Some(if has_unit { amount.to_owned() } else { format!("{amount}{unit}") })
+}
+
+// ---- nanogpt -------------------------------------------------------------------------------
+
+const NANOGPT_STEPS: &str = "2000";
+
+/// Three seeds of nanoGPT's recipe; if a Python with torch is given, its time per step beside it.
+fn nanogpt(s: &Setting<'_>) -> Result<Outcome> {
+    let mut outcome = Outcome { is_kept: true, ..Outcome::default() };
+    let folder = scratch_folder("accept-nanogpt")?;
+    let (train, validation) = shakespeare(&folder)?;
+    let mut losses = Vec::new();
+    let mut step_s = Vec::new();
+    let mut peer_s = Vec::new();
+    for seed in ["1337", "1338", "1339"] {
+        let (fresh, trained) = (folder.join(format!("fresh-{seed}")), folder.join(seed));
+        nanogpt_init(s, &fresh, &train, seed)?;
+        let files =
+            ["--model", path(&fresh), "--data", path(&train), "--eval-data", path(&validation)];
+        let args =
+            [&["train"], &files[..], NANOGPT, &["--output-dir", path(&trained), "--seed", seed]];
+        let lines = json_lines(&s.ounce(&[&args.concat()[..], &s.thread_args()].concat())?);
+        let mut done = lines.last().cloned().ok_or("train printed nothing")?;
+        let peak = number(&done, "rss_peak_bytes")?;
+        outcome.claim(peak <= 48.0 * MIB, format!("seed {seed}: peak {:.2} MiB of 48", peak / MIB));
+        losses.push(number(&done, "eval_loss")?);
+        let times: Vec<f64> = lines.iter().filter_map(|l| l["step_s"].as_f64()).collect();
+        step_s.push(median(times));
+        done["step_s_median"] = json!(step_s.last());
+        done["peak_rss_mib"] = json!(peak / MIB);
+        done["budget_mib"] = json!(48);
+        outcome.runs.push(("ounce", format!("nanoGPT recipe, seed {seed}"), done));
+        if let Some(python) = s.python {
+            let peer = ["bench/peer_nanogpt.py", "--iters", "400", "--no-eval", "--seed", seed];
+            let text = capture(python, &[&peer[..], &s.thread_args()].concat())?;
+            let mut result = last_object(&text)?;
+            peer_s.push(number(&result, "ms_per_iter_median")? / 1e3);
+            result["step_s_median"] = json!(peer_s.last());
+            outcome.runs.push(("torch", format!("nanoGPT recipe, seed {seed}"), result));
+        }
+    }
+    let mean = losses.iter().sum::<f64>() / losses.len() as f64;
+    outcome.claim(mean <= 1.90, format!("mean validation loss {mean:.4}, at most 1.90"));
+    if peer_s.is_empty() {
+        println!("time is not judged: no --python with torch was given");
+    } else {
+        let (ours, theirs) = (median(step_s) * 1e3, median(peer_s) * 1e3);
+        let share = 100.0 * ours / theirs;
+        let what =
+            format!("{ours:.1} ms per step, {theirs:.1} in PyTorch: {share:.0} %, at most 80 %");
+        outcome.claim(share <= 80.0, what);
+    }
+    Ok(outcome)
+}
+
+/// The recipe, as flags.
+const NANOGPT: &[&str] = &[
+    "--memory",
+    "48MiB",
+    "--max-length",
+    "64",
+    "--per-device-train-batch-size",
+    "12",
+    "--max-steps",
+    NANOGPT_STEPS,
+    "--learning-rate",
+    "1e-3",
+    "--lr-scheduler-type",
+    "cosine",
+    "--min-lr-ratio",
+    "0.1",
+    "--warmup-steps",
+    "100",
+    "--weight-decay",
+    "0.1",
+    "--adam-beta2",
+    "0.99",
+    "--max-grad-norm",
+    "1.0",
+    "--json",
+];
+
+fn nanogpt_init(s: &Setting<'_>, fresh: &Path, data: &Path, seed: &str) -> Result {
+    let config = fresh.with_extension("json");
+    let text = json!({
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu",
+        "n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 64, "vocab_size": 65,
+        "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "tie_word_embeddings": true,
+        "bos_token_id": null, "eos_token_id": null,
+    });
+    std::fs::write(&config, text.to_string()).map_err(|e| format!("{}: {e}", config.display()))?;
+    let args = ["init", "--config", path(&config), "--tokenizer", "char", "--data", path(data)];
+    s.ounce(&[&args[..], &["--output-dir", path(fresh), "--seed", seed]].concat()).map(|_| ())
+}
+
+fn median(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    match numbers.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => numbers[n / 2],
+        n => f64::midpoint(numbers[n / 2 - 1], numbers[n / 2]),
+    }
+}
+
+// ---- gpt2-budgets --------------------------------------------------------------------------
+
+/// GPT-2 124M at four budgets: same losses, predicted overhead, peaks, survival in a cgroup.
+fn gpt2_budgets(s: &Setting<'_>) -> Result<Outcome> {
+    let mut outcome = Outcome { is_kept: true, ..Outcome::default() };
+    let run = StepRun {
+        model: "gpt2",
+        batch_size: "4",
+        max_length: "1024",
+        steps: "3",
+        threads: s.threads,
+    };
+    let free = measure(s, &run, &mut outcome, "20GiB", false)?;
+    let unconstrained = number(&free, "plan_peak_mib")?;
+    let smallest = smallest_of(s, &run)?;
+    let mut budgets: Vec<String> =
+        [0.75, 0.55].iter().map(|share| format!("{:.0}MiB", unconstrained * share)).collect();
+    budgets.push(smallest);
+    for memory in &budgets {
+        let tight = measure(s, &run, &mut outcome, memory, true)?;
+        let same = tight["losses"] == free["losses"];
+        outcome
+            .claim(same, format!("{memory}: losses {} are those unconstrained", tight["losses"]));
+        let over = |key: &str| -> Result<f64> {
+            Ok(100.0 * (number(&tight, key)? / number(&free, key)? - 1.0))
+        };
+        let (measured, predicted) = (over("step_s_median")?, over("predicted_step_s")?);
+        outcome.claim(
+            (measured - predicted).abs() <= 5.0,
+            format!(
+                "{memory}: overhead {measured:.1} %, predicted {predicted:.1} %, within 5 points"
+            ),
+        );
+        let (plan, peak) = (number(&tight, "plan_peak_mib")?, number(&tight, "peak_rss_mib")?);
+        let budget = mib(memory)?;
+        outcome.claim(peak <= budget, format!("{memory}: peak {peak:.1} MiB within the budget"));
+        let slack = 100.0 * (plan - peak) / budget;
+        outcome
+            .claim(slack < 3.0, format!("{memory}: slack {slack:.2} % of the budget, under 3 %"));
+    }
+    let smallest = mib(budgets.last().expect("three budgets"))?;
+    outcome.claim(
+        smallest <= 1.9 * 1024.0,
+        format!("smallest budget {smallest:.0} MiB, at most 1,946"),
+    );
+    if let Some(python) = s.python {
+        let peer = run.peer(python)?;
+        let (ours, theirs) = (number(&free, "tok_per_s")?, number(&peer, "tok_per_s")?);
+        outcome.runs.push(("torch", run.setting(), peer));
+        outcome
+            .claim(ours >= theirs, format!("{ours:.1} tok/s unconstrained, PyTorch {theirs:.1}"));
+    } else {
+        println!("speed is not judged against PyTorch: no --python with torch was given");
+    }
+    Ok(outcome)
+}
+
+/// Runs one budget, in a memory cgroup of exactly its size if asked for and possible.
+fn measure(
+    s: &Setting<'_>,
+    run: &StepRun<'_>,
+    outcome: &mut Outcome,
+    memory: &str,
+    in_cgroup: bool,
+) -> Result<Value> {
+    let args = run.ounce_args(Some(memory));
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let group = if in_cgroup { Cgroup::new((mib(memory)? * MIB) as u64) } else { None };
+    let text = match &group {
+        Some(group) => {
+            let enter = format!("echo $$ > {} && exec \"$@\"", path(&group.procs));
+            let shell = ["-c", &enter, "sh", &s.binary];
+            let run = output("sh", &[&shell[..], &args].concat())?;
+            let survived = run.status.success();
+            outcome.claim(survived, format!("{memory}: survives a memory cgroup of that size"));
+            String::from_utf8_lossy(&run.stdout).into_owned()
+        }
+        None => s.ounce(&args)?,
+    };
+    if in_cgroup && group.is_none() {
+        println!("{memory}: no memory cgroup could be made; survival in one is not judged");
+    }
+    let mut result = last_object(&text)?;
+    result["budget_mib"] = json!(mib(memory)?);
+    println!("{memory}: {} tok/s, peak {} MiB", result["tok_per_s"], result["peak_rss_mib"]);
+    outcome.runs.push(("ounce", format!("{} in {memory}", run.setting()), result.clone()));
+    Ok(result)
+}
+
+/// The smallest budget that Ounce names when it refuses a far too small one.
+fn smallest_of(s: &Setting<'_>, run: &StepRun<'_>) -> Result<String> {
+    let args = run.ounce_args(Some("64MiB"));
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let refused = output(&s.binary, &args)?;
+    let stderr = String::from_utf8_lossy(&refused.stderr);
+    smallest_budget(&stderr).ok_or_else(|| format!("no smallest feasible budget in {stderr:?}"))
+}
+
+/// A figure such as `1800MiB` or `2GiB` in MiB.
+fn mib(memory: &str) -> Result<f64> {
+    let digits = memory.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let amount: f64 = digits.trim().parse().map_err(|_| format!("{memory:?} is no amount"))?;
+    match &memory[digits.len()..] {
+        "GiB" => Ok(amount * 1024.0),
+        "MiB" => Ok(amount),
+        "KiB" => Ok(amount / 1024.0),
+        "B" => Ok(amount / MIB),
+        unit => Err(format!("{unit:?} is no unit")),
+    }
+}
+
+/// A memory cgroup (version 1 or 2), removed when dropped.
+struct Cgroup {
+    folder: PathBuf,
+    procs: PathBuf,
+}
+
+impl Cgroup {
+    /// `None` where this process may not make one.
+    fn new(bytes: u64) -> Option<Self> {
+        let name = format!("ounce-accept-{}", std::process::id());
+        let places =
+            [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")];
+        places.into_iter().find_map(|(parent, limit)| {
+            let folder = Path::new(parent).join(&name);
+            std::fs::create_dir(&folder).ok()?;
+            let group = Self { procs: folder.join("cgroup.procs"), folder };
+            std::fs::write(group.folder.join(limit), bytes.to_string()).ok()?;
+            Some(group)
+        })
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // An empty group that stays behind does no harm; the next run has another name.
+        let _ = std::fs::remove_dir(&self.folder);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_smallest_budget_is_read_from_the_message() {
+        let told = |text: &str| smallest_budget(text);
+        assert_eq!(told("x\nsmallest feasible budget: 61 MiB\n"), Some("61MiB".to_owned()));
+        assert_eq!(
+            told("smallest feasible budget: 61.5 MiB (planned)"),
+            Some("61.5MiB".to_owned())
+        );
+        assert_eq!(
+            told("smallest feasible budget: 64000000B, of which"),
+            Some("64000000B".to_owned())
+        );
+        assert_eq!(told("nothing"), None);
+    }
+
+    #[test]
+    fn amounts_are_read_in_mib() {
+        assert_eq!(mib("2GiB"), Ok(2048.0));
+        assert_eq!(mib("61.5MiB"), Ok(61.5));
+        assert_eq!(mib("1048576B"), Ok(1.0));
+        assert!(mib("12 parsecs").is_err());
+    }
+
+    #[test]
+    fn the_median_is_the_middle() {
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![4.0, 1.0]), 2.5);
+    }
+}
