@@ -19,7 +19,7 @@ pub enum GeluKind {
 }
 
 /// `2 sqrt(2 / pi)`.
-const TANH_SCALE: f32 = 1.595_769_1;
+const TANH_SCALE: f32 = 1.595_769;
 const TANH_CUBE: f32 = 0.044_715;
 
 /// `y = gelu(x)`; `y` may overwrite `x`.

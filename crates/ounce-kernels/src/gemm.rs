@@ -21,21 +21,21 @@
 //!
 //! Complexity: 2mnk FLOP; packing reads A once per NC columns and B once.
 
-mod pack;
+pub(crate) mod pack;
 pub(crate) mod tile;
 
 use crate::pool::{Pool, SharedMut, split};
 use std::ops::Range;
-use tile::{MAX_MR, MAX_NR, Tile};
+use tile::{MAX_MR, MAX_NR, Panel, Tile};
 
 /// Rows of A packed at a time by one thread.
 const MC: usize = 192;
 /// Depth of a block.
-const KC: usize = 384;
+const KC: usize = 768;
 /// Columns of B packed at a time.
-const NC: usize = 2048;
+const NC: usize = 1024;
 /// Elements by which a scratch area may have to move to start on a cache line.
-const ALIGN_ELEMS: usize = 16;
+pub(crate) const ALIGN_ELEMS: usize = 16;
 
 /// A matrix that is read: element `(i, j)` is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy, Debug)]
@@ -121,40 +121,39 @@ pub enum Start {
     FromC,
 }
 
-/// Block sizes for one product: the constants above, cut to the problem.
+/// Elements of scratch for the packed copies, for the largest tile of any tier, so that scratch
+/// does not depend on the tier. Grows with m, n and k.
 struct Blocks {
-    mc: usize,
-    kc: usize,
-    nc: usize,
+    a_elems: usize,
+    b_elems: usize,
 }
 
 impl Blocks {
-    /// Rounded up by the largest tile of any tier, so that scratch does not depend on the tier.
     fn new(m: usize, n: usize, k: usize) -> Self {
+        let kc = k.clamp(1, KC);
+        let rows = m.clamp(1, MC) + MAX_MR;
+        let cols = n.clamp(1, NC) + MAX_NR;
         Self {
-            mc: m.clamp(1, MC).next_multiple_of(MAX_MR) + MAX_MR,
-            kc: k.clamp(1, KC),
-            nc: n.clamp(1, NC).next_multiple_of(MAX_NR),
+            a_elems: (rows * kc).next_multiple_of(ALIGN_ELEMS),
+            b_elems: (cols * kc).next_multiple_of(ALIGN_ELEMS),
         }
     }
+}
 
-    fn b_elems(&self) -> usize {
-        (self.nc * self.kc).next_multiple_of(ALIGN_ELEMS)
-    }
-
-    fn a_elems(&self) -> usize {
-        (self.mc * self.kc).next_multiple_of(ALIGN_ELEMS)
-    }
+/// The length of nearly equal blocks that cut `n` into as many as `max` long ones would, in whole
+/// `granule`s (of which `max` is a multiple).
+fn even_block(n: usize, max: usize, granule: usize) -> usize {
+    n.div_ceil(n.div_ceil(max).max(1)).next_multiple_of(granule).max(granule)
 }
 
 /// Scratch of [`gemm`] in elements, for an (m, k) x (k, n) product: at most a few MiB.
 pub fn gemm_scratch_elems(m: usize, n: usize, k: usize, n_threads: usize) -> usize {
     let blocks = Blocks::new(m, n, k);
-    blocks.b_elems() + n_threads * blocks.a_elems() + ALIGN_ELEMS
+    blocks.b_elems + n_threads * blocks.a_elems + ALIGN_ELEMS
 }
 
 /// The part of `scratch` that starts on a cache line.
-fn aligned(scratch: &mut [f32]) -> &mut [f32] {
+pub(crate) fn aligned(scratch: &mut [f32]) -> &mut [f32] {
     let skip = scratch.as_ptr().align_offset(64);
     &mut scratch[skip.min(ALIGN_ELEMS)..]
 }
@@ -180,7 +179,8 @@ pub fn gemm(
     scratch: &mut [f32],
 ) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
-    assert_eq!((c.rows, c.cols), (m, n), "shape of c");
+    let MatMut { data: c, rows, cols, row_stride: c_stride } = c;
+    assert_eq!((rows, cols), (m, n), "shape of c");
     assert_eq!(b.rows, k, "depth of b");
     assert!(bias.is_none_or(|bias| bias.len() == n), "length of bias");
     let n_threads = pool.n_threads();
@@ -190,22 +190,23 @@ pub fn gemm(
         return;
     }
     let blocks = Blocks::new(m, n, k);
-    let (packed_b, packed_a) = aligned(scratch).split_at_mut(blocks.b_elems());
+    let (packed_b, packed_a) = aligned(scratch).split_at_mut(blocks.b_elems);
     let job = Product {
         tile: Tile::current(),
-        c: SharedMut::new(c.data),
-        c_stride: c.row_stride,
+        c: SharedMut::new(c),
+        c_stride,
         a,
         b,
         packed_b: SharedMut::new(packed_b),
         packed_a: SharedMut::new(packed_a),
-        a_elems: blocks.a_elems(),
+        a_elems: blocks.a_elems,
     };
-    for jc in (0..n).step_by(NC) {
-        let cols = jc..(jc + NC).min(n);
+    let (nc, kc) = (even_block(n, NC, MAX_NR), even_block(k, KC, 8));
+    for jc in (0..n).step_by(nc) {
+        let cols = jc..(jc + nc).min(n);
         // A product of depth 0 still runs one (empty) block, which stores zeros or adds the bias.
-        for pc in (0..k.max(1)).step_by(KC) {
-            let depth = pc..(pc + KC).min(k);
+        for pc in (0..k.max(1)).step_by(kc) {
+            let depth = pc..(pc + kc).min(k);
             let from_c = pc > 0 || start == Start::FromC;
             let bias = if depth.end == k { bias } else { None };
             pool.run(&|thread_idx| job.pack_b(&cols, &depth, n_threads, thread_idx));
@@ -265,7 +266,7 @@ impl Product<'_> {
         let (kc, a_at) = (depth.len(), thread_idx * self.a_elems);
         // SAFETY: each thread has its own area.
         let packed_a = unsafe { self.packed_a.range(a_at..a_at + self.a_elems) };
-        let mc = MC.next_multiple_of(mr);
+        let mc = even_block(rows.len(), MC, mr);
         for ic in rows.clone().step_by(mc) {
             let block = ic..(ic + mc).min(rows.end);
             pack::pack(packed_a, self.a, block.clone(), depth.clone(), mr);
@@ -274,13 +275,16 @@ impl Product<'_> {
                 let width = nr.min(cols.end - j);
                 for (tile_idx, i) in block.clone().step_by(mr).enumerate() {
                     let height = mr.min(block.end - i);
+                    self.prefetch_c(i + mr..(i + 2 * mr).min(block.end), j);
                     // SAFETY: packed panels are `kc * mr` and `kc * nr` long at these places and
                     // B's were written in the run before; the tile of C lies within C, and the
                     // rectangles of the threads do not overlap.
                     unsafe {
                         let c = self.c.ptr().add(i * self.c_stride + j);
                         let a = packed_a.as_ptr().add(tile_idx * mr * kc);
+                        let a = Panel { ptr: a, stride: mr };
                         let b = self.packed_b.ptr().add(panel * nr * kc);
+                        let b = Panel { ptr: b, stride: nr };
                         self.tile.run(kc, a, b, c, self.c_stride, height, width, from_c);
                         if let Some(bias) = bias {
                             add_bias(c, self.c_stride, height, &bias[j..j + width]);
@@ -290,6 +294,31 @@ impl Product<'_> {
             }
         }
     }
+
+    /// Starts loading the tile of C after the one in work: C comes from memory, unlike the packed
+    /// operands, and its latency would stall every tile.
+    #[inline(always)]
+    fn prefetch_c(&self, rows: Range<usize>, col: usize) {
+        for i in rows {
+            let row = self.c.ptr().wrapping_add(i * self.c_stride + col);
+            for line in (0..self.tile.nr).step_by(ALIGN_ELEMS) {
+                prefetch(row.wrapping_add(line));
+            }
+        }
+    }
+}
+
+/// Asks the caches for the line at `p`, which need not be valid.
+#[inline(always)]
+fn prefetch(p: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64, and a prefetch of any address has no effect but on caches.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
 }
 
 /// Threads along (rows, columns) whose product is `n_threads`: the least work of the busiest.
@@ -321,20 +350,8 @@ unsafe fn add_bias(c: *mut f32, stride: usize, height: usize, bias: &[f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::noise;
     use crate::tier::{Tier, set_tier};
-
-    /// Numbers in [-1, 1) from a fixed generator.
-    pub(crate) fn noise(n: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
-        (0..n)
-            .map(|_| {
-                state ^= state << 13;
-                state ^= state >> 17;
-                state ^= state << 5;
-                (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-            })
-            .collect()
-    }
 
     /// The definition: one fused chain over ascending k, then the bias.
     fn reference(c: &mut [f32], a: MatRef, b: MatRef, start: Start, bias: Option<&[f32]>) {

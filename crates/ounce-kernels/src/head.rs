@@ -12,7 +12,7 @@
 //! 2024, arXiv:2410.10989).
 
 use crate::gemm::{MatMut, MatRef, Start, gemm, gemm_scratch_elems};
-use crate::math::{exp, lane_sum};
+use crate::math::{lane_sum, softmax_term};
 use crate::pool::{Pool, SharedMut, split_by};
 
 /// Columns of logits over which one (max, sum) is taken.
@@ -170,7 +170,7 @@ tiered! {
         if let Some(scale) = grad_scale {
             let factor = scale / sum;
             for x in logits.iter_mut() {
-                *x = exp(*x - max) * factor;
+                *x = softmax_term(*x - max) * factor;
             }
             logits[target] -= scale;
         }
@@ -184,9 +184,9 @@ fn max_and_sum(x: &[f32]) -> (f32, f32) {
     let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0f32);
     for tile in x.chunks(VOCAB_TILE) {
         let tile_max = lane_max(tile);
-        let tile_sum = lane_sum(tile.len(), |i| exp(tile[i] - tile_max));
+        let tile_sum = lane_sum([tile], |[x]| softmax_term(x - tile_max));
         let new_max = if tile_max > max { tile_max } else { max };
-        sum = sum.mul_add(exp(max - new_max), tile_sum * exp(tile_max - new_max));
+        sum = sum.mul_add(softmax_term(max - new_max), tile_sum * softmax_term(tile_max - new_max));
         max = new_max;
     }
     (max, sum)

@@ -46,3 +46,6 @@ pub mod norm;
 pub mod optim;
 pub mod philox;
 pub mod rope;
+
+#[cfg(test)]
+mod testing;

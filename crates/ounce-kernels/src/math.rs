@@ -9,13 +9,28 @@
 /// `1.5 * 2^23`: adding it rounds a small f32 to the nearest integer, kept in the low bits.
 const ROUND: f32 = 12_582_912.0;
 /// High part of ln 2, exact in few bits, so that `n * LN2_HI` is exact.
-const LN2_HI: f32 = 0.693_359_375;
+const LN2_HI: f32 = 0.693_359_4;
 /// `ln 2 - LN2_HI`.
 const LN2_LO: f32 = -2.121_944_4e-4;
 
 /// `e^x`, about 1 ulp; below -87.33 (subnormal results) it returns 0, NaN stays NaN.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
+    exp_or_zero(x, -87.33)
+}
+
+/// A term of a softmax, `e^x` for `x <= 0`, the largest term being 1.
+///
+/// Below e^-50 = 2e-22 it is 0: a million such terms do not reach the last bit of the sum, but
+/// multiplied on as they are they become subnormal numbers, which cost a hundred cycles each.
+#[inline(always)]
+pub(crate) fn softmax_term(x: f32) -> f32 {
+    exp_or_zero(x, -50.0)
+}
+
+/// `e^x`, and 0 below `cutoff`, which is at least -87.33.
+#[inline(always)]
+fn exp_or_zero(x: f32, cutoff: f32) -> f32 {
     // Above 88.73 the result is infinite; 100 keeps the exponent arithmetic in range.
     let z_in = if x > 100.0 { 100.0 } else { x };
     let z = z_in.mul_add(std::f32::consts::LOG2_E, ROUND);
@@ -32,7 +47,7 @@ pub fn exp(x: f32) -> f32 {
     let n_int = (z.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
     let half = n_int >> 1;
     let result = p * power_of_two(half) * power_of_two(n_int.wrapping_sub(half));
-    if x < -87.33 { 0.0 } else { result }
+    if x < cutoff { 0.0 } else { result }
 }
 
 #[inline(always)]
@@ -59,7 +74,7 @@ pub fn normal(x: f32) -> (f32, f32) {
     // erfc(z) exp(z^2) / t for z in [0, 9.6], relative error 9.5e-9.
     let mut q = 0.035_909_217;
     q = t.mul_add(q, -0.145_313_41);
-    q = t.mul_add(q, 0.149_211_09);
+    q = t.mul_add(q, 0.149_211_1);
     q = t.mul_add(q, 0.015_688_16);
     q = t.mul_add(q, 0.050_530_05);
     q = t.mul_add(q, 0.165_894_52);
@@ -70,23 +85,25 @@ pub fn normal(x: f32) -> (f32, f32) {
     let gauss = exp(-0.5 * x * x);
     let tail = 0.5 * gauss * t * q;
     let below = if x < 0.0 { tail } else { 1.0 - tail };
-    (below, gauss * 0.398_942_28)
+    (below, gauss * 0.398_942_3)
 }
 
-/// `f(0) + f(1) + .. + f(n - 1)` over 16 fixed lanes and then a fixed tree, so that the order of
-/// additions is the same for every vector width.
+/// The sum of `f` over equally long slices, element by element: 16 fixed lanes and then a fixed
+/// tree, so that the order of additions is the same for every vector width.
 #[inline(always)]
-pub(crate) fn lane_sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub(crate) fn lane_sum<const S: usize>(slices: [&[f32]; S], f: impl Fn([f32; S]) -> f32) -> f32 {
     const LANES: usize = 16;
-    let mut sums = [0.0; LANES];
+    let n = slices[0].len();
     let whole = n - n % LANES;
+    let mut sums = [0.0; LANES];
     for start in (0..whole).step_by(LANES) {
+        let blocks = slices.map(|s| &s[start..start + LANES]);
         for (lane, sum) in sums.iter_mut().enumerate() {
-            *sum += f(start + lane);
+            *sum += f(blocks.map(|b| b[lane]));
         }
     }
     for (sum, i) in sums.iter_mut().zip(whole..n) {
-        *sum += f(i);
+        *sum += f(slices.map(|s| s[i]));
     }
     for width in [8, 4, 2, 1] {
         for lane in 0..width {

@@ -189,8 +189,8 @@ tiered! {
         let rows = dx.chunks_exact_mut(n).zip(dy.chunks_exact(n)).zip(x.chunks_exact(n));
         for (((dx, dy), x), stats) in rows.zip(stats.chunks_exact_mut(2)) {
             let (mean, rstd) = mean_rstd(x, eps);
-            let mean_g = lane_sum(n, |i| dy[i] * w[i]) / n as f32;
-            let mean_gx = lane_sum(n, |i| dy[i] * w[i] * ((x[i] - mean) * rstd)) / n as f32;
+            let mean_g = lane_sum([dy, w], |[dy, w]| dy * w) / n as f32;
+            let mean_gx = lane_sum([dy, w, x], |[dy, w, x]| dy * w * ((x - mean) * rstd)) / n as f32;
             for (((dx, &dy), &x), &w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
                 let x_hat = (x - mean) * rstd;
                 *dx = rstd * (-x_hat).mul_add(mean_gx, dy.mul_add(w, -mean_g));
@@ -207,7 +207,7 @@ tiered! {
         let rows = dx.chunks_exact_mut(n).zip(dy.chunks_exact(n)).zip(x.chunks_exact(n));
         for (((dx, dy), x), stats) in rows.zip(stats.chunks_exact_mut(2)) {
             let rrms = reciprocal_rms(x, eps);
-            let mean_gx = lane_sum(n, |i| dy[i] * w[i] * (x[i] * rrms)) / n as f32;
+            let mean_gx = lane_sum([dy, w, x], |[dy, w, x]| dy * w * (x * rrms)) / n as f32;
             for (((dx, &dy), &x), &w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
                 *dx = rrms * (-(x * rrms)).mul_add(mean_gx, dy * w);
             }
@@ -239,13 +239,13 @@ tiered! {
 #[inline(always)]
 fn mean_rstd(x: &[f32], eps: f32) -> (f32, f32) {
     let n = x.len() as f32;
-    let mean = lane_sum(x.len(), |i| x[i]) / n;
-    let var = lane_sum(x.len(), |i| (x[i] - mean) * (x[i] - mean)) / n;
+    let mean = lane_sum([x], |[x]| x) / n;
+    let var = lane_sum([x], |[x]| (x - mean) * (x - mean)) / n;
     (mean, 1.0 / (var + eps).sqrt())
 }
 
 #[inline(always)]
 fn reciprocal_rms(x: &[f32], eps: f32) -> f32 {
-    let mean_square = lane_sum(x.len(), |i| x[i] * x[i]) / x.len() as f32;
+    let mean_square = lane_sum([x], |[x]| x * x) / x.len() as f32;
     1.0 / (mean_square + eps).sqrt()
 }

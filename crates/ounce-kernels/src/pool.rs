@@ -128,9 +128,9 @@ impl Pool {
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes. The pointer is followed only by workers of this run,
         // and this function returns (or unwinds) only after all of them have finished.
-        let job: Job = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(f) };
+        let job: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(f) };
         // SAFETY: no worker runs: the previous run waited for `n_running == 0`.
-        unsafe { *shared.job.get() = Some(job) };
+        unsafe { *shared.job.get() = Some(std::ptr::from_ref(job)) };
         shared.n_running.store(self.workers.len(), Ordering::Relaxed);
         shared.epoch.fetch_add(1, Ordering::SeqCst);
         shared.wake_sleepers();
@@ -169,6 +169,25 @@ impl Pool {
             // SAFETY: `split_by` gives every thread its own rows, and they end within `dst`.
             let part = unsafe { shared.range(rows.start * row_len..rows.end * row_len) };
             f(rows, part);
+        });
+    }
+}
+
+impl Pool {
+    /// Calls `f(thread_idx, item)` for every item, each on whichever thread is free next.
+    ///
+    /// For items of uneven cost whose outputs are disjoint: who computes an item then does not
+    /// show in the result. Put the dearest items first.
+    pub fn run_items(&self, n_items: usize, f: impl Fn(usize, usize) + Sync) {
+        let next = AtomicUsize::new(0);
+        self.run(&|thread_idx| {
+            loop {
+                let item = next.fetch_add(1, Ordering::Relaxed);
+                if item >= n_items {
+                    return;
+                }
+                f(thread_idx, item);
+            }
         });
     }
 }

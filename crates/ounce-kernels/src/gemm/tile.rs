@@ -6,12 +6,19 @@
 use crate::tier::{Tier, tier};
 
 /// The largest tile height of any tier.
-pub(crate) const MAX_MR: usize = 16;
+pub(crate) const MAX_MR: usize = 12;
 /// The largest tile width of any tier.
-pub(crate) const MAX_NR: usize = 64;
+pub(crate) const MAX_NR: usize = 32;
+
+/// An operand of a tile: depth `p` starts at `ptr + p * stride`.
+#[derive(Clone, Copy)]
+pub(crate) struct Panel {
+    pub(crate) ptr: *const f32,
+    pub(crate) stride: usize,
+}
 
 /// `(kc, a, b, c, c_stride, from_c)`.
-type TileFn = unsafe fn(usize, *const f32, *const f32, *mut f32, usize, bool);
+type TileFn = unsafe fn(usize, Panel, Panel, *mut f32, usize, bool);
 
 /// The register tile of a tier.
 #[derive(Clone, Copy)]
@@ -24,28 +31,39 @@ pub(crate) struct Tile {
 }
 
 impl Tile {
-    /// The tile of the tier in use.
+    /// The fastest tile of the tier in use.
     pub(crate) fn current() -> Self {
         match tier() {
             #[cfg(target_arch = "x86_64")]
-            Tier::Avx512 => Self { mr: 6, nr: 64, full: avx512::<6, 4> },
+            Tier::Avx512 => Self { mr: 12, nr: 32, full: avx512::<12, 2> },
             #[cfg(target_arch = "x86_64")]
             Tier::Avx2 => Self { mr: 6, nr: 16, full: avx2::<6, 2> },
             _ => Self { mr: 4, nr: 16, full: portable::<4, 16> },
         }
     }
 
-    /// One tile: `c[..height, ..width]` (rows `c_stride` apart) from packed panels of depth `kc`.
+    /// A tile of the tier in use whose sides divide 64, for attention.
+    pub(crate) fn dividing_64() -> Self {
+        match tier() {
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx512 => Self { mr: 8, nr: 32, full: avx512::<8, 2> },
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx2 => Self { mr: 4, nr: 16, full: avx2::<4, 2> },
+            _ => Self { mr: 4, nr: 16, full: portable::<4, 16> },
+        }
+    }
+
+    /// One tile: `c[..height, ..width]` (rows `c_stride` apart) from panels of depth `kc`.
     ///
     /// # Safety
-    /// `a` points at `kc * mr` elements, `b` at `kc * nr`, and the part of `c` named above is
-    /// exclusively ours.
+    /// Every depth of `a` has `mr` and of `b` has `nr` readable elements, and the part of `c` named
+    /// above is exclusively ours.
     #[inline]
     pub(crate) unsafe fn run(
         &self,
         kc: usize,
-        a: *const f32,
-        b: *const f32,
+        a: Panel,
+        b: Panel,
         c: *mut f32,
         c_stride: usize,
         height: usize,
@@ -85,14 +103,15 @@ macro_rules! vector_tile {
         #[target_feature(enable = $features)]
         unsafe fn $name<const MR: usize, const NV: usize>(
             kc: usize,
-            mut a: *const f32,
-            mut b: *const f32,
+            a: Panel,
+            b: Panel,
             c: *mut f32,
             c_stride: usize,
             from_c: bool,
         ) {
             use std::arch::x86_64::{$fma, $load, $set, $store, $zero};
             let mut sum = [[$zero(); NV]; MR];
+            let (mut a_ptr, mut b_ptr) = (a.ptr, b.ptr);
             // SAFETY: every access lies within the panels and the tile of C promised by the caller.
             unsafe {
                 if from_c {
@@ -105,16 +124,17 @@ macro_rules! vector_tile {
                 for _ in 0..kc {
                     let mut b_p = [$zero(); NV];
                     for j in 0..NV {
-                        b_p[j] = $load(b.add(j * $lanes));
+                        b_p[j] = $load(b_ptr.add(j * $lanes));
                     }
                     for i in 0..MR {
-                        let a_p = $set(*a.add(i));
+                        let a_p = $set(*a_ptr.add(i));
                         for j in 0..NV {
                             sum[i][j] = $fma(a_p, b_p[j], sum[i][j]);
                         }
                     }
-                    a = a.add(MR);
-                    b = b.add(NV * $lanes);
+                    // Wrapping: after the last depth the next one need not exist.
+                    a_ptr = a_ptr.wrapping_add(a.stride);
+                    b_ptr = b_ptr.wrapping_add(b.stride);
                 }
                 for i in 0..MR {
                     for j in 0..NV {
@@ -153,8 +173,8 @@ vector_tile!(
 /// As [`Tile::run`], for a full tile.
 unsafe fn portable<const MR: usize, const NR: usize>(
     kc: usize,
-    a: *const f32,
-    b: *const f32,
+    a: Panel,
+    b: Panel,
     c: *mut f32,
     c_stride: usize,
     from_c: bool,
@@ -162,14 +182,14 @@ unsafe fn portable<const MR: usize, const NR: usize>(
     let mut sum = [[0.0f32; NR]; MR];
     // SAFETY: every access lies within the panels and the tile of C promised by the caller.
     unsafe {
-        let (a, b) =
-            (std::slice::from_raw_parts(a, kc * MR), std::slice::from_raw_parts(b, kc * NR));
         if from_c {
             for (i, row) in sum.iter_mut().enumerate() {
                 row.copy_from_slice(std::slice::from_raw_parts(c.add(i * c_stride), NR));
             }
         }
-        for (a_p, b_p) in a.chunks_exact(MR).zip(b.chunks_exact(NR)) {
+        for p in 0..kc {
+            let a_p = std::slice::from_raw_parts(a.ptr.add(p * a.stride), MR);
+            let b_p = std::slice::from_raw_parts(b.ptr.add(p * b.stride), NR);
             for (row, &a_ip) in sum.iter_mut().zip(a_p) {
                 for (s, &b_pj) in row.iter_mut().zip(b_p) {
                     *s = a_ip.mul_add(b_pj, *s);

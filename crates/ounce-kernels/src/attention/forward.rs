@@ -1,0 +1,202 @@
+//! Attention forward: online softmax over ascending key tiles.
+//!
+//! Scores are kept transposed, `s[key][query]`: maxima, exponentials and sums then run along
+//! queries, one vector lane each, and the probabilities are already the left operand of `p v`.
+
+use super::layout::{Carver, panel, tile_product};
+use super::{AttentionDims, HeadsRef, RowSpan, TILE, TILES_PER_BLOCK};
+use crate::gemm::tile::Tile;
+use crate::gemm::{ALIGN_ELEMS, aligned};
+use crate::math::softmax_term;
+use crate::pool::{Pool, SharedMut};
+
+/// Elements of one thread's scratch: a block of queries and outputs, one tile of keys, values and
+/// scores, and (maximum, sum) of every query plus one factor.
+fn per_thread_elems(dims: AttentionDims) -> usize {
+    let block = TILES_PER_BLOCK * (dims.transposed_elems() + dims.natural_elems() + 2 * TILE);
+    block + dims.transposed_elems() + dims.natural_elems() + TILE * TILE + TILE
+}
+
+/// Scratch of [`attention_forward`] in elements.
+pub fn attention_forward_scratch_elems(dims: AttentionDims, n_threads: usize) -> usize {
+    n_threads * per_thread_elems(dims) + ALIGN_ELEMS
+}
+
+/// `o = softmax(scale q k^T, causal) v` per row and head, and `lse = log(sum(exp(scale q k)))`.
+///
+/// # Shapes
+/// `o` (N, H, D), `lse` (N, H), `q` (N, H, D), `k`, `v` (N, K, D). `rows` ascend and do not
+/// overlap; tokens outside of them get zeros.
+/// # Memory
+/// [`attention_forward_scratch_elems`] elements.
+pub fn attention_forward(
+    pool: &Pool,
+    o: &mut [f32],
+    lse: &mut [f32],
+    q: HeadsRef<'_>,
+    k: HeadsRef<'_>,
+    v: HeadsRef<'_>,
+    rows: &[RowSpan],
+    dims: AttentionDims,
+    scratch: &mut [f32],
+) {
+    let AttentionDims { n_heads, head_dim, .. } = dims;
+    let n_tokens = lse.len() / n_heads;
+    assert_eq!(lse.len(), n_tokens * n_heads, "lse is whole tokens");
+    assert_eq!(o.len(), lse.len() * head_dim, "length of o");
+    dims.check(n_tokens, rows);
+    zero_gaps(o, rows, n_heads * head_dim);
+    zero_gaps(lse, rows, n_heads);
+    let job = Forward {
+        tile: Tile::dividing_64(),
+        o: SharedMut::new(o),
+        lse: SharedMut::new(lse),
+        scratch: SharedMut::new(aligned(scratch)),
+        q,
+        k,
+        v,
+        dims,
+    };
+    let blocks_of = |row: &RowSpan| row.n_tiles().div_ceil(TILES_PER_BLOCK);
+    let n_blocks: usize = rows.iter().map(blocks_of).sum();
+    pool.run_items(n_blocks * n_heads, |thread_idx, item| {
+        // Late blocks of a row see the most keys; they come first.
+        let (mut block, head) = (n_blocks - 1 - item / n_heads, item % n_heads);
+        for row in rows {
+            if block < blocks_of(row) {
+                return job.block(*row, head, block * TILES_PER_BLOCK, thread_idx);
+            }
+            block -= blocks_of(row);
+        }
+    });
+}
+
+/// Zeros the tokens (of `width` elements) that no row covers.
+pub(super) fn zero_gaps(x: &mut [f32], rows: &[RowSpan], width: usize) {
+    let mut end = 0;
+    for row in rows {
+        x[end * width..row.start * width].fill(0.0);
+        end = row.start + row.len;
+    }
+    x[end * width..].fill(0.0);
+}
+
+struct Forward<'a> {
+    tile: Tile,
+    o: SharedMut<'a, f32>,
+    lse: SharedMut<'a, f32>,
+    scratch: SharedMut<'a, f32>,
+    q: HeadsRef<'a>,
+    k: HeadsRef<'a>,
+    v: HeadsRef<'a>,
+    dims: AttentionDims,
+}
+
+impl Forward<'_> {
+    /// Outputs of one head for up to [`TILES_PER_BLOCK`] query tiles from `first` on.
+    fn block(&self, row: RowSpan, head: usize, first: usize, thread_idx: usize) {
+        let AttentionDims { head_dim: d, scale, .. } = self.dims;
+        let (stride, kv_head) = (self.dims.natural_stride(), head / self.dims.group());
+        // SAFETY: a thread works on one block at a time.
+        let mut carver =
+            unsafe { Carver::new(&self.scratch, per_thread_elems(self.dims), thread_idx) };
+        let q_block = carver.take(TILES_PER_BLOCK * d * TILE);
+        let o_block = carver.take(TILES_PER_BLOCK * TILE * stride);
+        let stats = carver.take(TILES_PER_BLOCK * 2 * TILE);
+        let (k_tile, v_tile) = (carver.take(d * TILE), carver.take(TILE * stride));
+        let (scores, factor) = (carver.take(TILE * TILE), carver.take(TILE));
+        let last = (first + TILES_PER_BLOCK).min(row.n_tiles());
+        for (q_tile, i) in q_block.chunks_exact_mut(d * TILE).zip(first..last) {
+            self.q.pack_transposed(q_tile, row.tile(i), head, d);
+        }
+        for j in 0..last {
+            self.k.pack_transposed(k_tile, row.tile(j), kv_head, d);
+            self.v.pack_natural(v_tile, row.tile(j), kv_head, d);
+            for i in first.max(j)..last {
+                let at = i - first;
+                let q_tile = &q_block[at * d * TILE..][..d * TILE];
+                let o_tile = &mut o_block[at * TILE * stride..][..TILE * stride];
+                let (max, sum) = stats[at * 2 * TILE..][..2 * TILE].split_at_mut(TILE);
+                let (k, q) = (panel(k_tile, TILE), panel(q_tile, TILE));
+                let c = (scores.as_mut_ptr(), TILE);
+                // SAFETY: all operands are whole tiles of scratch.
+                unsafe { tile_product(&self.tile, d, k, q, c, (TILE, TILE), false) };
+                online_softmax(scores, max, sum, factor, scale, j == 0, i == j);
+                if j > 0 {
+                    scale_rows(o_tile, factor, stride);
+                }
+                let (p, v) = (panel(scores, TILE), panel(v_tile, stride));
+                let c = (o_tile.as_mut_ptr(), stride);
+                // SAFETY: as above; rows of `v_tile` are padded to whole register tiles.
+                unsafe { tile_product(&self.tile, TILE, p, v, c, (TILE, d), j > 0) };
+            }
+        }
+        for i in first..last {
+            let o_tile = &o_block[(i - first) * TILE * stride..][..TILE * stride];
+            let (max, sum) = stats[(i - first) * 2 * TILE..][..2 * TILE].split_at(TILE);
+            for (token, o) in row.tile(i).zip(o_tile.chunks_exact(stride)) {
+                let query = token - row.tile(i).start;
+                self.store(token, head, &o[..d], max[query], sum[query]);
+            }
+        }
+    }
+
+    /// Divides one output row by its sum and stores it.
+    fn store(&self, token: usize, head: usize, o: &[f32], max: f32, sum: f32) {
+        let (h, d) = (self.dims.n_heads, self.dims.head_dim);
+        let at = token * h + head;
+        // SAFETY: a (token, head) belongs to one block and so to one thread.
+        let (dst, lse) =
+            unsafe { (self.o.range(at * d..(at + 1) * d), self.lse.range(at..at + 1)) };
+        let inverse = 1.0 / sum;
+        for (dst, o) in dst.iter_mut().zip(o) {
+            *dst = o * inverse;
+        }
+        lse[0] = max + sum.ln();
+    }
+}
+
+tiered! {
+    /// Folds a tile of scores `[key][query]` into each query's (max, sum), and replaces the scores
+    /// by `exp(scale s - max)`. `factor` is what older sums and outputs must be multiplied by.
+    fn online_softmax(scores: &mut [f32], max: &mut [f32], sum: &mut [f32], factor: &mut [f32], scale: f32, is_first: bool, is_diagonal: bool) {
+        let scores = scores.as_chunks_mut::<TILE>().0;
+        if is_diagonal {
+            for (key, row) in scores.iter_mut().enumerate() {
+                row[..key].fill(f32::NEG_INFINITY);
+            }
+        }
+        let mut tile_max = [f32::NEG_INFINITY; TILE];
+        for row in scores.iter() {
+            for (max, &s) in tile_max.iter_mut().zip(row) {
+                *max = if s > *max { s } else { *max };
+            }
+        }
+        let mut new_sum = [0.0f32; TILE];
+        let (max, sum, factor) = (&mut max[..TILE], &mut sum[..TILE], &mut factor[..TILE]);
+        for i in 0..TILE {
+            let tile_max = tile_max[i] * scale;
+            let old = if is_first { f32::NEG_INFINITY } else { max[i] };
+            max[i] = if tile_max > old { tile_max } else { old };
+            factor[i] = softmax_term(old - max[i]);
+            new_sum[i] = if is_first { 0.0 } else { sum[i] * factor[i] };
+        }
+        for row in scores {
+            for ((s, &max), sum) in row.iter_mut().zip(&*max).zip(&mut new_sum) {
+                *s = softmax_term(s.mul_add(scale, -max));
+                *sum += *s;
+            }
+        }
+        sum.copy_from_slice(&new_sum);
+    }
+}
+
+tiered! {
+    fn scale_rows(x: &mut [f32], factor: &[f32], stride: usize) {
+        for (row, &factor) in x.chunks_exact_mut(stride).zip(factor) {
+            for x in row {
+                *x *= factor;
+            }
+        }
+    }
+}

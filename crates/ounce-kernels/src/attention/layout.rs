@@ -1,0 +1,288 @@
+//! Where heads lie in memory, and how their tiles are packed.
+
+use super::TILE;
+use crate::gemm::MatRef;
+use crate::gemm::pack::pack;
+use crate::gemm::tile::{MAX_NR, Panel, Tile};
+use crate::pool::SharedMut;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// One row: tokens `start .. start + len` of the token axis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowSpan {
+    /// First token.
+    pub start: usize,
+    /// Number of tokens.
+    pub len: usize,
+}
+
+impl RowSpan {
+    /// Number of tiles.
+    pub(super) fn n_tiles(self) -> usize {
+        self.len.div_ceil(TILE)
+    }
+
+    /// Tokens of tile `tile_idx`.
+    pub(super) fn tile(self, tile_idx: usize) -> Range<usize> {
+        let start = self.start + tile_idx * TILE;
+        start..(start + TILE).min(self.start + self.len)
+    }
+}
+
+/// Sizes of an attention.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionDims {
+    /// H.
+    pub n_heads: usize,
+    /// K, a divisor of H; query head `h` reads key-value head `h / (H / K)`.
+    pub n_kv_heads: usize,
+    /// D.
+    pub head_dim: usize,
+    /// Multiplies `q k`, usually `1 / sqrt(D)`; positive.
+    pub scale: f32,
+}
+
+impl AttentionDims {
+    /// Query heads per key-value head.
+    pub(super) fn group(self) -> usize {
+        self.n_heads / self.n_kv_heads
+    }
+
+    /// Elements of a [64][D] tile: rows are padded to whole register tiles.
+    pub(super) fn natural_elems(self) -> usize {
+        TILE * self.natural_stride()
+    }
+
+    pub(super) fn natural_stride(self) -> usize {
+        self.head_dim.next_multiple_of(MAX_NR)
+    }
+
+    /// Elements of a [D][64] tile.
+    pub(super) fn transposed_elems(self) -> usize {
+        self.head_dim * TILE
+    }
+
+    /// # Panics
+    /// If the sizes contradict each other, or spans descend, overlap or leave the token axis.
+    pub(super) fn check(self, n_tokens: usize, rows: &[RowSpan]) {
+        assert!(self.n_heads.is_multiple_of(self.n_kv_heads), "groups of heads are even: {self:?}");
+        assert!(self.head_dim > 0 && self.scale > 0.0, "sizes and scale are positive: {self:?}");
+        let mut end = 0;
+        for row in rows {
+            assert!(end <= row.start, "rows ascend and do not overlap: {row:?} after {end}");
+            end = row.start + row.len;
+        }
+        assert!(end <= n_tokens, "rows end at {end} of {n_tokens} tokens");
+    }
+}
+
+/// Heads that are read: element (token, head, d) is
+/// `data[token * row_stride + col_offset + head * D + d]`.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadsRef<'a> {
+    /// The matrix of which the heads are columns.
+    pub data: &'a [f32],
+    /// Elements from one token to the next.
+    pub row_stride: usize,
+    /// Column of head 0.
+    pub col_offset: usize,
+}
+
+impl<'a> HeadsRef<'a> {
+    /// Dense heads (N, heads, D).
+    pub fn dense(data: &'a [f32], n_heads: usize, head_dim: usize) -> Self {
+        Self { data, row_stride: n_heads * head_dim, col_offset: 0 }
+    }
+
+    /// Tokens x channels of one head.
+    fn matrix(&self, tokens: Range<usize>, head: usize, head_dim: usize) -> MatRef<'a> {
+        let at = tokens.start * self.row_stride + self.col_offset + head * head_dim;
+        MatRef::with_stride(&self.data[at..], tokens.len(), head_dim, self.row_stride)
+    }
+
+    /// Writes a [D][64] tile; tokens beyond the tile are zeros.
+    pub(super) fn pack_transposed(
+        &self,
+        dst: &mut [f32],
+        tokens: Range<usize>,
+        head: usize,
+        head_dim: usize,
+    ) {
+        let src = self.matrix(tokens.clone(), head, head_dim);
+        pack(dst, src, 0..tokens.len(), 0..head_dim, TILE);
+    }
+
+    /// Writes a [64][D] tile; tokens and channels beyond it are zeros.
+    pub(super) fn pack_natural(
+        &self,
+        dst: &mut [f32],
+        tokens: Range<usize>,
+        head: usize,
+        head_dim: usize,
+    ) {
+        let stride = head_dim.next_multiple_of(MAX_NR);
+        let (used, rest) = dst.split_at_mut(tokens.len() * stride);
+        for (dst, token) in used.chunks_exact_mut(stride).zip(tokens) {
+            dst[..head_dim].copy_from_slice(self.row(token, head, head_dim));
+            dst[head_dim..].fill(0.0);
+        }
+        rest.fill(0.0);
+    }
+
+    #[inline(always)]
+    pub(super) fn row(&self, token: usize, head: usize, head_dim: usize) -> &'a [f32] {
+        &self.data[token * self.row_stride + self.col_offset + head * head_dim..][..head_dim]
+    }
+}
+
+/// Heads that are written, laid out as in [`HeadsRef`].
+#[derive(Debug)]
+pub struct HeadsMut<'a> {
+    ptr: *mut f32,
+    len: usize,
+    pub(super) row_stride: usize,
+    col_offset: usize,
+    /// Columns from `col_offset` on that are ours.
+    width: usize,
+    life: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: as `&mut [f32]`, of which this is a set of columns that nobody else holds.
+unsafe impl Send for HeadsMut<'_> {}
+// SAFETY: threads write through `rows_ptr`, whose callers promise disjoint rows.
+unsafe impl Sync for HeadsMut<'_> {}
+
+impl<'a> HeadsMut<'a> {
+    /// Dense heads (N, heads, D).
+    pub fn dense(data: &'a mut [f32], n_heads: usize, head_dim: usize) -> Self {
+        Self::new(data, n_heads * head_dim, 0)
+    }
+
+    /// Heads that are columns of `data` from `col_offset` to the end of a row.
+    ///
+    /// # Panics
+    /// If the offset lies beyond a row.
+    pub fn new(data: &'a mut [f32], row_stride: usize, col_offset: usize) -> Self {
+        assert!(col_offset <= row_stride, "column {col_offset} lies within a row of {row_stride}");
+        let (ptr, len, width) = (data.as_mut_ptr(), data.len(), row_stride - col_offset);
+        Self { ptr, len, row_stride, col_offset, width, life: PhantomData }
+    }
+
+    /// Three column ranges `[offset, offset + width)` of one matrix: `dq`, `dk`, `dv` in `dqkv`.
+    ///
+    /// # Panics
+    /// If the ranges overlap or leave a row.
+    pub fn packed(
+        data: &'a mut [f32],
+        row_stride: usize,
+        offsets: [usize; 3],
+        widths: [usize; 3],
+    ) -> [Self; 3] {
+        for i in 0..3 {
+            assert!(offsets[i] + widths[i] <= row_stride, "columns {i} lie within a row");
+            for j in 0..i {
+                let apart =
+                    offsets[i] + widths[i] <= offsets[j] || offsets[j] + widths[j] <= offsets[i];
+                assert!(apart, "columns {i} and {j} do not overlap");
+            }
+        }
+        let (ptr, len) = (data.as_mut_ptr(), data.len());
+        [0, 1, 2].map(|i| Self {
+            ptr,
+            len,
+            row_stride,
+            col_offset: offsets[i],
+            width: widths[i],
+            life: PhantomData,
+        })
+    }
+
+    /// # Panics
+    /// If `n_tokens` rows of `n_heads` heads do not fit.
+    pub(super) fn check(&self, n_tokens: usize, n_heads: usize, head_dim: usize) {
+        assert!(n_heads * head_dim <= self.width, "{n_heads} heads fit {} columns", self.width);
+        let end = (n_tokens * self.row_stride + self.col_offset + n_heads * head_dim)
+            .saturating_sub(self.row_stride);
+        assert!(n_tokens == 0 || end <= self.len, "heads end at {end} of {}", self.len);
+    }
+
+    /// Pointer to channel 0 of a head of a token. In bounds for what [`Self::check`] accepted.
+    pub(super) fn at(&self, token: usize, head: usize, head_dim: usize) -> *mut f32 {
+        self.ptr.wrapping_add(token * self.row_stride + self.col_offset + head * head_dim)
+    }
+
+    /// One head of one token.
+    ///
+    /// # Safety
+    /// [`Self::check`] accepted the sizes, and no two live rows are the same.
+    #[expect(clippy::mut_from_ref, reason = "handing out disjoint rows is this type's purpose")]
+    pub(super) unsafe fn row(&self, token: usize, head: usize, head_dim: usize) -> &mut [f32] {
+        // SAFETY: in bounds and exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.at(token, head, head_dim), head_dim) }
+    }
+}
+
+/// `c = (start) + left^T right` for tiles: `left` [depth][rows], `right` [depth][cols].
+///
+/// The pointers are the tiles' first elements and the strides their depths' distances.
+///
+/// # Safety
+/// `left` holds 64 columns at every depth and `right` `cols` rounded up to [`MAX_NR`]; rows
+/// `..height` and columns `..cols` of `c` are exclusively ours.
+pub(super) unsafe fn tile_product(
+    tile: &Tile,
+    depth: usize,
+    left: Panel,
+    right: Panel,
+    (c, c_stride): (*mut f32, usize),
+    (height, cols): (usize, usize),
+    from_c: bool,
+) {
+    let Tile { mr, nr, .. } = *tile;
+    for j in (0..cols).step_by(nr) {
+        for i in (0..height).step_by(mr) {
+            let (tall, wide) = (mr.min(height - i), nr.min(cols - j));
+            // SAFETY: `i` and `j` stay within the operands that the caller promised; heights
+            // divide 64, so a full register tile of `left` exists also at an edge of `c`.
+            unsafe {
+                let a = Panel { ptr: left.ptr.add(i), ..left };
+                let b = Panel { ptr: right.ptr.add(j), ..right };
+                tile.run(depth, a, b, c.add(i * c_stride + j), c_stride, tall, wide, from_c);
+            }
+        }
+    }
+}
+
+/// A tile as an operand.
+pub(super) fn panel(tile: &[f32], stride: usize) -> Panel {
+    Panel { ptr: tile.as_ptr(), stride }
+}
+
+/// Deals the start of one thread's scratch out in pieces.
+pub(super) struct Carver<'a> {
+    rest: &'a mut [f32],
+}
+
+impl<'a> Carver<'a> {
+    /// Thread `thread_idx`'s share of `per_thread` elements.
+    ///
+    /// # Safety
+    /// Every thread index is used by one thread at a time.
+    pub(super) unsafe fn new(
+        scratch: &'a SharedMut<'_, f32>,
+        per_thread: usize,
+        thread_idx: usize,
+    ) -> Self {
+        let at = thread_idx * per_thread;
+        // SAFETY: the caller's promise.
+        Self { rest: unsafe { scratch.range(at..at + per_thread) } }
+    }
+
+    /// The next `n` elements.
+    pub(super) fn take(&mut self, n: usize) -> &'a mut [f32] {
+        let (piece, rest) = std::mem::take(&mut self.rest).split_at_mut(n);
+        self.rest = rest;
+        piece
+    }
+}

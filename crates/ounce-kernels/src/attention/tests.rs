@@ -1,0 +1,169 @@
+//! The tiled attention against the definition in f64, and its bits against themselves.
+
+use super::*;
+use crate::pool::Pool;
+use crate::testing::{assert_close, noise};
+use crate::tier::{Tier, set_tier};
+
+const GAP: f32 = 9.0;
+
+/// A problem whose q, k and v are columns of one packed matrix.
+struct Case {
+    dims: AttentionDims,
+    rows: Vec<RowSpan>,
+    n_tokens: usize,
+    qkv: Vec<f32>,
+    d_o: Vec<f32>,
+}
+
+/// Everything the two kernels write.
+#[derive(PartialEq, Debug)]
+struct Output {
+    o: Vec<f32>,
+    lse: Vec<f32>,
+    dqkv: Vec<f32>,
+}
+
+impl Case {
+    fn new(n_heads: usize, n_kv_heads: usize, head_dim: usize, rows: &[(usize, usize)]) -> Self {
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let rows: Vec<_> = rows.iter().map(|&(start, len)| RowSpan { start, len }).collect();
+        let n_tokens = rows.last().map_or(0, |row| row.start + row.len) + 5;
+        let width = (n_heads + 2 * n_kv_heads) * head_dim;
+        Self {
+            dims: AttentionDims { n_heads, n_kv_heads, head_dim, scale },
+            rows,
+            n_tokens,
+            qkv: noise(n_tokens * width, 1).iter().map(|x| 2.0 * x).collect(),
+            d_o: noise(n_tokens * n_heads * head_dim, 2),
+        }
+    }
+
+    /// Columns of q, k, v and the row stride.
+    fn columns(&self) -> ([usize; 3], [usize; 3], usize) {
+        let AttentionDims { n_heads, n_kv_heads, head_dim, .. } = self.dims;
+        let widths = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim];
+        ([0, widths[0], widths[0] + widths[1]], widths, widths.iter().sum())
+    }
+
+    fn run(&self, pool: &Pool) -> Output {
+        let (offsets, widths, row_stride) = self.columns();
+        let [q, k, v] =
+            offsets.map(|col_offset| HeadsRef { data: &self.qkv, row_stride, col_offset });
+        let n_out = self.n_tokens * self.dims.n_heads;
+        let mut o = vec![GAP; n_out * self.dims.head_dim];
+        let mut lse = vec![GAP; n_out];
+        let mut dqkv = vec![GAP; self.qkv.len()];
+        let n_threads = pool.n_threads();
+        let mut scratch = vec![f32::NAN; attention_forward_scratch_elems(self.dims, n_threads)];
+        attention_forward(pool, &mut o, &mut lse, q, k, v, &self.rows, self.dims, &mut scratch);
+        let mut scratch = vec![f32::NAN; attention_backward_scratch_elems(self.dims, n_threads)];
+        let [dq, dk, dv] = HeadsMut::packed(&mut dqkv, row_stride, offsets, widths);
+        attention_backward(
+            pool,
+            dq,
+            dk,
+            dv,
+            &self.d_o,
+            q,
+            k,
+            v,
+            &o,
+            &lse,
+            &self.rows,
+            self.dims,
+            &mut scratch,
+        );
+        Output { o, lse, dqkv }
+    }
+
+    /// The definition, one query at a time in f64: (o, lse, dqkv).
+    fn reference(&self) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+        let AttentionDims { n_heads: h, n_kv_heads, head_dim: d, scale } = self.dims;
+        let (offsets, _, stride) = self.columns();
+        let at = |part: usize, token: usize, head: usize| token * stride + offsets[part] + head * d;
+        let x = |i: usize| f64::from(self.qkv[i]);
+        let dot = |a: usize, b: usize| (0..d).map(|c| x(a + c) * x(b + c)).sum::<f64>();
+        let mut o = vec![0.0; self.n_tokens * h * d];
+        let mut lse = vec![0.0; self.n_tokens * h];
+        let mut dqkv = vec![0.0; self.qkv.len()];
+        for row in &self.rows {
+            for i in row.start..row.start + row.len {
+                for head in 0..h {
+                    let kv = head / (h / n_kv_heads);
+                    let q = at(0, i, head);
+                    let scores: Vec<f64> =
+                        (row.start..=i).map(|j| f64::from(scale) * dot(q, at(1, j, kv))).collect();
+                    let sum: f64 = scores.iter().map(|s| s.exp()).sum();
+                    lse[i * h + head] = sum.ln();
+                    let p: Vec<f64> = scores.iter().map(|s| s.exp() / sum).collect();
+                    let out = (i * h + head) * d;
+                    for (j, p) in (row.start..).zip(&p) {
+                        (0..d).for_each(|c| o[out + c] += p * x(at(2, j, kv) + c));
+                    }
+                    let d_o = |c: usize| f64::from(self.d_o[out + c]);
+                    let delta: f64 = (0..d).map(|c| d_o(c) * o[out + c]).sum();
+                    for (j, p) in (row.start..).zip(&p) {
+                        let (k, v) = (at(1, j, kv), at(2, j, kv));
+                        let dp: f64 = (0..d).map(|c| d_o(c) * x(v + c)).sum();
+                        let ds = p * (dp - delta) * f64::from(scale);
+                        for c in 0..d {
+                            dqkv[v + c] += p * d_o(c);
+                            dqkv[k + c] += ds * x(q + c);
+                            dqkv[q + c] += ds * x(k + c);
+                        }
+                    }
+                }
+            }
+        }
+        (o, lse, dqkv)
+    }
+}
+
+/// Odd lengths, gaps, groups, head dims that do not fill a register tile. The tolerance covers
+/// f32 sums of a few hundred terms of size one.
+#[test]
+fn outputs_and_gradients_agree_with_the_definition_in_f64() {
+    for case in [
+        Case::new(2, 2, 16, &[(0, 1), (64, 70)]),
+        Case::new(4, 2, 40, &[(0, 64), (64, 129), (256, 63)]),
+        Case::new(3, 1, 64, &[(3, 330)]),
+    ] {
+        let got = case.run(&Pool::new(2));
+        let (o, lse, dqkv) = case.reference();
+        assert_close(&got.o, &o, 5e-6);
+        assert_close(&got.lse, &lse, 5e-6);
+        assert_close(&got.dqkv, &dqkv, 5e-5);
+    }
+}
+
+/// One pass or two, whichever thread takes a block, whichever tier: one result.
+#[test]
+fn threads_tiers_and_passes_do_not_change_the_bits() {
+    let case = Case::new(4, 2, 48, &[(0, 300), (320, 65)]);
+    let want = case.run(&Pool::new(1));
+    assert!(
+        super::backward::one_pass_is_cheaper(4, 2) && !super::backward::one_pass_is_cheaper(4, 7)
+    );
+    for n_threads in [2, 3, 7] {
+        assert!(case.run(&Pool::new(n_threads)) == want, "{n_threads} threads");
+    }
+    for tier in Tier::available() {
+        set_tier(Some(tier));
+        assert!(case.run(&Pool::new(2)) == want, "tier {tier}");
+    }
+    set_tier(None);
+}
+
+#[test]
+fn a_row_gives_the_same_bits_wherever_it_lies() {
+    let alone = Case::new(2, 1, 32, &[(0, 200)]);
+    let want = alone.run(&Pool::new(2));
+    let mut shifted = Case::new(2, 1, 32, &[(0, 64), (128, 200)]);
+    let width = 4 * 32;
+    shifted.qkv[128 * width..328 * width].copy_from_slice(&alone.qkv[..200 * width]);
+    shifted.d_o[128 * 64..328 * 64].copy_from_slice(&alone.d_o[..200 * 64]);
+    let got = shifted.run(&Pool::new(2));
+    assert_eq!(got.o[128 * 64..328 * 64], want.o[..200 * 64]);
+    assert_eq!(got.dqkv[128 * width..328 * width], want.dqkv[..200 * width]);
+}
