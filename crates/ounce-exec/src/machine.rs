@@ -202,18 +202,30 @@ impl Machine for MeasuredMachine {
         }
         let flop_per_token = problem.flop_per_token(graph, op, shape);
         let second = self.second_point(&problem, flop_per_token);
-        let per_token_s = if second == unit {
-            first_s / unit as f64
-        } else {
-            let second_s = self.point(&problem, &tables, second).unwrap_or(first_s);
-            ((second_s - first_s) / (second - unit) as f64).max(0.0)
-        };
-        problem.factor * (first_s + per_token_s * (n - unit as f64)).max(first_s / unit as f64)
+        let second_s = self.point(&problem, &tables, second).unwrap_or(first_s);
+        problem.factor * line((unit as f64, first_s), (second as f64, second_s), n)
     }
 
     fn baseline_bytes(&self) -> u64 {
         self.baseline_bytes
     }
+}
+
+/// Seconds at `n` tokens on the line through two measured points, the second at as many tokens or more.
+///
+/// A disturbed measurement may make the first point too slow. It then counts as the second, and
+/// beyond the second at least half of its time is taken to grow with the tokens.
+fn line(first: (f64, f64), second: (f64, f64), n: f64) -> f64 {
+    let first_s = first.1.min(second.1);
+    if n <= first.0 {
+        return first_s * (n / first.0).max(1e-3);
+    }
+    let measured = (second.1 - first_s) / (second.0 - first.0).max(1.0);
+    if n <= second.0 {
+        return first_s + measured * (n - first.0);
+    }
+    let beyond = if second.0 > first.0 { 0.5 } else { 1.0 };
+    second.1 + measured.max(beyond * second.1 / second.0) * (n - second.0)
 }
 
 /// An op as it is measured: cut to a size where time only scales.
@@ -503,5 +515,31 @@ fn fill(arena: &mut Arena, problem: &Problem, offsets: &[u32], n_tokens: u64) {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn costs_follow_the_line_through_both_points() {
+        let at = |n| line((64.0, 2.0), (512.0, 9.0), n);
+        assert_eq!([at(64.0), at(288.0), at(512.0)], [2.0, 5.5, 9.0]);
+        assert_eq!(at(960.0), 16.0);
+        assert_eq!(at(32.0), 1.0);
+    }
+
+    #[test]
+    fn a_disturbed_first_point_does_not_make_more_tokens_free() {
+        let at = |n| line((64.0, 8.0), (512.0, 4.0), n);
+        assert_eq!([at(64.0), at(512.0)], [4.0, 4.0]);
+        assert_eq!(at(1024.0), 6.0);
+    }
+
+    #[test]
+    fn one_point_scales_with_tokens() {
+        let at = |n| line((1024.0, 3.0), (1024.0, 3.0), n);
+        assert_eq!([at(512.0), at(1024.0), at(4096.0)], [1.5, 3.0, 12.0]);
     }
 }
