@@ -24,8 +24,9 @@
 //! So for a graph that a planner cannot cut along the token axis (a step of one granule), no plan is
 //! faster than what is found here, and none fits in fewer bytes than [`least_bytes`].
 //!
-//! Complexity: 2^values times backward ops states; at most [`MAX_VALUES`] forward values. Source of
-//! the search: [Dijkstra59]; of the game with values and slots: [Sethi75].
+//! Complexity: 2^values times backward ops states; at most [`MAX_VALUES`] forward values. Sources:
+//! Dijkstra 1959, "A note on two problems in connexion with graphs"; Sethi 1975, "Complete register
+//! allocation problems" (the game with values and slots).
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -112,18 +113,34 @@ struct InPlace {
     saved_bytes: u64,
 }
 
+/// An op and what the search asks of it.
+struct Piece {
+    op: OpId,
+    /// Forward values that it reads.
+    reads: Resident,
+    /// Forward values that it writes.
+    writes: Resident,
+    seconds: f64,
+    scratch_bytes: u64,
+}
+
 /// What does not change during the search.
 struct Game<'a> {
     graph: &'a Graph,
     shape: StepShape,
-    machine: &'a dyn Machine,
     /// Forward values, which may be dropped and recomputed.
     values: Vec<ValueId>,
-    forward: Vec<OpId>,
+    forward: Vec<Piece>,
     /// Backward and update ops in the order in which they run.
-    fixed: Vec<OpId>,
+    fixed: Vec<Piece>,
     /// Per value: the ops of `fixed` that first write and last touch it (gradients and sums).
     lives: Vec<Option<(usize, usize)>>,
+    /// Per op of `fixed`: bytes of gradients and sums that are resident before it runs.
+    before_bytes: Vec<u64>,
+    /// Per op of `fixed`: the same while it runs, its own outputs included.
+    during_bytes: Vec<u64>,
+    /// Per set of forward values.
+    set_bytes: Vec<u64>,
     /// Bytes that are resident all the time.
     constant_bytes: u64,
 }
@@ -132,23 +149,42 @@ impl<'a> Game<'a> {
     fn new(graph: &'a Graph, shape: StepShape, machine: &'a dyn Machine) -> Self {
         let values: Vec<ValueId> = ids_of(graph, |kind| kind == ValueKind::Activation);
         assert!(values.len() <= MAX_VALUES, "{} forward values are too many", values.len());
-        let forward = graph.ops.iter().filter(|(_, op)| op.phase == Phase::Forward);
-        let fixed = fixed_order(graph);
+        let order = fixed_order(graph);
         let mut game = Self {
             graph,
             shape,
-            machine,
+            lives: lives(graph, &order),
             values,
-            forward: forward.map(|(id, _)| id).collect(),
-            lives: lives(graph, &fixed),
-            fixed,
+            forward: Vec::new(),
+            fixed: Vec::new(),
+            before_bytes: Vec::new(),
+            during_bytes: Vec::new(),
+            set_bytes: Vec::new(),
             constant_bytes: 0,
         };
-        game.constant_bytes = game.constant_bytes();
+        let forward = graph.ops.iter().filter(|(_, op)| op.phase == Phase::Forward);
+        game.forward = forward.map(|(op, _)| game.piece(op, machine)).collect();
+        game.fixed = order.iter().map(|&op| game.piece(op, machine)).collect();
+        game.before_bytes = (0..order.len()).map(|at| game.live_bytes(at, false)).collect();
+        game.during_bytes = (0..order.len()).map(|at| game.live_bytes(at, true)).collect();
+        game.set_bytes = (0..1 << game.values.len()).map(|set| game.bytes_of_set(set)).collect();
+        game.constant_bytes = machine.baseline_bytes() + game.resident_bytes();
         game
     }
 
-    fn constant_bytes(&self) -> u64 {
+    fn piece(&self, op: OpId, machine: &dyn Machine) -> Piece {
+        let n_tokens = self.shape.n_tokens();
+        Piece {
+            op,
+            reads: self.set(&self.graph.ops[op].inputs),
+            writes: self.set(&self.graph.ops[op].outputs),
+            seconds: machine.cost_s(self.graph, op, &self.shape, n_tokens),
+            scratch_bytes: align(machine.scratch_bytes(self.graph, op, n_tokens)),
+        }
+    }
+
+    /// Parameters, optimizer states and what the session reads and writes.
+    fn resident_bytes(&self) -> u64 {
         let param_bytes = |(_, p): (_, &ounce_ir::Param)| {
             let state_bytes =
                 |s: &ounce_ir::StateSpec| align(p.shape.bytes(s.dtype, self.shape.n_tokens()));
@@ -159,8 +195,7 @@ impl<'a> Game<'a> {
             ValueKind::Input(_) | ValueKind::Scalar | ValueKind::Loss | ValueKind::Result => true,
             ValueKind::Activation | ValueKind::Gradient | ValueKind::Sum(_) => false,
         });
-        self.machine.baseline_bytes()
-            + self.graph.params.iter().map(param_bytes).sum::<u64>()
+        self.graph.params.iter().map(param_bytes).sum::<u64>()
             + session.into_iter().map(|v| self.bytes(v)).sum::<u64>()
     }
 
@@ -198,31 +233,36 @@ impl<'a> Game<'a> {
             .filter(|&after| after != resident)
             .map(|after| Move { to: State { resident: after, n_run }, bytes: 0, seconds: 0.0 })
             .collect();
-        for &op in &self.forward {
-            self.run(op, state, n_run, &mut moves);
+        for piece in &self.forward {
+            if piece.writes & !resident != 0 {
+                self.run(piece, state, n_run, self.before_bytes[n_run], &mut moves);
+            }
         }
-        self.run(self.fixed[n_run], state, n_run + 1, &mut moves);
+        self.run(&self.fixed[n_run], state, n_run + 1, self.during_bytes[n_run], &mut moves);
         moves
     }
 
-    /// Running `op` in `state`, in place in every possible way, after which `n_run` fixed ops ran.
-    fn run(&self, op: OpId, state: State, n_run: usize, moves: &mut Vec<Move>) {
-        let (inputs, outputs) = (&self.graph.ops[op].inputs, &self.graph.ops[op].outputs);
-        let (needed, made) = (self.set(inputs), self.set(outputs));
-        if needed & !state.resident != 0 || (made != 0 && made & !state.resident == 0) {
+    /// Running `piece` in `state`, in place in every possible way, after which `n_run` fixed ops
+    /// have run; gradients and sums take `live_bytes`.
+    fn run(
+        &self,
+        piece: &Piece,
+        state: State,
+        n_run: usize,
+        live_bytes: u64,
+        moves: &mut Vec<Move>,
+    ) {
+        if piece.reads & !state.resident != 0 {
             return;
         }
-        let n_tokens = self.shape.n_tokens();
-        let seconds = self.machine.cost_s(self.graph, op, &self.shape, n_tokens);
-        let scratch_bytes = align(self.machine.scratch_bytes(self.graph, op, n_tokens));
+        let resident = state.resident | piece.writes;
         let bytes = self.constant_bytes
-            + self.set_bytes(state.resident | made)
-            + self.live_bytes(state.n_run, n_run > state.n_run)
-            + scratch_bytes;
-        for reuse in self.in_place(op, state) {
-            let resident = (state.resident | made) & !reuse.overwritten;
-            let to = State { resident, n_run };
-            moves.push(Move { to, bytes: bytes - reuse.saved_bytes, seconds });
+            + self.set_bytes[resident as usize]
+            + live_bytes
+            + piece.scratch_bytes;
+        for reuse in self.in_place(piece.op, state) {
+            let to = State { resident: resident & !reuse.overwritten, n_run };
+            moves.push(Move { to, bytes: bytes - reuse.saved_bytes, seconds: piece.seconds });
         }
     }
 
@@ -240,14 +280,14 @@ impl<'a> Game<'a> {
 
     /// Every choice of inputs whose bytes go to an output, none included.
     fn in_place(&self, op: OpId, state: State) -> Vec<InPlace> {
-        let Graph { ops, .. } = self.graph;
-        let (inputs, outputs) = (&ops[op].inputs, &ops[op].outputs);
+        let op_kind = self.graph.ops[op].kind;
+        let inputs = &self.graph.ops[op].inputs;
         let mut choices = vec![InPlace::default()];
-        for (o, &output) in outputs.iter().enumerate() {
+        for (o, &output) in self.graph.ops[op].outputs.iter().enumerate() {
             if self.set(&[output]) & state.resident != 0 {
                 continue; // It has bytes already.
             }
-            let pairs = ops[op].kind.in_place().iter().filter(|&&(_, to)| to == o);
+            let pairs = op_kind.in_place().iter().filter(|&&(_, to)| to == o);
             let with_pairs: Vec<InPlace> = pairs
                 .filter(|&&(i, _)| self.dies(op, inputs[i], state))
                 .flat_map(|&(i, _)| choices.iter().map(move |c| (i, *c)))
@@ -266,7 +306,7 @@ impl<'a> Game<'a> {
     /// reader, data never. What the op reads twice stays.
     fn dies(&self, op: OpId, input: ValueId, state: State) -> bool {
         let reads = self.graph.ops[op].inputs.iter().filter(|&&v| v == input).count();
-        let is_next = self.fixed.get(state.n_run) == Some(&op);
+        let is_next = self.fixed.get(state.n_run).is_some_and(|piece| piece.op == op);
         reads == 1
             && match self.graph.values[input].kind {
                 ValueKind::Activation => true,
@@ -284,7 +324,7 @@ impl<'a> Game<'a> {
         values.iter().filter_map(index).fold(0, |set, i| set | 1 << i)
     }
 
-    fn set_bytes(&self, set: Resident) -> u64 {
+    fn bytes_of_set(&self, set: Resident) -> u64 {
         let members = self.values.iter().enumerate().filter(|(i, _)| set & (1 << i) != 0);
         members.map(|(_, &v)| self.bytes(v)).sum()
     }

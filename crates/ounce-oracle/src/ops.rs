@@ -489,7 +489,7 @@ pub struct Hyper {
 /// AdamW as in `torch.optim.AdamW`, with `step` counted from 1 and `scale` multiplying the gradient:
 /// `w -= lr decay w`, then `w -= lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)`.
 ///
-/// Source: [LoshchilovHutter19], arXiv:1711.05101.
+/// Source: Loshchilov, Hutter 2019, arXiv:1711.05101.
 pub fn adamw(
     w: &mut [f64],
     m: &mut [f64],
