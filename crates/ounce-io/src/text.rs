@@ -446,7 +446,7 @@ impl RowReader {
 }
 
 /// Length of the longest prefix of `text` to hand out now, and what the next piece starts with.
-fn find_cut(text: &str) -> (usize, PieceStart) {
+pub(crate) fn find_cut(text: &str) -> (usize, PieceStart) {
     let bytes = text.as_bytes();
     // A character before the cut, and one after it, are looked at.
     for at in (1..bytes.len()).rev() {

@@ -80,3 +80,78 @@ impl Rule {
             && parts == whole
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::text::find_cut;
+
+    #[test]
+    fn a_cut_by_the_rules_never_changes_the_ids() {
+        // Goal: the promise of `text.rs`. Method: random texts of awkward parts, cut where a piece would be cut.
+        let parts = [
+            "a",
+            "The",
+            "word",
+            "it's",
+            "I'LL",
+            "9",
+            "2024",
+            " ",
+            "  ",
+            "\n",
+            "\n\n",
+            "\r\n",
+            "\t",
+            ".",
+            "...",
+            ",",
+            "-",
+            "(",
+            "\"",
+            "é",
+            "Ω",
+            "漢字",
+            "한",
+            "e\u{301}",
+            "🙂",
+            "\u{a0}",
+            "\u{2581}",
+            "<|endoftext|>",
+            "<s>",
+            "<0x0A>",
+            "__",
+            "'",
+        ];
+        for name in ["stories260k", "bpe512", "gpt2-like", "llama3-like"] {
+            let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name);
+            let tokenizer = Tokenizer::load(&dir).unwrap();
+            let mut n_cuts = 0;
+            arbtest::arbtest(|u| {
+                let mut text = String::new();
+                for _ in 0..u.int_in_range(2..=24)? {
+                    text.push_str(u.choose(&parts)?);
+                }
+                let seen =
+                    text.char_indices().nth(u.int_in_range(1..=40)?).map_or(text.len(), |c| c.0);
+                let (at, start) = find_cut(&text[..seen]);
+                if start == PieceStart::Forced {
+                    return Ok(());
+                }
+                n_cuts += 1;
+                let (left, right) = text.split_at(at);
+                let mut ids = Vec::new();
+                tokenizer.encode_into(left, &mut ids).unwrap();
+                let piece = Piece { text: right, start, path: &dir, line: 1 };
+                tokenizer.encode_piece(&piece, &mut ids).unwrap();
+                let whole = tokenizer.encode(&text).unwrap();
+                assert_eq!(ids, whole, "{name}: {left:?} then {right:?}");
+                Ok(())
+            })
+            .budget_ms(400);
+            assert!(n_cuts > 20, "{name}: {n_cuts} cuts tried");
+        }
+    }
+}
