@@ -4,12 +4,13 @@
 //!    product; test-only dependencies are free), and lists every crate.
 //! 2. `unsafe` stands only where [`UNSAFE_FOLDERS`] says; every `lib.rs` opens with documentation.
 //! 3. No leftovers: notes to self, debugging macros, tests that are switched off.
-//! 4. No tabs, no blanks at line ends, one line break at the end, Rust lines of at most 120 columns.
+//! 4. No tabs, no blanks at line ends, one line break at the end, Rust lines of at most 120 columns
+//!    (snapshots in `tests/` may be longer).
 //! 5. Functions of at most 100 lines, unless [`LONG_FUNCTIONS`] says why.
 //! 6. No names of places that exist on one machine only, no hosts of package registries.
 //! 7. No file above 2 MB.
 //! 8. CHANGELOG.md has the version of Cargo.toml.
-//! 9. Source keys such as `[Name24]` resolve in docs/papers.md.
+//! 9. Source keys such as a name and a year in brackets resolve in docs/papers.md.
 //!
 //! Text is looked at line by line; rustfmt has been here before, which makes that enough.
 
@@ -132,7 +133,7 @@ fn rust(path: &str, text: &str) -> Vec<String> {
     let may_be_unsafe = UNSAFE_FOLDERS.iter().any(|f| path.starts_with(f));
     for (i, line) in text.lines().enumerate() {
         let columns = line.chars().count();
-        if columns > MAX_COLUMNS {
+        if columns > MAX_COLUMNS && !path.contains("/tests/") {
             problems.push(format!("{path}:{}: {columns} columns, at most {MAX_COLUMNS}", i + 1));
         }
         let code = line.split("//").next().unwrap_or_default();
@@ -247,7 +248,7 @@ fn edge_table(text: &str) -> Vec<(String, BTreeSet<String>)> {
 
 // ---- source keys ---------------------------------------------------------------------------
 
-/// Keys that docs/papers.md defines: lines that begin with `- **[Key24]**`.
+/// Keys that docs/papers.md defines: lines that begin with a key in bold brackets.
 fn paper_keys(text: &str) -> BTreeSet<String> {
     let defined = text.lines().filter_map(|l| l.strip_prefix("- **["));
     defined.filter_map(|rest| rest.split_once(']').map(|(key, _)| key.to_owned())).collect()
@@ -293,7 +294,7 @@ mod tests {
             [
                 "a.rs:2: a tab",
                 "a.rs:2: blanks at the end of the line",
-                "a.rs:3: a leftover: TODO".replace("TODO", LEFTOVERS[0]).as_str(),
+                &format!("a.rs:3: a leftover: {}", LEFTOVERS[0]),
                 "a.rs: does not end with one line break",
             ]
         );

@@ -12,7 +12,8 @@ use crate::llama::LlamaConfig;
 pub enum ModelError {
     /// The text is no JSON object.
     #[error(
-        "config.json is not a JSON object: {what}\nhint: it should start with {{ and hold keys such as \"model_type\""
+        "config.json is not a JSON object: {what}\n\
+         hint: it should start with {{ and hold keys such as \"model_type\""
     )]
     NotAnObject {
         /// What the JSON parser says, with line and column.
@@ -20,7 +21,8 @@ pub enum ModelError {
     },
     /// A family that is not built.
     #[error(
-        "model type {model_type:?} is not supported\nhint: supported are gpt2 (GPT2LMHeadModel) and llama (LlamaForCausalLM)"
+        "model type {model_type:?} is not supported\n\
+         hint: supported are gpt2 (GPT2LMHeadModel) and llama (LlamaForCausalLM)"
     )]
     UnknownFamily {
         /// `model_type`, or the architecture.
@@ -36,7 +38,8 @@ pub enum ModelError {
     },
     /// A key has a value of the wrong type or out of range.
     #[error(
-        "config.json: {key:?} is {found}, needs {want}\nhint: compare with the config.json of a model of this family"
+        "config.json: {key:?} is {found}, needs {want}\n\
+         hint: compare with the config.json of a model of this family"
     )]
     WrongType {
         /// The key.
@@ -58,7 +61,8 @@ pub enum ModelError {
     },
     /// A key that is neither read nor known to be harmless.
     #[error(
-        "config.json: unknown key {key:?} for a {family} model\nhint: it may change what the model computes; remove it if it does not"
+        "config.json: unknown key {key:?} for a {family} model\n\
+         hint: it may change what the model computes; remove it if it does not"
     )]
     UnknownKey {
         /// The key.
@@ -74,7 +78,8 @@ pub enum ModelError {
     },
     /// More positions than the model has.
     #[error(
-        "max_length {max_length} exceeds the {max_positions} positions of the model\nhint: lower max_length; learned positions cannot be extended"
+        "max_length {max_length} exceeds the {max_positions} positions of the model\n\
+         hint: lower max_length; learned positions cannot be extended"
     )]
     TooLong {
         /// Asked for, in tokens.
