@@ -12,7 +12,7 @@
 //! 2024, arXiv:2410.10989).
 
 use crate::gemm::{MatMut, MatRef, Start, gemm, gemm_scratch_elems};
-use crate::math::{lane_sum, softmax_term};
+use crate::math::{fold_lanes, lane_sum, softmax_term};
 use crate::pool::{Pool, SharedMut, split_by};
 
 /// Columns of logits over which one (max, sum) is taken.
@@ -206,5 +206,5 @@ fn lane_max(x: &[f32]) -> f32 {
     for (lane, &x) in lanes.iter_mut().zip(rest) {
         *lane = if x > *lane { x } else { *lane };
     }
-    lanes.iter().fold(f32::NEG_INFINITY, |max, &x| if x > max { x } else { max })
+    fold_lanes(lanes, |a, b| if b > a { b } else { a })
 }

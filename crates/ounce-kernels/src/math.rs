@@ -105,12 +105,22 @@ pub(crate) fn lane_sum<const S: usize>(slices: [&[f32]; S], f: impl Fn([f32; S])
     for (sum, i) in sums.iter_mut().zip(whole..n) {
         *sum += f(slices.map(|s| s[i]));
     }
-    for width in [8, 4, 2, 1] {
+    fold_lanes(sums, |a, b| a + b)
+}
+
+/// Folds lanes by halves. The black box keeps this tree out of the compiler's sight while it
+/// compiles the loop before: seeing it, it gathers lanes by pairs and the loop runs at a third.
+#[inline(always)]
+pub(crate) fn fold_lanes<T: Copy, const N: usize>(lanes: [T; N], f: impl Fn(T, T) -> T) -> T {
+    let mut lanes = std::hint::black_box(lanes);
+    let mut width = N / 2;
+    while width > 0 {
         for lane in 0..width {
-            sums[lane] += sums[lane + width];
+            lanes[lane] = f(lanes[lane], lanes[lane + width]);
         }
+        width /= 2;
     }
-    sums[0]
+    lanes[0]
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! so they do not depend on threads.
 //! Sources: Kingma, Ba 2015; Loshchilov, Hutter 2019 (arXiv:1711.05101).
 
+use crate::math::fold_lanes;
 use crate::pool::{Pool, SharedMut, split, split_by};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -129,12 +130,7 @@ tiered! {
         for (sum, &g) in sums.iter_mut().zip(rest) {
             *sum = f64::from(g).mul_add(f64::from(g), *sum);
         }
-        for width in [4, 2, 1] {
-            for lane in 0..width {
-                sums[lane] += sums[lane + width];
-            }
-        }
-        sums[0]
+        fold_lanes(sums, |a, b| a + b)
     }
 }
 
