@@ -50,8 +50,8 @@ impl Arena {
             let source = std::io::Error::last_os_error();
             return Err(ExecError::Reserve { bytes, source });
         }
-        // Large pages make the first touch several times cheaper. The advice may be refused, and
-        // they never reach beyond the mapping.
+        // Fewer address translations make kernels a few per cent faster. The advice may be refused;
+        // large pages never reach beyond the mapping.
         #[cfg(target_os = "linux")]
         // SAFETY: the range is the mapping just made.
         let _ = unsafe { libc::madvise(base, len, libc::MADV_HUGEPAGE) };

@@ -160,8 +160,10 @@ impl MeasuredMachine {
         Some(seconds)
     }
 
+    /// A power of two, so that budgets which differ a little share their measurements.
     fn limit_bytes(&self) -> u64 {
-        self.arena_limit_bytes.min(MAX_TOUCHED_BYTES)
+        let limit = self.arena_limit_bytes.min(MAX_TOUCHED_BYTES);
+        if limit == 0 { 0 } else { 1 << limit.ilog2() }
     }
 
     /// The larger of the two points: as large as tokens, memory and patience allow.
@@ -186,7 +188,7 @@ impl Machine for MeasuredMachine {
     }
 
     fn cost_s(&self, graph: &Graph, op: OpId, shape: &StepShape, n_tokens: u64) -> f64 {
-        let problem = Problem::new(graph, op, shape);
+        let problem = Problem::new(graph, op, shape, self.limit_bytes());
         let tables: Vec<RopeTable> = match problem.spec.kind {
             OpKind::Rope { .. } => graph.rope_tables.values().cloned().collect(),
             _ => Vec::new(),
@@ -247,9 +249,9 @@ struct Problem {
 }
 
 impl Problem {
-    fn new(graph: &Graph, op: OpId, shape: &StepShape) -> Self {
+    fn new(graph: &Graph, op: OpId, shape: &StepShape, limit_bytes: u64) -> Self {
         let mut spec = OpSpec::new(graph, &graph.ops[op]);
-        let factor = shrink(&mut spec);
+        let factor = shrink(&mut spec, limit_bytes);
         let is_constant = spec.is_selected() || spec.operands.iter().all(|o| o.lead == Lead::Fixed);
         let n_selected = if spec.is_selected() { shape.n_selected.max(1) } else { 0 };
         let mut problem = Self {
@@ -332,30 +334,39 @@ impl Problem {
     }
 }
 
-/// Cuts the dimensions along which time only scales; returns what to multiply times with.
-fn shrink(spec: &mut OpSpec) -> f64 {
+/// Cuts the dimensions along which time only scales, also so that weights, sums and states take at
+/// most half of `limit_bytes`; returns what to multiply times with.
+fn shrink(spec: &mut OpSpec, limit_bytes: u64) -> f64 {
     let (n_reads, first_output) = (spec.n_reads(), spec.first_output());
+    // Elements that each of `n` large f32 operands may have.
+    let share = |n: usize| limit_bytes / 2 / 4 / n as u64;
+    let columns_max = |k: u64| (share(1).min(MAX_WEIGHT_ELEMS) / k.max(1)).max(64) / 64 * 64;
     let operands = &mut spec.operands;
     let cut = |whole: u64, most: u64| (whole.min(most), whole as f64 / whole.min(most) as f64);
     match spec.kind {
         OpKind::Embed | OpKind::EmbedScatter => {
             let (rows, table) = if spec.kind == OpKind::Embed { (2, 1) } else { (1, 2) };
             let n_channels = operands[rows].row_elems;
-            let (n_rows, _) = cut(operands[table].row_elems / n_channels, MAX_TABLE_ROWS);
+            let most_rows = (share(1) / n_channels).max(GRANULE_TOKENS);
+            let (n_rows, _) =
+                cut(operands[table].row_elems / n_channels, MAX_TABLE_ROWS.min(most_rows));
             operands[table].row_elems = n_rows * n_channels;
             1.0
         }
         OpKind::CrossEntropy | OpKind::CrossEntropyTrain => {
             let n_channels = operands[0].row_elems;
-            let (n_vocab, factor) = cut(operands[2].row_elems / n_channels, MAX_VOCAB);
-            // The weight, and its sum if there is one.
+            // The weight, its sum if there is one, and the logits.
+            let most = share(first_output - 2) / (n_channels + GRANULE_TOKENS);
+            let n_vocab = operands[2].row_elems / n_channels;
+            let (n_vocab, factor) = cut(n_vocab, MAX_VOCAB.min(most).max(GRANULE_TOKENS));
             for operand in &mut operands[2..first_output] {
                 operand.row_elems = n_vocab * n_channels;
             }
             factor
         }
         OpKind::SumSquares | OpKind::AdamW | OpKind::Sgd => {
-            let (n_elems, factor) = cut(operands[0].row_elems, MAX_UPDATED_ELEMS);
+            let most = MAX_UPDATED_ELEMS.min(share(operands.len())).max(GRANULE_TOKENS);
+            let (n_elems, factor) = cut(operands[0].row_elems, most);
             operands[0].row_elems = n_elems;
             if spec.kind != OpKind::SumSquares {
                 for operand in &mut operands[n_reads..] {
@@ -407,11 +418,6 @@ fn shrink(spec: &mut OpSpec) -> f64 {
         | OpKind::EmbedGradRows
         | OpKind::ClipScale => 1.0,
     }
-}
-
-/// Output columns of a weight with `k` inputs that are measured at most.
-fn columns_max(k: u64) -> u64 {
-    (MAX_WEIGHT_ELEMS / k.max(1)).next_multiple_of(64).max(64)
 }
 
 /// Attributes on which time depends.

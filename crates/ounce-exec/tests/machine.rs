@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ounce_exec::MeasuredMachine;
-use ounce_ir::{Graph, GraphBuilder, InputKind, OpId, OpKind, OptimizerKind, Shape};
+use ounce_ir::{Graph, GraphBuilder, InputKind, OpId, OpKind, OptimizerKind, Shape, WeightLayout};
 use ounce_kernels::pool::Pool;
 use ounce_program::{Machine, StepShape};
 use support::{ROW_TOKENS, gpt2_like, llama_like, llama_like_decode, training};
@@ -99,6 +99,31 @@ fn large_ops_are_measured_in_part() {
         assert_eq!(machine.n_measured(), n_measured, "nothing new to measure");
         let factor = if kind == OpKind::EmbedScatter { 1.0 } else { 10.0 };
         assert!((cost_large - factor * cost_whole).abs() < 1e-9, "{cost_large} {cost_whole}");
+    }
+}
+
+/// A few MiB are enough to measure a model of any size.
+#[test]
+fn little_memory_measures_smaller_parts() {
+    let mut b = GraphBuilder::new();
+    let ids = b.input(InputKind::TokenIds);
+    let table = b.param("table", Shape::fixed(&[50_000, 512]), true);
+    let w = b.param("w", Shape::fixed(&[4096, 512]), true);
+    let w_out = b.param("w_out", Shape::fixed(&[512, 4096]), true);
+    b.stage("all", "all");
+    let x = b.embed(ids, table);
+    let y = b.linear(x, w, None, WeightLayout::OutIn);
+    let y = b.linear(y, w_out, None, WeightLayout::OutIn);
+    b.cross_entropy(y, table);
+    let graph = training(&b.finish().expect("a graph"), OptimizerKind::AdamW, true);
+    let machine = MeasuredMachine::new(Arc::new(Pool::new(2)), 9 << 20, 0, None);
+    let shape = StepShape::new(2, 64);
+    for (id, op) in graph.ops.iter() {
+        let n_measured = machine.n_measured();
+        assert!(machine.cost_s(&graph, id, &shape, 64) > 0.0);
+        let again = graph.ops.iter().take(id.0 as usize).any(|(_, o)| o.kind == op.kind);
+        let name = op.kind.name();
+        assert!(again || machine.n_measured() > n_measured, "{name} was measured");
     }
 }
 
