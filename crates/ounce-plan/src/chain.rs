@@ -14,7 +14,8 @@
 //! work. `T(i)` is the run from stage `i` through the head.
 //!
 //! Bytes of a point are the peak beyond the run's input. For `C` they include the gradient that
-//! comes in at its end, which exists during all of the run.
+//! comes in at its end, which exists during all of the run, and the gradient sums that its stages
+//! start and that outlive them (clipping needs all of them before the update).
 //!
 //! Invariants: lists ascend in bytes and strictly descend in seconds; every point can be walked back
 //! to a schedule whose peak is at most its bytes.
@@ -28,6 +29,10 @@ use std::collections::BTreeMap;
 use crate::context::Context;
 use crate::emit::Pass;
 use crate::options::{ForwardOption, StageOptions};
+
+/// Interior runs are many, and a point of theirs matters less than one of the whole chain: their
+/// lists are this much shorter.
+const INTERIOR_COARSER: usize = 8;
 
 /// How a point of a run is achieved.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -77,6 +82,8 @@ struct ChainStage {
     kind: usize,
     output_bytes: u64,
     d_output_bytes: u64,
+    /// Bytes of gradient sums that its backward starts and that outlive it.
+    grown_bytes: u64,
     /// The forward option used where nothing is kept.
     forward: usize,
 }
@@ -89,8 +96,10 @@ impl Chain {
         options: Vec<StageOptions>,
         max_points: usize,
     ) -> Self {
-        let stages = cx.graph.stages.values().zip(kinds).map(|(stage, &kind)| ChainStage {
+        let stages = cx.graph.stages.values().zip(kinds).enumerate();
+        let stages = stages.map(|(s, (stage, &kind))| ChainStage {
             kind,
+            grown_bytes: cx.grown_bytes(s),
             output_bytes: cx.cut_bytes(stage.output),
             d_output_bytes: cx.cut_bytes(stage.d_output),
             forward: thrifty(&options[kind]),
@@ -148,6 +157,11 @@ impl Chain {
         }
     }
 
+    /// Bytes of held sums that exist once stages `i .. i + n` have run backward.
+    fn grown(&self, i: usize, n: usize) -> u64 {
+        self.stages[i..i + n].iter().map(|s| s.grown_bytes).sum()
+    }
+
     fn run(&self, i: usize, n: usize) -> &[Point] {
         &self.interior[self.class[i][n - 1] as usize]
     }
@@ -158,14 +172,16 @@ impl Chain {
         }
         let gradient = self.stages[i + n - 1].d_output_bytes;
         let mut best = Vec::new();
-        self.now(i, gradient, self.run(i + 1, n - 1), &mut best);
+        let grown = self.grown(i + 1, n - 1);
+        self.now(i, [gradient, grown], self.run(i + 1, n - 1), &mut best);
         let mut forward = ForwardRun::default();
         for j in 1..n {
             forward.extend(self.thrifty(i + j - 1), j == 1);
             let tail = self.run(i + j, n - j);
-            self.later(i, j, gradient, &forward, tail, &mut best);
+            let grown = self.grown(i + j, n - j);
+            self.later(i, j, [gradient, grown], &forward, tail, &mut best);
         }
-        thin(best, self.max_points)
+        thin(best, self.max_points.div_ceil(INTERIOR_COARSER))
     }
 
     fn solve_suffixes(&mut self) {
@@ -173,11 +189,13 @@ impl Chain {
         self.suffix[last] = self.backward_list(last);
         for i in (0..last).rev() {
             let mut best = Vec::new();
-            self.now(i, 0, &self.suffix[i + 1], &mut best);
+            let grown = |from: usize| self.grown(from, last + 1 - from);
+            self.now(i, [0, grown(i + 1)], &self.suffix[i + 1], &mut best);
             let mut forward = ForwardRun::default();
             for j in 1..=last - i {
                 forward.extend(self.thrifty(i + j - 1), j == 1);
-                self.later(i, j, 0, &forward, &self.suffix[i + j], &mut best);
+                let around = [0, grown(i + j)];
+                self.later(i, j, around, &forward, &self.suffix[i + j], &mut best);
             }
             self.suffix[i] = thin(best, self.max_points);
         }
@@ -211,10 +229,12 @@ impl Chain {
         best
     }
 
-    fn now(&self, i: usize, gradient: u64, tail: &[Point], best: &mut Vec<Point>) {
+    /// `around`: bytes of the gradient that comes in, and of sums that the tail leaves behind.
+    fn now(&self, i: usize, around: [u64; 2], tail: &[Point], best: &mut Vec<Point>) {
+        let [gradient, grown] = around;
         let stage = &self.stages[i];
         for (o, option) in self.options(i).keep.iter().enumerate() {
-            let peak = (gradient + option.forward_bytes).max(option.backward_bytes);
+            let peak = (gradient + option.forward_bytes).max(grown + option.backward_bytes);
             let held = option.saved_bytes + stage.output_bytes;
             let points = tail.iter().enumerate().map(|(t, x)| Point {
                 bytes: peak.max(held + x.bytes),
@@ -229,16 +249,17 @@ impl Chain {
         &self,
         i: usize,
         j: usize,
-        gradient: u64,
+        around: [u64; 2],
         forward: &ForwardRun,
         tail: &[Point],
         best: &mut Vec<Point>,
     ) {
+        let [gradient, grown] = around;
         let inner = self.run(i, j);
         let cut = self.stages[i + j - 1].output_bytes;
         let floor = gradient + forward.bytes;
         let (mut t, mut n) = (0, 0);
-        let mut bytes = (cut + tail[0].bytes).max(inner[0].bytes);
+        let mut bytes = (cut + tail[0].bytes).max(grown + inner[0].bytes);
         let points = std::iter::from_fn(|| {
             // The best pair for `bytes`, then on to the next size at which either improves.
             if bytes == u64::MAX {
@@ -247,14 +268,14 @@ impl Chain {
             while t + 1 < tail.len() && cut + tail[t + 1].bytes <= bytes {
                 t += 1;
             }
-            while n + 1 < inner.len() && inner[n + 1].bytes <= bytes {
+            while n + 1 < inner.len() && grown + inner[n + 1].bytes <= bytes {
                 n += 1;
             }
             let how = How::Later { n_forward: j as u32, tail: t as u32, inner: n as u32 };
             let time_s = forward.time_s + tail[t].time_s + inner[n].time_s;
             let point = Point { bytes: bytes.max(floor), time_s, how };
             let next_tail = tail.get(t + 1).map_or(u64::MAX, |x| cut + x.bytes);
-            let next_inner = inner.get(n + 1).map_or(u64::MAX, |x| x.bytes);
+            let next_inner = inner.get(n + 1).map_or(u64::MAX, |x| grown + x.bytes);
             bytes = next_tail.min(next_inner);
             Some(point)
         });

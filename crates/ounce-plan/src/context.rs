@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use ounce_ir::{EntityId, Graph, Lead, OpId, OpKind, ParamId, Phase, StageId, ValueId, ValueKind};
+use ounce_ir::{
+    EntityId, Graph, Lead, OpId, OpKind, ParamId, Phase, Stage, StageId, ValueId, ValueKind,
+};
 use ounce_program::{Machine, StepShape};
 
 /// A graph with its step shape, its machine and the tables that emission needs.
@@ -18,12 +20,19 @@ pub(crate) struct Context<'a> {
     pub(crate) backward: Vec<Vec<OpId>>,
     /// Update ops, in program order.
     pub(crate) update: Vec<OpId>,
+    /// Update ops that read or complete a sum of the stage.
+    pub(crate) stage_updates: Vec<Vec<OpId>>,
+    /// Groups of values of each stage that can be kept: outputs of one forward op stand or fall
+    /// together. Only values that the stage's backward reads, never its input or output.
+    pub(crate) keepable: Vec<Vec<Vec<ValueId>>>,
     /// The op that writes a value.
     pub(crate) producer: Vec<Option<OpId>>,
     /// Tokens still to be added to a sum by token ops, over the whole step; scatters count one.
     pub(crate) contributions: Vec<u64>,
     /// Sums that outlive the stage in which they start.
     pub(crate) held: Vec<bool>,
+    /// The stage whose backward starts a sum; `None` for sums that only scatters add to.
+    pub(crate) starts: Vec<Option<usize>>,
 }
 
 impl<'a> Context<'a> {
@@ -42,9 +51,12 @@ impl<'a> Context<'a> {
             forward: vec![Vec::new(); n_stages],
             backward: vec![Vec::new(); n_stages],
             update: Vec::new(),
+            stage_updates: vec![Vec::new(); n_stages],
+            keepable: Vec::new(),
             producer: vec![None; graph.values.len()],
             contributions: vec![0; graph.values.len()],
             held: vec![false; graph.values.len()],
+            starts: vec![None; graph.values.len()],
         };
         for (id, op) in graph.ops.iter() {
             match (op.phase, op.stage) {
@@ -61,7 +73,64 @@ impl<'a> Context<'a> {
             }
         }
         cx.find_held_sums();
+        cx.find_stage_updates();
+        cx.keepable = (0..n_stages).map(|s| cx.keepable_groups(s)).collect();
         cx
+    }
+
+    fn find_stage_updates(&mut self) {
+        let graph = self.graph;
+        // The last stage (in program order: the first to run backward last) that adds to each sum.
+        let mut stage_of = vec![None; graph.values.len()];
+        for op in graph.ops.values() {
+            for v in &op.sums {
+                if op.stage.is_some() {
+                    stage_of[v.index()] = op.stage;
+                }
+            }
+        }
+        for &id in &self.update {
+            let op = &graph.ops[id];
+            // What a scatter completes belongs to the stage of its rows.
+            // What waits for the clip scale does not run within a stage.
+            if op.updates.is_some() && op.inputs.len() > 1 {
+                continue;
+            }
+            let stage = op.inputs.iter().find_map(|v| stage_of[v.index()]);
+            for v in &op.sums {
+                stage_of[v.index()] = stage_of[v.index()].or(stage);
+            }
+            if let Some(s) = stage {
+                self.stage_updates[s.index()].push(id);
+            }
+        }
+    }
+
+    fn keepable_groups(&self, stage: usize) -> Vec<Vec<ValueId>> {
+        let output = self.stage(stage).output;
+        let read = |v: &&ValueId| {
+            let reads = |&op: &OpId| self.graph.ops[op].inputs.contains(v);
+            Some(**v) != output && self.backward[stage].iter().any(reads)
+        };
+        let group = |&op: &OpId| -> Vec<ValueId> {
+            self.graph.ops[op].outputs.iter().filter(read).copied().collect()
+        };
+        let mut groups: Vec<_> = self.forward[stage].iter().map(group).collect();
+        groups.retain(|g| !g.is_empty());
+        // Subsets are enumerated; later groups of an unusually large stage are always recomputed.
+        groups.truncate(12);
+        groups
+    }
+
+    /// The values of the groups in a mask.
+    pub(crate) fn kept(&self, stage: usize, keep: u32) -> Vec<ValueId> {
+        let groups = self.keepable[stage].iter().enumerate();
+        groups.filter(|(i, _)| keep & (1 << i) != 0).flat_map(|(_, g)| g).copied().collect()
+    }
+
+    /// The `s`-th stage.
+    pub(crate) fn stage(&self, s: usize) -> &'a Stage {
+        &self.graph.stages[StageId::from_index(s)]
     }
 
     /// A sum is held if more than one micro-batch, stage or the clip scale stand before its update.
@@ -74,6 +143,8 @@ impl<'a> Context<'a> {
             }
             let adders = graph.ops.values().filter(|op| op.sums.contains(&v));
             let stages: Vec<Option<StageId>> = adders.map(|op| op.stage).collect();
+            // Backward runs from the last stage to the first.
+            self.starts[v.index()] = stages.iter().flatten().max().map(|s| s.index());
             // A rows sum and the dense sum it is scattered into end with the embedding's stage,
             // the last one to run backward; a dense sum that the head adds to does not.
             let only_scattered = stages.iter().all(Option::is_none);
@@ -83,10 +154,20 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// Sums that only scatters add to, hence live only at the end of the step.
-    pub(crate) fn only_scattered(&self, v: ValueId) -> bool {
-        let mut adders = self.graph.ops.values().filter(|op| op.sums.contains(&v)).peekable();
-        adders.peek().is_some() && adders.all(|op| op.stage.is_none())
+    /// Sums that outlive a stage, in order of their ids.
+    pub(crate) fn held_sums(&self) -> impl Iterator<Item = ValueId> + '_ {
+        self.graph.values.ids().filter(|&v| self.is_sum(v) && self.held[v.index()])
+    }
+
+    /// Whether a held sum is there all the time: from the second micro-batch on all of them are.
+    pub(crate) fn held_throughout(&self, v: ValueId) -> bool {
+        self.n_micro > 1 && self.starts[v.index()].is_some()
+    }
+
+    /// Bytes of held sums that come into being when stage `s` runs backward.
+    pub(crate) fn grown_bytes(&self, s: usize) -> u64 {
+        let own = |v: &ValueId| self.starts[v.index()] == Some(s) && !self.held_throughout(*v);
+        self.held_sums().filter(own).map(|v| self.value_bytes(v, self.shape.n_tokens())).sum()
     }
 
     pub(crate) fn n_stages(&self) -> usize {

@@ -80,7 +80,11 @@ pub(crate) struct Emitter<'a> {
 
 impl<'a> Emitter<'a> {
     /// An emitter for a stage in isolation: resident buffers appear when they are mentioned.
-    pub(crate) fn isolated(cx: &'a Context<'a>) -> Self {
+    pub(crate) fn isolated(cx: &'a Context<'a>, stage: usize) -> Self {
+        Self { sampled: true, ..Self::empty(cx, cx.stage_updates[stage].clone()) }
+    }
+
+    fn empty(cx: &'a Context<'a>, pending_updates: Vec<OpId>) -> Self {
         let n_params = cx.graph.params.len();
         Self {
             cx,
@@ -90,17 +94,17 @@ impl<'a> Emitter<'a> {
             params: vec![None; n_params],
             states: vec![Vec::new(); n_params],
             left: cx.contributions.clone(),
-            pending_updates: cx.update.clone(),
+            pending_updates,
             maybe_due: false,
             n_recomputed: 0,
             micro: cx.micro_range(0),
-            sampled: true,
+            sampled: false,
         }
     }
 
     /// An emitter with all resident buffers in place: parameters, then states, then session data.
     pub(crate) fn whole(cx: &'a Context<'a>) -> Self {
-        let mut e = Self { sampled: false, ..Self::isolated(cx) };
+        let mut e = Self::empty(cx, cx.update.clone());
         for p in cx.graph.params.ids() {
             e.param_buffer(p);
         }
@@ -171,10 +175,11 @@ impl<'a> Emitter<'a> {
         self.place[v.index()] = Some(Location { buffer, at: 0, base_token: base });
     }
 
-    /// Assumes every held sum, and that it is never complete.
-    pub(crate) fn assume_held_sums(&mut self) {
-        for v in self.cx.graph.values.ids() {
-            if self.cx.is_sum(v) && self.cx.held[v.index()] {
+    /// Assumes every held sum that was there before stage `s` ran backward, and that none of them
+    /// is ever complete.
+    pub(crate) fn assume_held_sums(&mut self, s: usize) {
+        for v in self.cx.held_sums() {
+            if self.cx.held_throughout(v) || self.cx.starts[v.index()] != Some(s) {
                 self.assume(v, true);
                 self.left[v.index()] = u64::MAX;
             }
@@ -188,10 +193,9 @@ impl<'a> Emitter<'a> {
 
     /// Runs a stage forward: its output and what is kept span the micro-batch.
     pub(crate) fn forward(&mut self, pass: Pass) {
-        let keep = kept_values(self.cx, pass.stage, pass.keep);
-        let seq = forward_sequence(self.cx, pass.stage);
-        let input = self.cx.graph.stages.values().as_slice()[pass.stage].input;
-        let output = self.cx.graph.stages.values().as_slice()[pass.stage].output;
+        let keep = self.cx.kept(pass.stage, pass.keep);
+        let seq = &self.cx.forward[pass.stage];
+        let (input, output) = (self.cx.stage(pass.stage).input, self.cx.stage(pass.stage).output);
         for tokens in chunks(&self.micro, pass.chunk_tokens) {
             if self.skips(&tokens) {
                 continue;
@@ -213,9 +217,9 @@ impl<'a> Emitter<'a> {
     /// Runs a stage backward, recomputing what was not kept; then the updates that became due.
     pub(crate) fn backward(&mut self, pass: Pass) {
         let cx = self.cx;
-        let keep = kept_values(cx, pass.stage, pass.keep);
+        let keep = cx.kept(pass.stage, pass.keep);
         let seq = backward_sequence(cx, pass.stage, &keep);
-        let stage = &cx.graph.stages.values().as_slice()[pass.stage];
+        let stage = cx.stage(pass.stage);
         let (input, d_input) = (stage.input, stage.d_input);
         let last_end = self.micro.end;
         for tokens in chunks(&self.micro, pass.chunk_tokens) {
@@ -471,37 +475,6 @@ fn chunks(micro: &Range<u64>, chunk_tokens: u64) -> impl Iterator<Item = Range<u
 
 fn read_later(cx: &Context, later: &[OpId], v: ValueId) -> bool {
     later.iter().any(|&op| cx.graph.ops[op].inputs.contains(&v))
-}
-
-/// Groups of values of a stage that can be kept: outputs of one forward op stand or fall together.
-/// Only values that the stage's backward reads, never its input or output.
-pub(crate) fn keepable_groups(cx: &Context, stage: usize) -> Vec<Vec<ValueId>> {
-    let output = cx.graph.stages.values().as_slice()[stage].output;
-    let mut groups = Vec::new();
-    for &op in &cx.forward[stage] {
-        let read = |v: &&ValueId| Some(**v) != output && read_later(cx, &cx.backward[stage], **v);
-        let group: Vec<ValueId> = cx.graph.ops[op].outputs.iter().filter(read).copied().collect();
-        if !group.is_empty() {
-            groups.push(group);
-        }
-    }
-    // A mask has 32 bits; later groups of an unusually large stage are always recomputed.
-    groups.truncate(16);
-    groups
-}
-
-fn kept_values(cx: &Context, stage: usize, keep: u32) -> Vec<ValueId> {
-    if keep == 0 {
-        return Vec::new();
-    }
-    let groups = keepable_groups(cx, stage);
-    let kept = groups.into_iter().enumerate().filter(|(i, _)| keep & (1 << i) != 0);
-    kept.flat_map(|(_, g)| g).collect()
-}
-
-/// All forward ops of a stage.
-fn forward_sequence(cx: &Context, stage: usize) -> Vec<OpId> {
-    cx.forward[stage].clone()
 }
 
 /// Backward ops of a stage, each preceded by the forward ops that it makes necessary.

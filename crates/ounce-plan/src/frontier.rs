@@ -51,9 +51,16 @@ impl Default for PlanOptions {
             micro_batches: None,
             loop_order: None,
             reserved_bytes: 0,
-            max_points: 2048,
+            max_points: 1024,
             n_halvings: 8,
         }
+    }
+}
+
+impl PlanOptions {
+    /// Coarse and quick, for judging thousands of candidate models: no unrolling, few chunk lengths.
+    pub fn coarse() -> Self {
+        Self { max_points: 64, n_halvings: 3, micro_batches: Some(1), ..Self::default() }
     }
 }
 
@@ -298,10 +305,10 @@ impl<'a> Candidate<'a> {
     fn total(&self, bytes: u64, time_s: f64) -> (u64, f64) {
         let cx = &self.cx;
         let (mut held, mut at_end) = (0, 0);
-        for v in cx.graph.values.ids().filter(|&v| cx.is_sum(v) && cx.held[v.0 as usize]) {
+        for v in cx.held_sums() {
             let sum_bytes = cx.value_bytes(v, cx.shape.n_tokens());
             at_end += sum_bytes;
-            if !cx.only_scattered(v) {
+            if cx.held_throughout(v) {
                 held += sum_bytes;
             }
         }
@@ -394,9 +401,7 @@ fn choice(cx: &Context, actions: &[Action], n_recomputed: u64) -> Choice {
         n_micro_batches: cx.n_micro,
         head_chunk_tokens,
         release_gradients: cx.trains()
-            && !cx.graph.values.ids().any(|v| {
-                cx.is_sum(v) && cx.held[v.0 as usize] && !cx.only_scattered(v) && cx.n_micro > 1
-            })
+            && cx.n_micro == 1
             && !cx.update.iter().any(|&op| cx.graph.ops[op].kind == ounce_ir::OpKind::ClipScale),
         n_kept: n_kept * cx.n_micro,
         n_recomputed: n_recomputed.saturating_sub(head * head_chunks),

@@ -11,10 +11,10 @@
 //! Complexity: 2^k subsets (k <= 16, typically 3 to 5) for the first filter, then one emission per
 //! survivor and chunk length. Source: planner notes 3.3, phase 3 (exact enumeration instead of an ILP).
 
-use ounce_ir::EntityId;
+use ounce_ir::{EntityId, ValueId};
 
 use crate::context::Context;
-use crate::emit::{Emitter, Pass, backward_sequence, keepable_groups, peak_load};
+use crate::emit::{Emitter, Pass, backward_sequence, peak_load};
 
 /// A forward pass that keeps `keep`, and the backward pass that goes with it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -25,7 +25,8 @@ pub(crate) struct KeepOption {
     pub(crate) saved_bytes: u64,
     /// Peak of the forward pass beyond the stage's input.
     pub(crate) forward_bytes: u64,
-    /// Peak of the backward pass beyond the stage's input, incoming gradient included.
+    /// Peak of the backward pass beyond the stage's input, with the incoming gradient and the sums
+    /// that it starts.
     pub(crate) backward_bytes: u64,
     /// Both passes.
     pub(crate) time_s: f64,
@@ -133,7 +134,7 @@ fn forward_option(cx: &Context, s: usize, chunk: u64) -> ForwardOption {
 }
 
 fn keep_option(cx: &Context, s: usize, keep: u32, saved_bytes: u64, chunk: u64) -> KeepOption {
-    let kept = kept(cx, s, keep);
+    let kept = cx.kept(s, keep);
     let seq = backward_sequence(cx, s, &kept);
     let ops = cx.forward[s].iter().chain(&seq);
     KeepOption {
@@ -146,14 +147,9 @@ fn keep_option(cx: &Context, s: usize, keep: u32, saved_bytes: u64, chunk: u64) 
     }
 }
 
-fn kept(cx: &Context, s: usize, keep: u32) -> Vec<ounce_ir::ValueId> {
-    let groups = keepable_groups(cx, s).into_iter().enumerate();
-    groups.filter(|(i, _)| keep & (1 << i) != 0).flat_map(|(_, g)| g).collect()
-}
-
 /// Subsets (mask, kept bytes, recomputed seconds) that no other beats in both, fewest bytes first.
 fn undominated_subsets(cx: &Context, s: usize, chunk: u64) -> Vec<(u32, u64, f64)> {
-    let groups = keepable_groups(cx, s);
+    let groups = &cx.keepable[s];
     let bytes: Vec<u64> = groups
         .iter()
         .map(|g| g.iter().map(|&v| cx.value_bytes(v, cx.micro_tokens())).sum())
@@ -165,7 +161,7 @@ fn undominated_subsets(cx: &Context, s: usize, chunk: u64) -> Vec<(u32, u64, f64
     let mut subsets: Vec<(u32, u64, f64)> = (0..1_u32 << groups.len())
         .map(|mask| {
             let saved = (0..groups.len()).filter(|i| mask & (1 << i) != 0).map(|i| bytes[i]).sum();
-            (mask, saved, n_forward(&backward_sequence(cx, s, &kept(cx, s, mask))))
+            (mask, saved, n_forward(&backward_sequence(cx, s, &cx.kept(s, mask))))
         })
         .collect();
     prune(&mut subsets, |&(_, saved, time_s)| ([saved, 0, 0], time_s));
@@ -173,34 +169,36 @@ fn undominated_subsets(cx: &Context, s: usize, chunk: u64) -> Vec<(u32, u64, f64
 }
 
 fn forward_peak(cx: &Context, s: usize, keep: u32, chunk: u64, retain_input: bool) -> u64 {
-    let mut e = Emitter::isolated(cx);
-    if let Some(v) = cx.graph.stages.values().as_slice()[s].input {
+    let mut e = Emitter::isolated(cx, s);
+    if let Some(v) = cx.stage(s).input {
         e.assume(v, retain_input);
     }
     e.forward(Pass { stage: s, chunk_tokens: chunk, keep, retain_input });
     // What is handed on lives to the end of the pass.
     let end = e.instrs.len() as u32;
-    let mut spanning = kept(cx, s, keep);
-    spanning.extend(cx.graph.stages.values().as_slice()[s].output);
+    let mut spanning = cx.kept(s, keep);
+    spanning.extend(cx.stage(s).output);
     e.extend_lives(&spanning, end);
     peak_load(&e.drafts, e.instrs.len(), |d| !d.external)
 }
 
 fn backward_peak(cx: &Context, s: usize, keep: u32, chunk: u64) -> u64 {
-    let stage = &cx.graph.stages.values().as_slice()[s];
-    let mut e = Emitter::isolated(cx);
-    e.assume_held_sums();
+    let stage = cx.stage(s);
+    let mut e = Emitter::isolated(cx, s);
+    e.assume_held_sums(s);
     for (v, external) in [(stage.input, true), (stage.d_output, false)] {
         if let Some(v) = v {
             e.assume(v, external);
         }
     }
-    for v in kept(cx, s, keep) {
+    for v in cx.kept(s, keep) {
         e.assume(v, false);
     }
     e.backward(Pass { stage: s, chunk_tokens: chunk, keep, retain_input: true });
     let end = e.instrs.len() as u32;
-    e.extend_lives(&stage.d_input.into_iter().collect::<Vec<_>>(), end);
+    let mut handed_on: Vec<ValueId> = stage.d_input.into_iter().collect();
+    handed_on.extend(cx.held_sums().filter(|v| cx.starts[v.index()] == Some(s)));
+    e.extend_lives(&handed_on, end);
     peak_load(&e.drafts, e.instrs.len(), |d| !d.external)
 }
 
@@ -239,8 +237,8 @@ pub(crate) fn signature(cx: &Context, s: usize) -> String {
         .expect("writing to a string cannot fail");
         for &v in op.inputs.iter().chain(&op.sums).chain(&op.outputs) {
             let value = &cx.graph.values[v];
-            let held = cx.held[v.index()];
-            write!(text, " {}{}{held}", value.dtype, value.shape)
+            let held = (cx.held[v.index()], cx.starts[v.index()] == Some(s));
+            write!(text, " {}{}{held:?}", value.dtype, value.shape)
                 .expect("writing to a string cannot fail");
         }
         for &u in &op.uses {

@@ -13,7 +13,8 @@ const N_CASES: u64 = 1000;
 fn training_graph(case: &RandomCase, seed: u64) -> Graph {
     let both = ounce_passes::differentiate(&case.graph).expect("every op has a gradient");
     let kind = if seed.is_multiple_of(5) { OptimizerKind::Sgd } else { OptimizerKind::AdamW };
-    ounce_passes::attach_optimizer(&both, kind, seed.is_multiple_of(2)).expect("the optimizer attaches")
+    ounce_passes::attach_optimizer(&both, kind, seed.is_multiple_of(2))
+        .expect("the optimizer attaches")
 }
 
 fn options(rng: &mut TestRng) -> PlanOptions {
