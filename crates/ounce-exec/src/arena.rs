@@ -2,7 +2,7 @@
 //!
 //! Idea: address space is reserved once and pages appear when they are first written, so a fresh
 //! arena costs nothing and only buffers in use become resident. A task gets its operands as slices
-//! through [`Operands`], which holds the arena exclusively and proves, before it hands out anything,
+//! through `Operands`, which holds the arena exclusively and proves, before it hands out anything,
 //! that no written operand shares a byte with another, except for an output that takes the place of
 //! its input. So the slices are sound whatever the plan says, and a wrong plan panics.
 //!
