@@ -18,7 +18,8 @@ pub(super) enum Work {
 }
 
 impl Work {
-    pub(super) const ALL: [Self; 4] = [Self::Forward, Self::Recompute, Self::Backward, Self::Update];
+    pub(super) const ALL: [Self; 4] =
+        [Self::Forward, Self::Recompute, Self::Backward, Self::Update];
 
     pub(super) const fn name(self) -> &'static str {
         match self {
@@ -51,6 +52,8 @@ pub(super) struct Columns {
     pub(super) instr: Vec<usize>,
     /// Per column, the bytes at that instruction.
     pub(super) bytes: Vec<Bytes>,
+    /// Per column, what that instruction does.
+    pub(super) doing: Vec<Work>,
     /// Per column and lane, whether any of its instructions does that work.
     pub(super) work: Vec<[bool; Work::ALL.len()]>,
     /// The column with the largest load; the first of several.
@@ -73,6 +76,7 @@ impl Columns {
             n_instrs,
             instr: Vec::with_capacity(n),
             bytes: Vec::with_capacity(n),
+            doing: Vec::with_capacity(n),
             work: Vec::with_capacity(n),
             peak: 0,
             stages: stage_spans(graph, plan),
@@ -83,6 +87,7 @@ impl Columns {
             let top = range.clone().rev().max_by_key(|&i| load(i)).expect("n is at most n_instrs");
             columns.instr.push(top);
             columns.bytes.push(rows[top]);
+            columns.doing.push(work[top]);
             columns.work.push(Work::ALL.map(|w| range.clone().any(|i| work[i] == w)));
         }
         columns.peak = (0..n).rev().max_by_key(|&c| load(columns.instr[c])).unwrap_or(0);
@@ -188,17 +193,108 @@ fn micro_batch_spans(graph: &Graph, plan: &Plan, work: &[Work]) -> Vec<Span> {
 pub(super) mod tests {
     use super::*;
     use ounce_ir::OptimizerKind;
+    use ounce_models::{ModelConfig, Purpose};
     use ounce_plan::{Frontier, PlanOptions};
     use ounce_program::{FixedMachine, StepShape};
 
-    /// A training graph of two layers and its frontier on a fixed machine.
-    fn small() -> (Graph, Frontier<'static>) {
-        unimplemented!()
+    /// Trains two layers of width 32 on a step of 4 rows of 256 tokens. `budget_bytes`: none, or that
+    /// many bytes on top of the smallest feasible budget.
+    fn planned(above_smallest_bytes: Option<u64>, options: PlanOptions) -> (Graph, Plan) {
+        let config = r#"{"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4,
+                         "n_positions": 256, "vocab_size": 97}"#;
+        let config = ModelConfig::from_json(config).unwrap();
+        let forward = ounce_models::build(&config, Purpose::Loss, 0.0).unwrap();
+        let both = ounce_passes::differentiate(&forward).unwrap();
+        let graph = ounce_passes::attach_optimizer(&both, OptimizerKind::AdamW, true).unwrap();
+        let machine = FixedMachine { baseline_bytes: 1 << 20, ..FixedMachine::default() };
+        let frontier = Frontier::solve(&graph, &StepShape::new(4, 256), &machine, &options);
+        let budget = above_smallest_bytes.map_or(u64::MAX, |b| frontier.smallest_bytes() + b);
+        let plan = frontier.plan(budget).unwrap();
+        drop(frontier);
+        (graph, plan)
+    }
+
+    pub(in super::super) fn small(above_smallest_bytes: Option<u64>) -> (Graph, Plan) {
+        planned(above_smallest_bytes, PlanOptions::default())
+    }
+
+    pub(in super::super) fn micro_batched() -> (Graph, Plan) {
+        let order = Some(LoopOrder::TokenMajor);
+        planned(
+            None,
+            PlanOptions { micro_batches: Some(4), loop_order: order, ..Default::default() },
+        )
     }
 
     #[test]
-    fn x() {
-        let _ = small;
-        let _ = (OptimizerKind::AdamW, PlanOptions::default(), FixedMachine::default(), StepShape::new(1, 1));
+    fn the_peak_is_the_same_at_every_resolution() {
+        let (graph, plan) = small(Some(0));
+        assert!(plan.instrs.len() > 300, "{}", plan.instrs.len());
+        for n_max in [1, 7, 100, 10_000] {
+            let c = Columns::new(&graph, &plan, n_max);
+            assert_eq!(c.bytes.len(), n_max.min(plan.instrs.len()));
+            assert_eq!(c.load(c.peak), plan.certificate.max_load_bytes);
+        }
+    }
+
+    #[test]
+    fn a_column_shows_the_largest_load_of_its_instructions() {
+        let (graph, plan) = small(Some(0));
+        let rows = timeline(&plan);
+        let n = rows.len();
+        let c = Columns::new(&graph, &plan, 10);
+        for (i, &at) in c.instr.iter().enumerate() {
+            let range = i * n / 10..(i + 1) * n / 10;
+            assert!(range.contains(&at));
+            assert_eq!(c.bytes[i], rows[at]);
+            assert_eq!(c.load(i), range.map(|r| rows[r].iter().sum::<u64>()).max().unwrap());
+        }
+    }
+
+    #[test]
+    fn spans_cover_every_instruction_once_and_in_order() {
+        for (graph, plan) in [small(None), small(Some(0)), micro_batched()] {
+            let spans = Columns::new(&graph, &plan, 100).stages;
+            assert_eq!(spans[0].start, 0);
+            assert_eq!(spans.last().unwrap().end, plan.instrs.len());
+            assert!(spans.windows(2).all(|w| w[0].end == w[1].start && w[0].name != w[1].name));
+        }
+    }
+
+    #[test]
+    fn a_step_goes_through_the_stages_forth_and_back() {
+        let (graph, plan) = small(None);
+        let spans = Columns::new(&graph, &plan, 100).stages;
+        let names: Vec<_> = spans.iter().map(|s| s.name.as_str()).collect();
+        let forth = ["embed", "attn.0", "mlp.0", "attn.1", "mlp.1", "head"];
+        let back = ["mlp.1", "attn.1", "mlp.0", "attn.0", "embed", "update"];
+        assert_eq!(names, [forth, back].concat());
+    }
+
+    #[test]
+    fn work_is_told_apart() {
+        let count = |plan: &Plan, work: &[Work], w| {
+            let is = |(i, x): (&Instr, &Work)| *x == w && matches!(i, Instr::Run { .. });
+            plan.instrs.iter().zip(work).filter(|&p| is(p)).count() as u64
+        };
+        for (graph, plan) in [small(None), small(Some(0)), micro_batched()] {
+            let work = work_of_instrs(&graph, &plan);
+            let n_updates = graph.ops.values().filter(|o| o.phase == Phase::Update).count();
+            assert_eq!(count(&plan, &work, Work::Update), n_updates as u64);
+            assert!(count(&plan, &work, Work::Backward) > 0);
+            let recomputes = plan.choice.n_recomputed > 0;
+            assert_eq!(count(&plan, &work, Work::Recompute) > 0, recomputes);
+        }
+    }
+
+    #[test]
+    fn micro_batches_are_found_in_token_major_plans() {
+        let (graph, plan) = micro_batched();
+        let spans = Columns::new(&graph, &plan, 100).micro_batches;
+        let names: Vec<_> = spans.iter().map(|s| s.name.as_str()).collect();
+        assert_eq!(names, ["micro-batch 1", "micro-batch 2", "micro-batch 3", "micro-batch 4"]);
+        assert!(spans.windows(2).all(|w| w[0].end == w[1].start));
+        let (graph, plan) = small(Some(0));
+        assert_eq!(Columns::new(&graph, &plan, 100).micro_batches, []);
     }
 }

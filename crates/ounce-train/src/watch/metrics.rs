@@ -18,7 +18,7 @@ pub const MAX_LINE_BYTES: usize = 16 * 1024;
 pub struct MetricsWriter {
     file: File,
     path: PathBuf,
-    buffer: Box<[u8; MAX_LINE_BYTES]>,
+    buffer: Box<[u8]>,
 }
 
 impl MetricsWriter {
@@ -45,7 +45,7 @@ impl MetricsWriter {
     }
 
     fn new(file: File, path: &Path) -> Self {
-        Self { file, path: path.to_owned(), buffer: Box::new([0; MAX_LINE_BYTES]) }
+        Self { file, path: path.to_owned(), buffer: vec![0; MAX_LINE_BYTES].into_boxed_slice() }
     }
 
     /// The file, for messages.
@@ -168,7 +168,8 @@ mod tests {
 
     #[test]
     fn resuming_cuts_the_steps_that_are_done_again() {
-        let text = "{\"step\":1}\n{\"eval_loss\":3}\n{\"step\":2}\n{\"step\":3}\n{\"eval_loss\":2}\n";
+        let text =
+            "{\"step\":1}\n{\"eval_loss\":3}\n{\"step\":2}\n{\"step\":3}\n{\"eval_loss\":2}\n";
         assert_eq!(after_resume(text, 2), "{\"step\":1}\n{\"eval_loss\":3}\n{\"step\":2}\n");
         assert_eq!(after_resume(text, 9), text);
         assert_eq!(after_resume(text, 0), "");

@@ -24,7 +24,7 @@ use super::text::{MIB, Px, binary_ticks, decimal_ticks, escape, grouped, mib, pu
 /// Columns of a picture at most.
 pub(super) const MAX_COLUMNS: usize = 1200;
 
-pub(super) const WIDTH: f64 = 1200.0;
+const WIDTH: f64 = 1200.0;
 /// The plot area.
 pub(super) const LEFT: f64 = 92.0;
 pub(super) const RIGHT: f64 = 1180.0;
@@ -34,8 +34,12 @@ const LANE_HEIGHT: f64 = 15.0;
 const LANES_TOP: f64 = BOTTOM + 12.0;
 const STAGES_TOP: f64 = LANES_TOP + 4.0 * LANE_HEIGHT + 5.0;
 const STAGE_HEIGHT: f64 = 9.0;
-const AXIS_TOP: f64 = STAGES_TOP + STAGE_HEIGHT + 56.0;
-pub(super) const HEIGHT: f64 = AXIS_TOP + 40.0;
+/// From the stages' cells to the axis below their names: names written upwards or across.
+const TALL_NAMES: f64 = 56.0;
+const FLAT_NAMES: f64 = 24.0;
+const AXIS_HEIGHT: f64 = 42.0;
+/// Narrower gaps in a lane are closed.
+const MIN_GAP: f64 = 4.0;
 /// Width of a character of the labels, as an estimate.
 const CHAR_WIDTH: f64 = 6.0;
 
@@ -44,10 +48,10 @@ const CHAR_WIDTH: f64 = 6.0;
 pub(super) const STACK: [(Category, &str, &str, &str); Category::ALL.len()] = [
     (Category::Process, "oz-process", "#a9adb3", "#6f757d"),
     (Category::Data, "oz-data", "#77772b", "#b9b95c"),
-    (Category::Weights, "oz-weights", "#3f6fa8", "#5b8fcb"),
-    (Category::OptimizerState, "oz-state", "#9fd0ea", "#b3dcf2"),
-    (Category::Gradients, "oz-gradients", "#2c8a5b", "#3f9f6e"),
-    (Category::Saved, "oz-saved", "#e5cd77", "#ecd68a"),
+    (Category::Weights, "oz-weights", "#3f6fa8", "#4b7fbd"),
+    (Category::OptimizerState, "oz-state", "#9fd0ea", "#93c6e2"),
+    (Category::Gradients, "oz-gradients", "#2c8a5b", "#35936a"),
+    (Category::Saved, "oz-saved", "#e5cd77", "#d8be66"),
     (Category::Working, "oz-working", "#cf6a72", "#d87981"),
     (Category::Scratch, "oz-scratch", "#7d2e63", "#a55490"),
 ];
@@ -64,29 +68,29 @@ pub fn plan_svg(graph: &Graph, plan: &Plan) -> String {
 
 pub(super) fn svg_of_columns(columns: &Columns, plan: &Plan) -> String {
     let frame = Frame::new(columns, plan);
-    let mut out = String::with_capacity(64 * 1024);
-    let c = &plan.certificate;
+    let mut body = String::with_capacity(64 * 1024);
+    legend(&mut body, columns);
+    y_axis(&mut body, &frame);
+    areas(&mut body, &frame, columns);
+    lanes(&mut body, &frame, columns);
+    let names_height = stage_row(&mut body, &frame, columns);
+    let axis_top = STAGES_TOP + STAGE_HEIGHT + names_height;
+    x_axis(&mut body, &frame, axis_top);
+    budget_line(&mut body, &frame, columns, plan);
+    peak_mark(&mut body, &frame, columns, plan);
+
+    let mut out = String::with_capacity(body.len() + 8 * 1024);
+    let (width, height) = (Px(WIDTH), Px(axis_top + AXIS_HEIGHT));
     put!(
         out,
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {} {}\" role=\"img\" \
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" role=\"img\" \
          aria-label=\"bytes over the instructions of a step, peak {} MiB\" \
          font-family=\"system-ui, -apple-system, 'Segoe UI', Inter, 'DejaVu Sans', sans-serif\" \
          font-size=\"11\">\n",
-        Px(WIDTH),
-        Px(HEIGHT),
-        mib(c.peak_bytes)
+        mib(plan.certificate.peak_bytes)
     );
     style(&mut out);
-    put!(out, "<rect class=\"oz-ground\" width=\"{}\" height=\"{}\"/>\n", Px(WIDTH), Px(HEIGHT));
-    legend(&mut out, columns);
-    y_axis(&mut out, &frame);
-    areas(&mut out, &frame, columns);
-    lanes(&mut out, &frame, columns);
-    stage_row(&mut out, &frame, columns);
-    x_axis(&mut out, &frame);
-    budget_line(&mut out, &frame, columns, plan);
-    peak_mark(&mut out, &frame, columns, plan);
-    out.push_str("</svg>\n");
+    put!(out, "<rect class=\"oz-ground\" width=\"{width}\" height=\"{height}\"/>\n{body}</svg>\n");
     out
 }
 
@@ -148,14 +152,14 @@ fn style(out: &mut String) {
         put!(out, "{selector}{{{property}:{light}}}");
     }
     for (class, light, _) in stacked {
-        put!(out, ".{class}{{fill:{light};background:{light}}}");
+        put!(out, ".{class}{{fill:{light};stroke:{light};background:{light}}}");
     }
     out.push_str("\n@media (prefers-color-scheme:dark){");
     for (selector, property, _, dark) in neutral {
         put!(out, "{selector}{{{property}:{dark}}}");
     }
     for (class, _, dark) in stacked {
-        put!(out, ".{class}{{fill:{dark};background:{dark}}}");
+        put!(out, ".{class}{{fill:{dark};stroke:{dark};background:{dark}}}");
     }
     out.push_str("}\n</style>\n");
 }
@@ -168,8 +172,16 @@ fn legend(out: &mut String, columns: &Columns) {
             continue;
         }
         let name = category.name();
-        put!(out, "<rect class=\"{class}\" x=\"{}\" y=\"14\" width=\"11\" height=\"11\" rx=\"2\"/>", Px(x));
-        put!(out, "<text class=\"oz-text\" x=\"{}\" y=\"23.5\" font-size=\"12\">{name}</text>\n", Px(x + 17.0));
+        put!(
+            out,
+            "<rect class=\"{class}\" x=\"{}\" y=\"14\" width=\"10\" height=\"10\" rx=\"1.5\"/>",
+            Px(x)
+        );
+        put!(
+            out,
+            "<text class=\"oz-text\" x=\"{}\" y=\"23.5\" font-size=\"12\">{name}</text>\n",
+            Px(x + 17.0)
+        );
         x += 17.0 + 6.6 * name.len() as f64 + 20.0;
     }
 }
@@ -179,8 +191,15 @@ fn y_axis(out: &mut String, frame: &Frame) {
     let step = ticks.get(1).copied().unwrap_or(1.0);
     for tick in ticks {
         let y = frame.y((tick * MIB) as u64);
-        let (class, label) = (if tick == 0.0 { "oz-axis" } else { "oz-grid" }, tick_label(tick, step));
-        put!(out, "<path class=\"{class}\" d=\"M{} {}H{}\"/>", Px(LEFT), Px(y.round() + 0.5), Px(RIGHT));
+        let (class, label) =
+            (if tick == 0.0 { "oz-axis" } else { "oz-grid" }, tick_label(tick, step));
+        put!(
+            out,
+            "<path class=\"{class}\" d=\"M{} {}H{}\"/>",
+            Px(LEFT),
+            Px(y.round() + 0.5),
+            Px(RIGHT)
+        );
         put!(
             out,
             "<text class=\"oz-text\" x=\"{}\" y=\"{}\" text-anchor=\"end\">{label}</text>\n",
@@ -204,7 +223,7 @@ fn areas(out: &mut String, frame: &Frame, columns: &Columns) {
         let most = columns.bytes.iter().map(|b| b[i]).max().unwrap_or(0);
         // Below a third of a pixel there is only the edge to be seen.
         if frame.y(0) - frame.y(most) > 0.3 {
-            put!(out, "<path class=\"{class} oz-edge\" stroke-width=\"0.7\" d=\"");
+            put!(out, "<path class=\"{class}\" stroke-width=\"0.7\" d=\"");
             put!(out, "M{} {}", Px(LEFT), Px(BOTTOM));
             let mut last = String::new();
             for (c, &sum) in sums.iter().enumerate() {
@@ -222,7 +241,7 @@ fn areas(out: &mut String, frame: &Frame, columns: &Columns) {
     }
 }
 
-/// Where each kind of work happens; consecutive columns are one bar.
+/// Where each kind of work happens. Gaps of a few pixels, where kinds take turns, are not drawn.
 fn lanes(out: &mut String, frame: &Frame, columns: &Columns) {
     for (lane, work) in Work::ALL.into_iter().enumerate() {
         let y = LANES_TOP + LANE_HEIGHT * lane as f64;
@@ -241,28 +260,38 @@ fn lanes(out: &mut String, frame: &Frame, columns: &Columns) {
             Px(RIGHT - LEFT)
         );
         put!(out, "<path class=\"oz-{name}\" d=\"");
-        let n = columns.work.len();
-        let mut c = 0;
-        while c < n {
-            let len = columns.work[c..].iter().take_while(|w| w[lane]).count();
-            if len > 0 {
-                let (x0, x1) = (frame.x_of_column(c), frame.x_of_column(c + len));
+        let busy = |c: &usize| columns.work[*c][lane];
+        let mut bar: Option<(f64, f64)> = None;
+        let mut draw = |bar: Option<(f64, f64)>| {
+            if let Some((x0, x1)) = bar {
                 put!(out, "M{} {}H{}v9H{}Z", Px(x0), Px(y), Px(x1), Px(x0));
             }
-            c += len.max(1);
+        };
+        for c in (0..columns.work.len()).filter(busy) {
+            let (x0, x1) = (frame.x_of_column(c), frame.x_of_column(c + 1));
+            bar = match bar {
+                Some((start, end)) if x0 - end < MIN_GAP => Some((start, x1)),
+                done => {
+                    draw(done);
+                    Some((x0, x1))
+                }
+            };
         }
+        draw(bar);
         out.push_str("\"/>\n");
     }
 }
 
-/// The stages as cells in two tones with their names, where these find room.
-fn stage_row(out: &mut String, frame: &Frame, columns: &Columns) {
+/// The stages as cells in two tones with their names, where these find room. Gives the height that
+/// the names take.
+fn stage_row(out: &mut String, frame: &Frame, columns: &Columns) -> f64 {
     let width = |s: &Span| frame.x_of_instr(s.end) - frame.x_of_instr(s.start);
     let mean_width = (RIGHT - LEFT) / columns.stages.len().max(1) as f64;
     let use_stages = columns.micro_batches.is_empty() || mean_width > 10.0;
-    let (spans, what) = match use_stages {
-        true => (&columns.stages, "stage"),
-        false => (&columns.micro_batches, "micro-batch"),
+    let (spans, what) = if use_stages {
+        (&columns.stages, "stage")
+    } else {
+        (&columns.micro_batches, "micro-batch")
     };
     put!(
         out,
@@ -270,7 +299,7 @@ fn stage_row(out: &mut String, frame: &Frame, columns: &Columns) {
         Px(LEFT - 9.0),
         Px(STAGES_TOP + 8.5)
     );
-    let mut next_free_x = f64::MIN;
+    let (mut next_free_x, mut names_height) = (f64::MIN, FLAT_NAMES);
     for (i, span) in spans.iter().enumerate() {
         let (x, w) = (frame.x_of_instr(span.start), width(span));
         let class = if i % 2 == 0 { "oz-cell-a" } else { "oz-cell-b" };
@@ -301,12 +330,13 @@ fn stage_row(out: &mut String, frame: &Frame, columns: &Columns) {
                 Px(y + 5.0)
             );
             next_free_x = middle + 6.5;
+            names_height = TALL_NAMES;
         }
     }
+    names_height
 }
 
-fn x_axis(out: &mut String, frame: &Frame) {
-    let y = AXIS_TOP;
+fn x_axis(out: &mut String, frame: &Frame, y: f64) {
     put!(out, "<path class=\"oz-axis\" d=\"M{} {}H{}", Px(LEFT), Px(y + 0.5), Px(RIGHT));
     let ticks = decimal_ticks(0.0, frame.n_instrs as f64, 10);
     for &tick in &ticks {
@@ -386,7 +416,12 @@ fn peak_mark(out: &mut String, frame: &Frame, columns: &Columns, plan: &Plan) {
         Px(load_y),
         Px(label_y + 5.0)
     );
-    put!(out, "<circle class=\"oz-dot oz-edge\" stroke-width=\"1.5\" cx=\"{}\" cy=\"{}\" r=\"4.5\"/>", Px(x), Px(load_y));
+    put!(
+        out,
+        "<circle class=\"oz-dot oz-edge\" stroke-width=\"1.5\" cx=\"{}\" cy=\"{}\" r=\"4.5\"/>",
+        Px(x),
+        Px(load_y)
+    );
     put!(
         out,
         "<text class=\"oz-strong\" x=\"{}\" y=\"{}\" text-anchor=\"middle\" font-size=\"12\" \
@@ -394,4 +429,72 @@ fn peak_mark(out: &mut String, frame: &Frame, columns: &Columns, plan: &Plan) {
         Px(label_x),
         Px(label_y)
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::columns::tests::{micro_batched, small};
+    use super::super::text::tests::assert_well_formed;
+    use super::*;
+
+    #[test]
+    fn the_picture_is_well_formed_and_names_what_it_shows() {
+        for (graph, plan) in [small(None), small(Some(0)), micro_batched()] {
+            let svg = plan_svg(&graph, &plan);
+            assert_well_formed(&svg);
+            for word in ["MiB", "weights", "forward", "backward", "update", "instructions"] {
+                assert!(svg.contains(&format!(">{word}")), "{word} is missing");
+            }
+            assert!(svg.contains(&format!(">peak {} MiB<", mib(plan.certificate.peak_bytes))));
+        }
+    }
+
+    #[test]
+    fn the_row_below_names_stages_or_micro_batches() {
+        let (graph, plan) = small(None);
+        let svg = plan_svg(&graph, &plan);
+        for name in ["embed", "attn.0", "mlp.1", "head"] {
+            assert!(svg.contains(&format!(">{name}<")), "{name} is missing");
+        }
+        let (graph, plan) = micro_batched();
+        let mut columns = Columns::new(&graph, &plan, MAX_COLUMNS);
+        assert!(svg_of_columns(&columns, &plan).contains(">stage<"));
+        columns.stages = vec![columns.stages[0].clone(); 1000];
+        let svg = svg_of_columns(&columns, &plan);
+        assert!(svg.contains(">micro-batch<") && svg.contains(">micro-batch 2<"));
+    }
+
+    #[test]
+    fn a_budget_is_drawn_unless_there_is_none_or_it_is_far_away() {
+        let (graph, mut plan) = small(Some(0));
+        assert!(plan_svg(&graph, &plan).contains(">budget "));
+        for budget_bytes in [u64::MAX, 3 * plan.certificate.peak_bytes] {
+            plan.certificate.budget_bytes = budget_bytes;
+            assert!(!plan_svg(&graph, &plan).contains(">budget "));
+        }
+    }
+
+    #[test]
+    fn the_edge_of_an_area_is_at_its_bytes() {
+        let (graph, plan) = small(None);
+        let columns = Columns::new(&graph, &plan, MAX_COLUMNS);
+        let frame = Frame::new(&columns, &plan);
+        let mut out = String::new();
+        areas(&mut out, &frame, &columns);
+        let first = out.lines().next().expect("an area");
+        // The first area is the whole stack: its first edge is the load of the first column.
+        let edge =
+            format!("M{} {}H{}V{}", Px(LEFT), Px(BOTTOM), Px(LEFT), Px(frame.y(columns.load(0))));
+        assert!(first.contains(&edge), "{edge} in {first}");
+        assert!((frame.y(0) - BOTTOM).abs() < 1e-9);
+        assert!(frame.y(columns.load(columns.peak)) > TOP);
+    }
+
+    #[test]
+    fn a_plan_without_instructions_is_drawn_too() {
+        let (graph, mut plan) = small(None);
+        plan.instrs.clear();
+        plan.buffers = ounce_ir::Arena::default();
+        assert_well_formed(&plan_svg(&graph, &plan));
+    }
 }

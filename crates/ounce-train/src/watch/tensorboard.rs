@@ -33,7 +33,7 @@ const VERSION: &[u8] = b"brain.Event:2";
 #[derive(Debug)]
 pub struct EventWriter<W: Write = File> {
     sink: W,
-    buffer: Box<[u8; BUFFER_BYTES]>,
+    buffer: Box<[u8]>,
     n_buffered: usize,
     path: PathBuf,
 }
@@ -70,7 +70,7 @@ impl<W: Write> EventWriter<W> {
     /// # Errors
     /// Writing to `sink` failed.
     pub fn new(sink: W, wall_time_s: f64) -> io::Result<Self> {
-        let buffer = Box::new([0; BUFFER_BYTES]);
+        let buffer = vec![0; BUFFER_BYTES].into_boxed_slice();
         let mut writer = Self { sink, buffer, n_buffered: 0, path: PathBuf::new() };
         let mut event = Message::new();
         event.double(1, wall_time_s);

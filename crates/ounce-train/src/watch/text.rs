@@ -83,6 +83,17 @@ pub(super) fn mib(bytes: u64) -> String {
     grouped_decimal(x, decimals)
 }
 
+/// Bytes as MiB with as many decimals as suit a table whose largest number is `most_bytes`.
+pub(super) fn mib_in_table(bytes: u64, most_bytes: u64) -> String {
+    let x = bytes as f64 / MIB;
+    let decimals = if most_bytes as f64 >= 100.0 * MIB { 1 } else { 3 };
+    let least = 10_f64.powi(-decimals);
+    match bytes {
+        1.. if x < least => format!("< {least}"),
+        _ => grouped_decimal(x, decimals as usize),
+    }
+}
+
 /// Seconds with three significant digits, in ms below one second.
 pub(super) fn seconds(s: f64) -> String {
     match s {
@@ -137,14 +148,36 @@ pub(super) fn tick_label(x: f64, step: f64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// Tags are balanced and attributes quoted: what browsers forgive and XML readers do not.
+    pub(in super::super) fn assert_well_formed(xml: &str) {
+        let mut open: Vec<&str> = Vec::new();
+        let mut rest = xml;
+        while let Some(at) = rest.find('<') {
+            assert!(!rest[..at].contains('>'), "stray > in {:?}", &rest[..at]);
+            let end = rest[at..].find('>').expect("a tag ends") + at;
+            let tag = &rest[at + 1..end];
+            assert_eq!(tag.matches('"').count() % 2, 0, "{tag}");
+            assert_eq!(tag.matches('=').count(), tag.matches("=\"").count(), "{tag}");
+            let name = tag.trim_start_matches('/').split([' ', '/']).next().expect("a name");
+            if tag.starts_with('/') {
+                assert_eq!(open.pop(), Some(name));
+            } else if !tag.ends_with('/') {
+                open.push(name);
+            }
+            rest = &rest[end + 1..];
+        }
+        assert!(open.is_empty(), "not closed: {open:?}");
+        assert!(!xml.contains("NaN") && !xml.contains("inf"), "a number is not finite");
+    }
 
     #[test]
     fn pixels_have_at_most_one_decimal() {
         let text = |x| Px(x).to_string();
         assert_eq!(text(3.0), "3");
-        assert_eq!(text(3.14), "3.1");
+        assert_eq!(text(7.12), "7.1");
         assert_eq!(text(-0.04), "0");
         assert_eq!(text(-0.26), "-0.3");
     }
@@ -167,6 +200,22 @@ mod tests {
     }
 
     #[test]
+    fn numbers_of_a_table_share_their_decimals() {
+        let most = 2 << 30;
+        let table = [0, 70 << 10, 100 << 20, most].map(|b| mib_in_table(b, most));
+        assert_eq!(table, ["0.0", "< 0.1", "100.0", "2,048.0"]);
+        assert_eq!(mib_in_table(70 << 10, 1 << 20), "0.068");
+    }
+
+    #[test]
+    fn seconds_have_three_digits() {
+        let texts = [123.4, 12.34, 1.234, 0.1234, 0.01234, f64::NAN].map(seconds);
+        assert_eq!(texts, ["123 s", "12.3 s", "1.23 s", "123 ms", "12.34 ms", "not known"]);
+        assert_eq!(percent_over(1.5, 1.0), "50.0 %");
+        assert_eq!(percent_over(1.5, 0.0), "–");
+    }
+
+    #[test]
     fn markup_in_names_is_escaped() {
         assert_eq!(escape("<b a='1'>&\""), "&lt;b a=&#39;1&#39;&gt;&amp;&quot;");
         assert_eq!(escape("a\u{0}b"), "a\u{fffd}b");
@@ -181,7 +230,10 @@ mod tests {
 
     #[test]
     fn binary_ticks_are_powers_of_two_apart() {
-        assert_eq!(binary_ticks(2048.0), [0.0, 256.0, 512.0, 768.0, 1024.0, 1280.0, 1536.0, 1792.0, 2048.0]);
+        assert_eq!(
+            binary_ticks(2048.0),
+            [0.0, 256.0, 512.0, 768.0, 1024.0, 1280.0, 1536.0, 1792.0, 2048.0]
+        );
         assert_eq!(binary_ticks(0.9), [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875]);
         for hi in [0.3, 1.0, 7.0, 100.0, 1025.0, 1e6] {
             assert!((4..=9).contains(&binary_ticks(hi).len()), "{hi}");
