@@ -7,8 +7,9 @@
 //! one of keys all intermediate matrices are 64 x 64 and stay in L1; operands are laid out so that
 //! the register tile of the matrix product reads them directly:
 //! ```text
-//!   [D][64]   channels by tokens: left or right operand of q k and dO v   (packed by transposing)
-//!   [64][D]   tokens by channels: right operand of p v, p dO, ds q, ds k  (packed by copying)
+//! transposed  [D][64]      channels by tokens: right operand of q k, dO v
+//! natural     [64][64]..   tokens by channels, 64 channels at a time: left operand of q k, dO v, and
+//!                          right operand of p v, p dO, ds q, ds k
 //! ```
 //! Files: `forward` (online softmax), `backward` (scores again, then gradients), `layout`.
 //!

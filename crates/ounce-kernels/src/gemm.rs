@@ -282,9 +282,9 @@ impl Product<'_> {
                     unsafe {
                         let c = self.c.ptr().add(i * self.c_stride + j);
                         let a = packed_a.as_ptr().add(tile_idx * mr * kc);
-                        let a = Panel { ptr: a, stride: mr };
+                        let a = Panel::new(a, mr);
                         let b = self.packed_b.ptr().add(panel * nr * kc);
-                        let b = Panel { ptr: b, stride: nr };
+                        let b = Panel::new(b, nr);
                         self.tile.run(kc, a, b, c, self.c_stride, height, width, from_c);
                         if let Some(bias) = bias {
                             add_bias(c, self.c_stride, height, &bias[j..j + width]);

@@ -9,24 +9,21 @@
 //! few key-value heads for the threads, one pass makes `dk` and `dv`, split by key blocks, and
 //! another makes `dq`, split by query tiles (7 products, the same bits).
 
-use super::layout::{Carver, panel, tile_product};
+use super::layout::{Carver, Part, scores, weighted_sum};
 use super::{AttentionDims, HeadsMut, HeadsRef, RowSpan, TILE, TILES_PER_BLOCK};
-use crate::gemm::MatRef;
-use crate::gemm::pack::pack;
-use crate::gemm::tile::Tile;
+use crate::gemm::tile::{Panel, Tile};
 use crate::gemm::{ALIGN_ELEMS, aligned};
 use crate::math::{lane_sum, softmax_term};
 use crate::pool::{Pool, SharedMut};
 use std::ops::Range;
 
 /// Elements of one thread's scratch: a block of keys and values with their gradients, one tile of
-/// queries and output gradients in both layouts, and three tiles of scores.
+/// queries and output gradients, and two tiles of scores.
 fn per_thread_elems(dims: AttentionDims) -> usize {
     let (transposed, natural) = (dims.transposed_elems(), dims.natural_elems());
-    TILES_PER_BLOCK * (2 * transposed + 3 * natural)
-        + 2 * transposed
+    TILES_PER_BLOCK * (2 * transposed + natural + 2 * dims.sums_elems())
         + 2 * natural
-        + 3 * TILE * TILE
+        + 2 * TILE * TILE
         + TILE
 }
 
@@ -166,26 +163,22 @@ impl Backward<'_> {
         thread_idx: usize,
     ) {
         let d = self.dims.head_dim;
-        let (stride, kv_head) = (self.dims.natural_stride(), head / self.dims.group());
+        let (kv_head, natural) = (head / self.dims.group(), self.dims.natural_elems());
         // SAFETY: a thread works on one block at a time.
         let mut carver =
             unsafe { Carver::new(&self.scratch, per_thread_elems(self.dims), thread_idx) };
         let mut key_tiles: [KeyTile<'_>; TILES_PER_BLOCK] =
             std::array::from_fn(|_| KeyTile::carve(&mut carver, self.dims));
-        let (q_t, do_t) = (carver.take(d * TILE), carver.take(d * TILE));
-        let (q_n, do_n) = (carver.take(TILE * stride), carver.take(TILE * stride));
+        let (q_n, do_n) = (carver.take(natural), carver.take(natural));
         let (p, ds) = (carver.take(TILE * TILE), carver.take(TILE * TILE));
-        let (ds_t, delta) = (carver.take(TILE * TILE), carver.take(TILE));
+        let delta = carver.take(TILE);
         for (tile, j) in key_tiles.iter_mut().zip(keys.clone()) {
             self.k.pack_transposed(tile.k_t, row.tile(j), kv_head, d);
             self.v.pack_transposed(tile.v_t, row.tile(j), kv_head, d);
             self.k.pack_natural(tile.k_n, row.tile(j), kv_head, d);
         }
-        let full = (TILE, TILE);
         for i in queries.start.max(keys.start)..queries.end {
             let tokens = row.tile(i);
-            self.q.pack_transposed(q_t, tokens.clone(), head, d);
-            self.d_o.pack_transposed(do_t, tokens.clone(), head, d);
             self.q.pack_natural(q_n, tokens.clone(), head, d);
             self.d_o.pack_natural(do_n, tokens.clone(), head, d);
             for (delta, token) in delta.iter_mut().zip(tokens.clone()) {
@@ -193,34 +186,31 @@ impl Backward<'_> {
             }
             let lse = &self.lse[tokens.start * self.dims.n_heads..];
             for (tile, j) in key_tiles.iter_mut().zip(keys.clone()).take_while(|(_, j)| *j <= i) {
-                let (q, d_o) = (panel(q_t, TILE), panel(do_t, TILE));
-                let (k, v) = (panel(tile.k_t, TILE), panel(tile.v_t, TILE));
-                let (p_c, ds_c) = ((p.as_mut_ptr(), TILE), (ds.as_mut_ptr(), TILE));
-                // SAFETY: all operands are whole tiles of scratch.
-                unsafe {
-                    tile_product(&self.tile, d, q, k, p_c, full, false);
-                    tile_product(&self.tile, d, d_o, v, ds_c, full, false);
-                }
+                let part = Part::LowerScores.if_diagonal(i == j);
+                scores(&self.tile, d, q_n, tile.k_t, p, part);
+                scores(&self.tile, d, do_n, tile.v_t, ds, part);
                 let lse = (&lse[head..], self.dims.n_heads);
                 score_gradients(p, ds, lse, &delta[..tokens.len()], self.dims.scale, i == j);
                 if want != Want::Queries {
-                    let (p, ds) = (panel(p, TILE), panel(ds, TILE));
-                    let (dv_c, dk_c) =
-                        ((tile.dv.as_mut_ptr(), stride), (tile.dk.as_mut_ptr(), stride));
-                    let (d_o, q) = (panel(do_n, stride), panel(q_n, stride));
-                    // SAFETY: as above; natural tiles are padded to whole register tiles.
+                    let part = Part::DepthFromRow.if_diagonal(i == j);
+                    let (p, ds) = (Panel::new(p.as_ptr(), TILE), Panel::new(ds.as_ptr(), TILE));
+                    let (dv, dk) = ((tile.dv.as_mut_ptr(), d), (tile.dk.as_mut_ptr(), d));
+                    // SAFETY: `dv` and `dk` have 64 rows.
                     unsafe {
-                        tile_product(&self.tile, TILE, p, d_o, dv_c, (TILE, d), i > j);
-                        tile_product(&self.tile, TILE, ds, q, dk_c, (TILE, d), i > j);
+                        weighted_sum(&self.tile, d, p, do_n, dv, TILE, i > j, part);
+                        weighted_sum(&self.tile, d, ds, q_n, dk, TILE, i > j, part);
                     }
                 }
                 if want != Want::KeysValues {
-                    pack(ds_t, MatRef::new(ds, TILE, TILE), 0..TILE, 0..TILE, TILE);
-                    let (ds_t, k) = (panel(ds_t, TILE), panel(tile.k_n, stride));
-                    let c = (self.dq.at(tokens.start, head, d), self.dq.row_stride);
-                    // SAFETY: as above, and the rows of `dq` of this head and tile belong to this
-                    // thread's item; `check` accepted the sizes.
-                    unsafe { tile_product(&self.tile, TILE, ds_t, k, c, (tokens.len(), d), j > 0) };
+                    let part = Part::DepthUpToRow.if_diagonal(i == j);
+                    let ds = Panel::rows_of_64(ds.as_ptr());
+                    let dq = (self.dq.at(tokens.start, head, d), self.dq.row_stride);
+                    // SAFETY: the rows of `dq` of this head and tile belong to this thread's item;
+                    // `check` accepted the sizes.
+                    unsafe {
+                        let n_rows = tokens.len();
+                        weighted_sum(&self.tile, d, ds, tile.k_n, dq, n_rows, j > 0, part);
+                    }
                 }
             }
         }
@@ -234,15 +224,15 @@ impl Backward<'_> {
     /// Stores the gradients of a tile of keys and values, or adds them to those of the heads of the
     /// group before.
     fn store_keys_values(&self, tokens: Range<usize>, head: usize, dk: &[f32], dv: &[f32]) {
-        let (d, stride) = (self.dims.head_dim, self.dims.natural_stride());
+        let d = self.dims.head_dim;
         let (kv_head, is_first) =
             (head / self.dims.group(), head.is_multiple_of(self.dims.group()));
         for (heads, tile) in [(&self.dk, dk), (&self.dv, dv)] {
-            for (token, src) in tokens.clone().zip(tile.chunks_exact(stride)) {
+            for (token, src) in tokens.clone().zip(tile.chunks_exact(d)) {
                 // SAFETY: the tokens of this key-value head belong to this thread's item.
                 let dst = unsafe { heads.row(token, kv_head, d) };
                 if is_first {
-                    dst.copy_from_slice(&src[..d]);
+                    dst.copy_from_slice(src);
                 } else {
                     for (dst, src) in dst.iter_mut().zip(src) {
                         *dst += src;
@@ -280,13 +270,13 @@ struct KeyTile<'a> {
 
 impl<'a> KeyTile<'a> {
     fn carve(carver: &mut Carver<'a>, dims: AttentionDims) -> Self {
-        let (transposed, natural) = (dims.transposed_elems(), dims.natural_elems());
+        let (transposed, sums) = (dims.transposed_elems(), dims.sums_elems());
         Self {
             k_t: carver.take(transposed),
             v_t: carver.take(transposed),
-            k_n: carver.take(natural),
-            dk: carver.take(natural),
-            dv: carver.take(natural),
+            k_n: carver.take(dims.natural_elems()),
+            dk: carver.take(sums),
+            dv: carver.take(sums),
         }
     }
 }

@@ -3,18 +3,18 @@
 //! Scores are kept transposed, `s[key][query]`: maxima, exponentials and sums then run along
 //! queries, one vector lane each, and the probabilities are already the left operand of `p v`.
 
-use super::layout::{Carver, panel, tile_product};
+use super::layout::{Carver, Part, scores, weighted_sum};
 use super::{AttentionDims, HeadsRef, RowSpan, TILE, TILES_PER_BLOCK};
-use crate::gemm::tile::Tile;
+use crate::gemm::tile::{Panel, Tile};
 use crate::gemm::{ALIGN_ELEMS, aligned};
 use crate::math::softmax_term;
 use crate::pool::{Pool, SharedMut};
 
-/// Elements of one thread's scratch: a block of queries and outputs, one tile of keys, values and
-/// scores, and (maximum, sum) of every query plus one factor.
+/// Elements of one thread's scratch: a block of queries and outputs with (maximum, sum) of every
+/// query; one tile of keys, values and scores, and one factor per query.
 fn per_thread_elems(dims: AttentionDims) -> usize {
-    let block = TILES_PER_BLOCK * (dims.transposed_elems() + dims.natural_elems() + 2 * TILE);
-    block + dims.transposed_elems() + dims.natural_elems() + TILE * TILE + TILE
+    let block = TILES_PER_BLOCK * (dims.transposed_elems() + dims.sums_elems() + 2 * TILE);
+    block + 2 * dims.natural_elems() + TILE * TILE + TILE
 }
 
 /// Scratch of [`attention_forward`] in elements.
@@ -96,47 +96,47 @@ impl Forward<'_> {
     /// Outputs of one head for up to [`TILES_PER_BLOCK`] query tiles from `first` on.
     fn block(&self, row: RowSpan, head: usize, first: usize, thread_idx: usize) {
         let AttentionDims { head_dim: d, scale, .. } = self.dims;
-        let (stride, kv_head) = (self.dims.natural_stride(), head / self.dims.group());
+        let kv_head = head / self.dims.group();
         // SAFETY: a thread works on one block at a time.
         let mut carver =
             unsafe { Carver::new(&self.scratch, per_thread_elems(self.dims), thread_idx) };
         let q_block = carver.take(TILES_PER_BLOCK * d * TILE);
-        let o_block = carver.take(TILES_PER_BLOCK * TILE * stride);
+        let o_block = carver.take(TILES_PER_BLOCK * d * TILE);
         let stats = carver.take(TILES_PER_BLOCK * 2 * TILE);
-        let (k_tile, v_tile) = (carver.take(d * TILE), carver.take(TILE * stride));
-        let (scores, factor) = (carver.take(TILE * TILE), carver.take(TILE));
+        let k_tile = carver.take(self.dims.natural_elems());
+        let v_tile = carver.take(self.dims.natural_elems());
+        let (s, factor) = (carver.take(TILE * TILE), carver.take(TILE));
         let last = (first + TILES_PER_BLOCK).min(row.n_tiles());
         for (q_tile, i) in q_block.chunks_exact_mut(d * TILE).zip(first..last) {
             self.q.pack_transposed(q_tile, row.tile(i), head, d);
         }
         for j in 0..last {
-            self.k.pack_transposed(k_tile, row.tile(j), kv_head, d);
+            self.k.pack_natural(k_tile, row.tile(j), kv_head, d);
             self.v.pack_natural(v_tile, row.tile(j), kv_head, d);
             for i in first.max(j)..last {
                 let at = i - first;
                 let q_tile = &q_block[at * d * TILE..][..d * TILE];
-                let o_tile = &mut o_block[at * TILE * stride..][..TILE * stride];
+                let o_tile = &mut o_block[at * d * TILE..][..d * TILE];
                 let (max, sum) = stats[at * 2 * TILE..][..2 * TILE].split_at_mut(TILE);
-                let (k, q) = (panel(k_tile, TILE), panel(q_tile, TILE));
-                let c = (scores.as_mut_ptr(), TILE);
-                // SAFETY: all operands are whole tiles of scratch.
-                unsafe { tile_product(&self.tile, d, k, q, c, (TILE, TILE), false) };
-                online_softmax(scores, max, sum, factor, scale, j == 0, i == j);
+                let part = Part::UpperScores.if_diagonal(i == j);
+                scores(&self.tile, d, k_tile, q_tile, s, part);
+                online_softmax(s, max, sum, factor, scale, j == 0, i == j);
                 if j > 0 {
-                    scale_rows(o_tile, factor, stride);
+                    scale_rows(o_tile, factor, d);
                 }
-                let (p, v) = (panel(scores, TILE), panel(v_tile, stride));
-                let c = (o_tile.as_mut_ptr(), stride);
-                // SAFETY: as above; rows of `v_tile` are padded to whole register tiles.
-                unsafe { tile_product(&self.tile, TILE, p, v, c, (TILE, d), j > 0) };
+                let (p, o) = (Panel::new(s.as_ptr(), TILE), (o_tile.as_mut_ptr(), d));
+                let part = Part::DepthUpToRow.if_diagonal(i == j);
+                // SAFETY: `o_tile` has 64 rows.
+                unsafe { weighted_sum(&self.tile, d, p, v_tile, o, TILE, j > 0, part) };
             }
         }
         for i in first..last {
-            let o_tile = &o_block[(i - first) * TILE * stride..][..TILE * stride];
+            let o_tile = &o_block[(i - first) * d * TILE..][..d * TILE];
             let (max, sum) = stats[(i - first) * 2 * TILE..][..2 * TILE].split_at(TILE);
-            for (token, o) in row.tile(i).zip(o_tile.chunks_exact(stride)) {
-                let query = token - row.tile(i).start;
-                self.store(token, head, &o[..d], max[query], sum[query]);
+            for ((token, o), (max, sum)) in
+                row.tile(i).zip(o_tile.chunks_exact(d)).zip(max.iter().zip(sum))
+            {
+                self.store(token, head, o, *max, *sum);
             }
         }
     }

@@ -3,10 +3,13 @@
 use super::TILE;
 use crate::gemm::MatRef;
 use crate::gemm::pack::pack;
-use crate::gemm::tile::{MAX_NR, Panel, Tile};
+use crate::gemm::tile::{Panel, Tile};
 use crate::pool::SharedMut;
 use std::marker::PhantomData;
 use std::ops::Range;
+
+/// Elements of 64 tokens x 64 channels.
+const CHUNK_ELEMS: usize = TILE * TILE;
 
 /// One row: tokens `start .. start + len` of the token axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,16 +52,17 @@ impl AttentionDims {
         self.n_heads / self.n_kv_heads
     }
 
-    /// Elements of a [64][D] tile: rows are padded to whole register tiles.
+    /// Elements of a natural tile: whole chunks of 64 tokens x 64 channels.
     pub(super) fn natural_elems(self) -> usize {
-        TILE * self.natural_stride()
+        self.head_dim.div_ceil(TILE) * CHUNK_ELEMS
     }
 
-    pub(super) fn natural_stride(self) -> usize {
-        self.head_dim.next_multiple_of(MAX_NR)
+    /// Elements of 64 rows of sums, D apart.
+    pub(super) fn sums_elems(self) -> usize {
+        TILE * self.head_dim
     }
 
-    /// Elements of a [D][64] tile.
+    /// Elements of a transposed tile.
     pub(super) fn transposed_elems(self) -> usize {
         self.head_dim * TILE
     }
@@ -101,7 +105,7 @@ impl<'a> HeadsRef<'a> {
         MatRef::with_stride(&self.data[at..], tokens.len(), head_dim, self.row_stride)
     }
 
-    /// Writes a [D][64] tile; tokens beyond the tile are zeros.
+    /// Writes a transposed tile; tokens beyond it are zeros.
     pub(super) fn pack_transposed(
         &self,
         dst: &mut [f32],
@@ -113,7 +117,7 @@ impl<'a> HeadsRef<'a> {
         pack(dst, src, 0..tokens.len(), 0..head_dim, TILE);
     }
 
-    /// Writes a [64][D] tile; tokens and channels beyond it are zeros.
+    /// Writes a natural tile; tokens and channels beyond it are zeros.
     pub(super) fn pack_natural(
         &self,
         dst: &mut [f32],
@@ -121,13 +125,19 @@ impl<'a> HeadsRef<'a> {
         head: usize,
         head_dim: usize,
     ) {
-        let stride = head_dim.next_multiple_of(MAX_NR);
-        let (used, rest) = dst.split_at_mut(tokens.len() * stride);
-        for (dst, token) in used.chunks_exact_mut(stride).zip(tokens) {
-            dst[..head_dim].copy_from_slice(self.row(token, head, head_dim));
-            dst[head_dim..].fill(0.0);
+        for (chunk, dst) in dst.chunks_exact_mut(CHUNK_ELEMS).enumerate() {
+            let (used, rest) = dst.as_chunks_mut::<TILE>().0.split_at_mut(tokens.len());
+            for (dst, token) in used.iter_mut().zip(tokens.clone()) {
+                let src = &self.row(token, head, head_dim)[chunk * TILE..];
+                if let Some((src, _)) = src.split_first_chunk::<TILE>() {
+                    *dst = *src;
+                } else {
+                    dst[..src.len()].copy_from_slice(src);
+                    dst[src.len()..].fill(0.0);
+                }
+            }
+            rest.as_flattened_mut().fill(0.0);
         }
-        rest.fill(0.0);
     }
 
     #[inline(always)]
@@ -223,14 +233,85 @@ impl<'a> HeadsMut<'a> {
     }
 }
 
-/// `c = (start) + left^T right` for tiles: `left` [depth][rows], `right` [depth][cols].
-///
-/// The pointers are the tiles' first elements and the strides their depths' distances.
+/// What a product of tiles may leave out when both are the same tokens, so that half of the scores
+/// are masked. What is left out is stale (scores) or a sum with zeros (the others).
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Part {
+    /// Nothing.
+    All,
+    /// Elements of `c` right of the diagonal.
+    LowerScores,
+    /// Elements of `c` left of the diagonal.
+    UpperScores,
+    /// Row `i` needs depths up to `i`.
+    DepthUpToRow,
+    /// Row `i` needs depths from `i` on.
+    DepthFromRow,
+}
+
+impl Part {
+    /// `self` on the diagonal, else everything.
+    pub(super) fn if_diagonal(self, is_diagonal: bool) -> Self {
+        if is_diagonal { self } else { Part::All }
+    }
+}
+
+/// Scores: `c` (64, 64) `= left^T right` over channels, of a natural and a transposed tile.
+pub(super) fn scores(
+    tile: &Tile,
+    head_dim: usize,
+    left: &[f32],
+    right: &[f32],
+    c: &mut [f32],
+    part: Part,
+) {
+    assert!(left.len() >= head_dim * TILE && right.len() >= head_dim * TILE, "operands are tiles");
+    assert!(c.len() >= TILE * TILE, "c is a tile");
+    for (chunk, depth) in chunks(head_dim) {
+        let left = Panel::rows_of_64(left[chunk * CHUNK_ELEMS..].as_ptr());
+        let right = Panel::new(right[chunk * CHUNK_ELEMS..].as_ptr(), TILE);
+        let size = (TILE, TILE);
+        // SAFETY: all three are whole tiles by the assertions.
+        unsafe {
+            product(tile, depth, left, right, (c.as_mut_ptr(), TILE), size, chunk > 0, part);
+        }
+    }
+}
+
+/// Sums over tokens: `c` (height, D) `= left right` or `c + left right`, `left` (64, 64) a tile of
+/// scores and `right` a natural tile.
 ///
 /// # Safety
-/// `left` holds 64 columns at every depth and `right` `cols` rounded up to [`MAX_NR`]; rows
-/// `..height` and columns `..cols` of `c` are exclusively ours.
-pub(super) unsafe fn tile_product(
+/// Rows `..height`, `c_stride` apart, of `c` are D wide and exclusively ours.
+pub(super) unsafe fn weighted_sum(
+    tile: &Tile,
+    head_dim: usize,
+    left: Panel,
+    right: &[f32],
+    (c, c_stride): (*mut f32, usize),
+    height: usize,
+    from_c: bool,
+    part: Part,
+) {
+    for (chunk, cols) in chunks(head_dim) {
+        let right = Panel::new(right[chunk * CHUNK_ELEMS..][..CHUNK_ELEMS].as_ptr(), TILE);
+        let c = (c.wrapping_add(chunk * TILE), c_stride);
+        // SAFETY: `right` is a whole chunk; `c` is promised by the caller.
+        unsafe { product(tile, TILE, left, right, c, (height, cols), from_c, part) };
+    }
+}
+
+/// `(index, width)` of the chunks of 64 channels.
+fn chunks(head_dim: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..head_dim.div_ceil(TILE)).map(move |chunk| (chunk, TILE.min(head_dim - chunk * TILE)))
+}
+
+/// `c = left right` or `c + left right`: `left` (64, depth), `right` (depth, cols), cols <= 64.
+///
+/// # Safety
+/// `left` has 64 rows and `right` 64 columns at every depth; rows `..height` and columns `..cols`
+/// of `c` are exclusively ours.
+unsafe fn product(
     tile: &Tile,
     depth: usize,
     left: Panel,
@@ -238,25 +319,28 @@ pub(super) unsafe fn tile_product(
     (c, c_stride): (*mut f32, usize),
     (height, cols): (usize, usize),
     from_c: bool,
+    part: Part,
 ) {
     let Tile { mr, nr, .. } = *tile;
     for j in (0..cols).step_by(nr) {
         for i in (0..height).step_by(mr) {
+            let (first, end) = match part {
+                Part::LowerScores if j >= i + mr => continue,
+                Part::UpperScores if i >= j + nr => continue,
+                Part::DepthUpToRow => (0, depth.min(i + mr)),
+                Part::DepthFromRow => (i, depth),
+                _ => (0, depth),
+            };
             let (tall, wide) = (mr.min(height - i), nr.min(cols - j));
-            // SAFETY: `i` and `j` stay within the operands that the caller promised; heights
-            // divide 64, so a full register tile of `left` exists also at an edge of `c`.
+            let (a, b) = (left.from(i, first), right.from(j, first));
+            // SAFETY: `i` and `j` stay within the operands that the caller promised, and register
+            // tiles divide 64, so a full one exists also at an edge of `c`.
             unsafe {
-                let a = Panel { ptr: left.ptr.add(i), ..left };
-                let b = Panel { ptr: right.ptr.add(j), ..right };
-                tile.run(depth, a, b, c.add(i * c_stride + j), c_stride, tall, wide, from_c);
+                let c = c.add(i * c_stride + j);
+                tile.run(end - first, a, b, c, c_stride, tall, wide, from_c);
             }
         }
     }
-}
-
-/// A tile as an operand.
-pub(super) fn panel(tile: &[f32], stride: usize) -> Panel {
-    Panel { ptr: tile.as_ptr(), stride }
 }
 
 /// Deals the start of one thread's scratch out in pieces.

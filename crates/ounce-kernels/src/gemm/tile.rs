@@ -10,11 +10,34 @@ pub(crate) const MAX_MR: usize = 12;
 /// The largest tile width of any tier.
 pub(crate) const MAX_NR: usize = 32;
 
-/// An operand of a tile: depth `p` starts at `ptr + p * stride`.
+/// Distance of the rows of a left operand that is stored row by row.
+const ROW_LANE: usize = 64;
+
+/// An operand of a tile: row (or column) `i` at depth `p` is at `ptr + p * stride + i * lane`.
 #[derive(Clone, Copy)]
 pub(crate) struct Panel {
     pub(crate) ptr: *const f32,
     pub(crate) stride: usize,
+    /// 1, or for a left operand [`ROW_LANE`].
+    lane: usize,
+}
+
+impl Panel {
+    /// Rows (or columns) are neighbours, depths `stride` apart.
+    pub(crate) fn new(ptr: *const f32, stride: usize) -> Self {
+        Self { ptr, stride, lane: 1 }
+    }
+
+    /// Depths are neighbours, rows 64 apart: only for a left operand.
+    pub(crate) fn rows_of_64(ptr: *const f32) -> Self {
+        Self { ptr, stride: 1, lane: ROW_LANE }
+    }
+
+    /// The operand from row (or column) `i` and depth `p` on.
+    #[inline(always)]
+    pub(crate) fn from(self, i: usize, p: usize) -> Self {
+        Self { ptr: self.ptr.wrapping_add(i * self.lane + p * self.stride), ..self }
+    }
 }
 
 /// `(kc, a, b, c, c_stride, from_c)`.
@@ -27,7 +50,21 @@ pub(crate) struct Tile {
     pub(crate) mr: usize,
     /// Columns.
     pub(crate) nr: usize,
-    full: TileFn,
+    /// For a left operand by depth, and by rows.
+    by_depth: TileFn,
+    by_rows: TileFn,
+}
+
+/// A tile and both its functions.
+macro_rules! tile {
+    ($function:ident, $mr:literal, $vectors:literal, $lanes:literal) => {
+        Tile {
+            mr: $mr,
+            nr: $vectors * $lanes,
+            by_depth: $function::<$mr, $vectors, 1>,
+            by_rows: $function::<$mr, $vectors, ROW_LANE>,
+        }
+    };
 }
 
 impl Tile {
@@ -35,10 +72,10 @@ impl Tile {
     pub(crate) fn current() -> Self {
         match tier() {
             #[cfg(target_arch = "x86_64")]
-            Tier::Avx512 => Self { mr: 12, nr: 32, full: avx512::<12, 2> },
+            Tier::Avx512 => tile!(avx512, 12, 2, 16),
             #[cfg(target_arch = "x86_64")]
-            Tier::Avx2 => Self { mr: 6, nr: 16, full: avx2::<6, 2> },
-            _ => Self { mr: 4, nr: 16, full: portable::<4, 16> },
+            Tier::Avx2 => tile!(avx2, 6, 2, 8),
+            _ => tile!(portable, 4, 16, 1),
         }
     }
 
@@ -46,10 +83,10 @@ impl Tile {
     pub(crate) fn dividing_64() -> Self {
         match tier() {
             #[cfg(target_arch = "x86_64")]
-            Tier::Avx512 => Self { mr: 8, nr: 32, full: avx512::<8, 2> },
+            Tier::Avx512 => tile!(avx512, 8, 2, 16),
             #[cfg(target_arch = "x86_64")]
-            Tier::Avx2 => Self { mr: 4, nr: 16, full: avx2::<4, 2> },
-            _ => Self { mr: 4, nr: 16, full: portable::<4, 16> },
+            Tier::Avx2 => tile!(avx2, 4, 2, 8),
+            _ => tile!(portable, 4, 16, 1),
         }
     }
 
@@ -70,9 +107,10 @@ impl Tile {
         width: usize,
         from_c: bool,
     ) {
+        let full = if a.lane == 1 { self.by_depth } else { self.by_rows };
         if height == self.mr && width == self.nr {
-            // SAFETY: the caller's promise; the tier of `full` was checked when it was chosen.
-            return unsafe { (self.full)(kc, a, b, c, c_stride, from_c) };
+            // SAFETY: the caller's promise; the tier of the tile was checked when it was chosen.
+            return unsafe { full(kc, a, b, c, c_stride, from_c) };
         }
         // An edge: the same tile on a padded copy, of which the part inside C is stored.
         let mut edge = [0.0; MAX_MR * MAX_NR];
@@ -85,7 +123,7 @@ impl Tile {
                     edge[i * nr..i * nr + width].copy_from_slice(src);
                 }
             }
-            (self.full)(kc, a, b, edge.as_mut_ptr(), nr, from_c);
+            full(kc, a, b, edge.as_mut_ptr(), nr, from_c);
             for i in 0..height {
                 let dst = std::slice::from_raw_parts_mut(c.add(i * c_stride), width);
                 dst.copy_from_slice(&edge[i * nr..i * nr + width]);
@@ -101,7 +139,7 @@ macro_rules! vector_tile {
         /// As [`Tile::run`], for a full tile; the machine has the tile's features.
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = $features)]
-        unsafe fn $name<const MR: usize, const NV: usize>(
+        unsafe fn $name<const MR: usize, const NV: usize, const LANE: usize>(
             kc: usize,
             a: Panel,
             b: Panel,
@@ -127,7 +165,7 @@ macro_rules! vector_tile {
                         b_p[j] = $load(b_ptr.add(j * $lanes));
                     }
                     for i in 0..MR {
-                        let a_p = $set(*a_ptr.add(i));
+                        let a_p = $set(*a_ptr.add(i * LANE));
                         for j in 0..NV {
                             sum[i][j] = $fma(a_p, b_p[j], sum[i][j]);
                         }
@@ -171,7 +209,7 @@ vector_tile!(
 ///
 /// # Safety
 /// As [`Tile::run`], for a full tile.
-unsafe fn portable<const MR: usize, const NR: usize>(
+unsafe fn portable<const MR: usize, const NR: usize, const LANE: usize>(
     kc: usize,
     a: Panel,
     b: Panel,
@@ -188,9 +226,10 @@ unsafe fn portable<const MR: usize, const NR: usize>(
             }
         }
         for p in 0..kc {
-            let a_p = std::slice::from_raw_parts(a.ptr.add(p * a.stride), MR);
+            let a_p = a.ptr.add(p * a.stride);
             let b_p = std::slice::from_raw_parts(b.ptr.add(p * b.stride), NR);
-            for (row, &a_ip) in sum.iter_mut().zip(a_p) {
+            for (i, row) in sum.iter_mut().enumerate() {
+                let a_ip = *a_p.add(i * LANE);
                 for (s, &b_pj) in row.iter_mut().zip(b_p) {
                     *s = a_ip.mul_add(b_pj, *s);
                 }
