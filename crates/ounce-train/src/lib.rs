@@ -55,6 +55,8 @@ pub mod bench;
 
 pub mod init;
 
+pub mod watch;
+
 use std::path::PathBuf;
 
 pub use bench::{BenchRecord, BenchSettings, bench_step};

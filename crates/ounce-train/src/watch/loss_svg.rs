@@ -57,6 +57,10 @@ pub fn loss_svg(points: &[(u64, f64)], eval: &[(u64, f64)]) -> String {
             Px(scale.y(loss))
         );
     }
+    if let Some(&(step, loss)) = smooth.last() {
+        let (x, y) = (Px(scale.x(step)), Px(scale.y(loss)));
+        put!(out, "<circle class=\"ol-end\" cx=\"{x}\" cy=\"{y}\" r=\"3.5\"/>\n");
+    }
     end_labels(&mut out, &scale, smooth.last(), eval.last());
     legend(&mut out, !points.is_empty(), !eval.is_empty());
     out.push_str("</svg>\n");
@@ -69,12 +73,13 @@ const STYLE: &str = "<style>\
 .ol-raw{fill:none;stroke:#3f6fa8;stroke-opacity:.45;stroke-linejoin:round}\
 .ol-halo{fill:none;stroke:#fff;stroke-opacity:.8;stroke-width:4.5;stroke-linejoin:round}\
 .ol-smooth{fill:none;stroke:#2a5d9c;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}\
+.ol-end{fill:#2a5d9c;stroke:#fff;stroke-width:1.5}\
 .ol-eval-line{fill:none;stroke:#c2571a;stroke-opacity:.7;stroke-dasharray:2 3}\
 .ol-eval{fill:#c2571a;stroke:#fff;stroke-width:1.5}\
 @media (prefers-color-scheme:dark){\
 .ol-ground{fill:#17191d}.ol-text{fill:#9aa1aa}.ol-strong{fill:#eceef0}\
 .ol-grid{stroke:#2a2e34}.ol-axis{stroke:#4a5058}\
-.ol-raw{stroke:#6fa3dd;stroke-opacity:.45}.ol-halo{stroke:#17191d}.ol-smooth{stroke:#7db3ee}\
+.ol-raw{stroke:#6fa3dd;stroke-opacity:.45}.ol-halo{stroke:#17191d}.ol-smooth{stroke:#7db3ee}.ol-end{fill:#7db3ee;stroke:#17191d}\
 .ol-eval-line{stroke:#f0954f}.ol-eval{fill:#f0954f;stroke:#17191d}}\
 </style>\n";
 
@@ -296,6 +301,7 @@ mod tests {
             assert!(svg.len() < 64 * 1024, "{} bytes for {n} points", svg.len());
         }
         assert!(loss_svg(&[], &[]).contains("no steps yet"));
+        assert!(loss_svg(&falling(1), &[]).contains("<circle class=\"ol-end\""));
         assert_well_formed(&loss_svg(&[(5, 0.0), (6, 0.0)], &[]));
     }
 

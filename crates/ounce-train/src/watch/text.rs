@@ -140,7 +140,8 @@ fn ticks(lo: f64, hi: f64, step: f64) -> Vec<f64> {
 /// A tick's label: as many decimals as its neighbours need to differ.
 pub(super) fn tick_label(x: f64, step: f64) -> String {
     let mut decimals = 0;
-    while decimals < 9 && (step * 10_f64.powi(decimals)).fract().abs() > 1e-6 {
+    let is_whole = |x: f64| (x - x.round()).abs() < 1e-6;
+    while decimals < 9 && !is_whole(step * 10_f64.powi(decimals)) {
         decimals += 1;
     }
     let sign = if x < 0.0 { "−" } else { "" };
@@ -245,5 +246,8 @@ pub(super) mod tests {
         assert_eq!(tick_label(0.5, 0.25), "0.50");
         assert_eq!(tick_label(2000.0, 500.0), "2,000");
         assert_eq!(tick_label(-1.5, 0.5), "−1.5");
+        // The difference of two ticks is not exact.
+        assert_eq!(tick_label(10.805, 10.805 - 10.8), "10.805");
+        assert_eq!(tick_label(0.3, 0.3 - 0.2), "0.3");
     }
 }
