@@ -196,7 +196,7 @@ impl Rows for RandomRows {
         for (i, group) in ids.chunks_mut(4).enumerate() {
             let words = philox4x32_10([i as u32, row as u32, 0, 0x0062_656e], key);
             for (id, word) in group.iter_mut().zip(words) {
-                *id = (u64::from(word) * self.vocab_size >> 32) as i32;
+                *id = ((u64::from(word) * self.vocab_size) >> 32) as i32;
             }
         }
         Ok(ids.len())

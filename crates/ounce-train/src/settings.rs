@@ -6,6 +6,7 @@
 //! are checked before: an unknown one is an error with the nearest match, a value of the wrong type is
 //! reported with its line.
 
+use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -205,10 +206,11 @@ impl Settings {
             unreachable!("a struct of plain fields serializes to an object")
         };
         // A JSON value is a YAML value.
-        map.iter()
-            .filter(|(_, v)| !v.is_null())
-            .map(|(key, value)| format!("{key}: {value}\n"))
-            .collect()
+        let mut text = String::new();
+        for (key, value) in map.iter().filter(|(_, v)| !v.is_null()) {
+            writeln!(text, "{key}: {value}").expect("writing to a string cannot fail");
+        }
+        text
     }
 
     fn check_built(&self) -> Result<()> {
@@ -291,9 +293,8 @@ fn read_yaml(path: &Path) -> Result<Map<String, Value>> {
         let line = e.location().map_or(1, |l| l.line());
         usage(format!("{file}:{line}: {e}"), "the file is a mapping of settings, `key: value`")
     })?;
-    let known = match serde_json::to_value(Settings::default()) {
-        Ok(Value::Object(known)) => known,
-        _ => unreachable!("a struct of plain fields serializes to an object"),
+    let Ok(Value::Object(known)) = serde_json::to_value(Settings::default()) else {
+        unreachable!("a struct of plain fields serializes to an object")
     };
     for (key, value) in &map {
         let line = line_of(&text, key);

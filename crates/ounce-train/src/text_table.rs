@@ -21,7 +21,8 @@ impl TextTable {
     /// Writes the table of a tokenizer.
     pub(crate) fn write(path: &Path, table: &IdTable) -> Result<()> {
         let n = table.vocab_size() as u32;
-        let (mut ends, mut bytes) = (Vec::with_capacity(n as usize), Vec::new());
+        let mut ends: Vec<u32> = Vec::with_capacity(n as usize);
+        let mut bytes = Vec::new();
         for id in 0..n {
             let mut text = String::new();
             let mut stream = table.stream(false);
@@ -34,7 +35,9 @@ impl TextTable {
             ends.push(bytes.len() as u32);
         }
         let mut file = n.to_le_bytes().to_vec();
-        ends.iter().for_each(|end: &u32| file.extend_from_slice(&end.to_le_bytes()));
+        for end in ends {
+            file.extend_from_slice(&end.to_le_bytes());
+        }
         file.extend_from_slice(&bytes);
         Ok(write_file(path, &file)?)
     }

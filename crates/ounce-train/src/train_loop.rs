@@ -28,13 +28,8 @@ use crate::{
 ///
 /// # Errors
 /// As [`train`] before its first step.
-pub fn plan(
-    settings: &Settings,
-    env: &Environment,
-    observer: &mut dyn Observer,
-) -> Result<PlanRecord> {
+pub fn plan(settings: &Settings, env: &Environment) -> Result<PlanRecord> {
     let model = Model::open(settings)?;
-    observer.note("planning");
     let session = compile(&model, &wanted(settings, &model), &limits(settings), env)?;
     Ok(session.record())
 }

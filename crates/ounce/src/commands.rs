@@ -19,7 +19,7 @@ use crate::flags::{
 pub(crate) fn run(command: Command, signal: &Arc<AtomicUsize>) -> Result<()> {
     match command {
         Command::Init(flags) => init(flags),
-        Command::Plan(flags) => plan(&flags, signal),
+        Command::Plan(flags) => plan(&flags),
         Command::Train(flags) => train(&flags, signal),
         Command::Eval(flags) => eval(&flags, signal),
         Command::Generate(flags) => generate(flags, signal),
@@ -96,10 +96,9 @@ fn init(flags: InitFlags) -> Result<()> {
     Ok(())
 }
 
-fn plan(flags: &RunFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
+fn plan(flags: &RunFlags) -> Result<()> {
     let settings = settings(flags)?;
-    let mut console = Console::new(flags.json, None, signal.clone());
-    let record = ounce_train::plan(&settings, &environment()?, &mut console)?;
+    let record = ounce_train::plan(&settings, &environment()?)?;
     if flags.json {
         print_json(&record);
     } else {

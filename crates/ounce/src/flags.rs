@@ -14,6 +14,8 @@ use serde_json::{Map, Value};
 /// Trains transformer language models inside a memory budget that you state in bytes.
 #[derive(Debug, Parser)]
 #[command(name = "ounce", version, disable_help_subcommand = true, arg_required_else_help = true)]
+// As in Hugging Face's parser, a flag that is given twice counts as given last.
+#[command(args_override_self = true)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -320,4 +322,36 @@ pub(crate) struct BenchStepFlags {
     /// Print one JSON line on stdout
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_repeated_flag_counts_as_given_last_and_files_add_up() {
+        let line = "ounce train --max-steps 1 --data a --max-steps 2 --data b --packing";
+        let Command::Train(flags) = Cli::parse_from(line.split(' ')).command else {
+            panic!("the command is train")
+        };
+        let given = serde_json::json!({ "max_steps": 2, "data": ["a", "b"], "packing": true });
+        assert_eq!(Value::Object(flags.given()), given);
+    }
+
+    #[test]
+    fn every_flag_of_a_run_is_a_setting() {
+        let mut command = <RunFlags as Args>::augment_args(clap::Command::new("run"));
+        command.build();
+        let Ok(Value::Object(known)) = serde_json::to_value(ounce_train::Settings::default())
+        else {
+            panic!("settings are an object")
+        };
+        let flags: Vec<String> = command
+            .get_arguments()
+            .map(|a| a.get_id().to_string())
+            .filter(|id| !matches!(id.as_str(), "config" | "json" | "help"))
+            .collect();
+        assert_eq!(flags.len(), known.len());
+        assert!(flags.iter().all(|f| known.contains_key(f)), "{flags:?}");
+    }
 }

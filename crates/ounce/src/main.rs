@@ -96,7 +96,10 @@ fn refuse(e: &clap::Error) -> ExitCode {
     let kept = text
         .lines()
         .filter(|l| !l.trim_start().starts_with("tip:") && !l.starts_with("For more information"));
-    let text: String = kept.map(|l| format!("{l}\n")).collect();
+    let mut text = kept.collect::<Vec<_>>().join("\n");
+    while text.contains("\n\n\n") {
+        text = text.replace("\n\n\n", "\n\n");
+    }
     console::print_err(&format!("{}\n{hint}", text.trim_end()));
     ExitCode::from(USAGE)
 }

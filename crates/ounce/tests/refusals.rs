@@ -1,0 +1,125 @@
+//! What is refused, with which exit code, and that nothing is left behind.
+
+mod common;
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
+use common::{Lab, is_empty, words};
+
+#[test]
+fn what_is_not_built_is_refused_as_such() {
+    let lab = Lab::empty();
+    for line in [
+        "chat --model x",
+        "serve --model x --port 1",
+        "search",
+        "prune",
+        "export --model x --format gguf",
+        "data inspect",
+        "doctor",
+        "train --precision bf16",
+        "train --use-peft --lora-r 8",
+        "train --packing",
+        "train --save-steps 5",
+        "train --resume-from-checkpoint auto",
+        "bench step --model gpt2 --precision f16",
+    ] {
+        let error = lab.fail(2, &words(line));
+        assert!(error.contains("not built yet"), "{line}: {error}");
+    }
+}
+
+#[test]
+fn wrong_usage_names_the_nearest_match() {
+    let lab = Lab::empty();
+    let hints = [
+        ("train --lerning-rate 1", "`--learning-rate`"),
+        ("trian", "`train`"),
+        ("train --optimizer adam", "`adamw`"),
+        ("train --memory 64", "`64MiB`"),
+        ("train --max-steps 0", "at least 1"),
+        ("train --data x", "`--model DIR`"),
+        ("init --output-dir m --arch gpt2 --tokenizer char", "`--data FILE`"),
+        ("bench step --model gpt3", "tinyllama-1.1b"),
+    ];
+    for (line, hint) in hints {
+        let error = lab.fail(2, &words(line));
+        assert!(error.lines().last().unwrap().contains(hint), "{line}: {error}");
+    }
+    std::fs::write(lab.path("run.yaml"), "max_steps: 3\nlr: 1e-3\n").unwrap();
+    let error = lab.fail(2, &words("train --config run.yaml"));
+    assert!(error.contains("run.yaml:2: unknown setting `lr`"), "{error}");
+}
+
+#[test]
+fn wrong_models_and_data_are_named() {
+    let lab = Lab::llama();
+    let run = "--max-length 64 --max-steps 1 --output-dir out";
+    let missing = lab.fail(4, &words(&format!("train --model nope --data train.txt {run}")));
+    assert!(missing.contains("nope"), "{missing}");
+    let missing = lab.fail(4, &words(&format!("train --model model --data nope.txt {run}")));
+    assert!(missing.contains("nope.txt"), "{missing}");
+
+    // The last digit does not occur in the tokenizer's text.
+    std::fs::write(lab.path("strange.txt"), "to be\nor not 9 to be\n".repeat(50)).unwrap();
+    let strange = lab.fail(4, &words(&format!("train --model model --data strange.txt {run}")));
+    assert!(strange.contains("strange.txt:2"), "{strange}");
+    std::fs::write(lab.path("short.txt"), "to be").unwrap();
+    let short = lab.fail(4, &words(&format!("train --model model --data short.txt {run}")));
+    assert!(short.contains("short.txt"), "{short}");
+
+    let weights = lab.path("model/model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    let broken = lab.fail(4, &words(&format!("train --model model --data train.txt {run}")));
+    assert!(broken.contains("model.safetensors"), "{broken}");
+    assert!(!lab.path("out").exists());
+}
+
+#[test]
+fn a_diverging_run_stops_and_leaves_the_former_result() {
+    let lab = Lab::llama();
+    lab.train("--max-length 64 --max-steps 1", "out");
+    let before = std::fs::read(lab.path("out/model.safetensors")).unwrap();
+    let wild = "train --model model --data train.txt --output-dir out --max-length 64 \
+        --max-steps 50 --optimizer sgd --learning-rate 1e30 --max-grad-norm 0 \
+        --lr-scheduler-type constant";
+    let error = lab.fail(5, &words(wild));
+    assert!(error.contains("step 2: the loss is"), "{error}");
+    assert_eq!(std::fs::read(lab.path("out/model.safetensors")).unwrap(), before);
+    assert!(
+        !std::fs::read_dir(lab.path("out"))
+            .unwrap()
+            .any(|e| { e.unwrap().file_name().to_string_lossy().starts_with('.') })
+    );
+}
+
+#[test]
+fn a_failed_write_has_its_own_code() {
+    let lab = Lab::llama();
+    std::fs::write(lab.path("file"), "").unwrap();
+    let run = "train --model model --data train.txt --max-length 64 --max-steps 1";
+    let error = lab.fail(6, &words(&format!("{run} --output-dir file/out")));
+    assert!(error.contains("file/out"), "{error}");
+}
+
+#[test]
+fn an_interrupted_run_ends_with_the_signal_s_code_and_leaves_nothing() {
+    let lab = Lab::llama();
+    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        let line = "train --model model --data train.txt --output-dir out --max-length 64 \
+            --max-steps 1000000 --json";
+        let mut child =
+            lab.command(&words(line)).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut first = String::new();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        lines.read_line(&mut first).unwrap();
+        assert!(first.contains("\"step\":1,"), "{first}");
+        let kill = Command::new("kill").args(["-s", signal, &child.id().to_string()]).status();
+        assert!(kill.unwrap().success());
+        std::io::copy(&mut lines, &mut std::io::sink()).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(code));
+        assert!(is_empty(&lab.path("out")));
+    }
+}
