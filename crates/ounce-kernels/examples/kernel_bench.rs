@@ -1,6 +1,6 @@
 //! Measures the kernels: GFLOP/s per shape beside the machine's register-only peak, same run.
 //!
-//! `cargo run --release -p ounce-kernels --example kernel_bench [n_threads] [filter]`
+//! `cargo run --release -p ounce-kernels --example kernel_bench -- [n_threads] [filter] [tier]`
 #![expect(clippy::print_stdout, reason = "a measurement prints its table")]
 
 use ounce_kernels::activation::{GeluKind, gelu_backward, gelu_forward};
@@ -17,7 +17,7 @@ use ounce_kernels::optim::{AdamwHyper, adamw, sum_squares, sum_squares_scratch_f
 use ounce_kernels::philox::PhiloxKey;
 use ounce_kernels::pool::Pool;
 use ounce_kernels::rope::rope;
-use ounce_kernels::tier::{Tier, tier};
+use ounce_kernels::tier::{Tier, set_tier, tier};
 use std::time::{Duration, Instant};
 
 /// What one process measures with.
@@ -30,6 +30,10 @@ fn main() {
     let mut args = std::env::args().skip(1);
     let n_threads = args.next().and_then(|a| a.parse().ok()).unwrap_or(2);
     let filter = args.next().unwrap_or_default();
+    if let Some(name) = args.next() {
+        let known = Tier::available().find(|tier| tier.to_string() == name);
+        set_tier(Some(known.expect("the third argument is a tier of this machine")));
+    }
     let pool = Pool::new(n_threads);
     let bench = Bench { pool, filter };
     println!("tier {}, {n_threads} threads, peak {:.0} GFLOP/s", tier(), bench.peak());
@@ -52,7 +56,7 @@ impl Bench {
             times.push(start.elapsed().as_secs_f64());
         }
         if let (1, Some(begin), Some(end)) = (self.pool.n_threads(), begin_cpu, thread_cpu_time()) {
-            return (end - begin).as_secs_f64() / times.len() as f64;
+            return end.saturating_sub(begin).as_secs_f64() / times.len() as f64;
         }
         times.sort_by(f64::total_cmp);
         times[times.len() / 2]

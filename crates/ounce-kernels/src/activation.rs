@@ -128,3 +128,95 @@ tiered! {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, noise};
+    use crate::tier::{Tier, set_tier};
+
+    /// Longer than an in-place block, not a multiple of anything.
+    const N: usize = 2 * 1024 + 37;
+
+    fn inputs() -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+        let wide = |seed| noise(N, seed).iter().map(|x| 12.0 * x).collect();
+        (wide(1), wide(2), noise(N, 3))
+    }
+
+    /// `(f(x), f'(x))` in f64, the derivative by a central difference.
+    fn with_slope(f: impl Fn(f64) -> f64, x: f32) -> (f64, f64) {
+        let (x, h) = (f64::from(x), 1e-4);
+        (f(x), (f(x + h) - f(x - h)) / (2.0 * h))
+    }
+
+    fn gelu_tanh_f64(x: f64) -> f64 {
+        0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
+    }
+
+    /// `x Phi(x)` with Phi by its continued fraction (x <= -2) or its series.
+    fn gelu_erf_f64(x: f64) -> f64 {
+        let density = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
+        if x.abs() < 2.0 {
+            let (mut term, mut sum) = (x, x);
+            for k in 1..60 {
+                term *= x * x / f64::from(2 * k + 1);
+                sum += term;
+            }
+            return x * (0.5 + density * sum);
+        }
+        let tail = (1..200).rev().fold(0.0, |f, k| f64::from(k) / (x.abs() + f));
+        let tail = density / (x.abs() + tail);
+        if x < 0.0 { x * tail } else { x * (1.0 - tail) }
+    }
+
+    #[test]
+    fn gelu_and_its_gradient_agree_with_f64() {
+        let (x, _, dy) = inputs();
+        let pool = Pool::new(2);
+        for kind in [GeluKind::Tanh, GeluKind::Erf] {
+            let f = if kind == GeluKind::Tanh { gelu_tanh_f64 } else { gelu_erf_f64 };
+            let want: Vec<_> = x.iter().map(|&x| with_slope(f, x)).collect();
+            let (mut y, mut dx) = (vec![9.0; N], vec![9.0; N]);
+            gelu_forward(&pool, InOut::separate(&mut y, &x), kind);
+            gelu_backward(&pool, InOut::separate(&mut dx, &dy), &x, kind);
+            assert_close(&y, &want.iter().map(|w| w.0).collect::<Vec<_>>(), 3e-7);
+            let slopes = want.iter().zip(&dy).map(|(w, &dy)| w.1 * f64::from(dy));
+            assert_close(&dx, &slopes.collect::<Vec<_>>(), 1e-6);
+        }
+    }
+
+    #[test]
+    fn swiglu_and_its_gradients_agree_with_f64() {
+        let (gate, up, dy) = inputs();
+        let pool = Pool::new(2);
+        let silu = |g: f64| g / (1.0 + (-g).exp());
+        let (mut y, mut dgate, mut dup) = (vec![9.0; N], gate.clone(), up.clone());
+        swiglu_forward(&pool, InOut::separate(&mut y, &gate), &up);
+        swiglu_backward(&pool, InOut::InPlace(&mut dgate), InOut::InPlace(&mut dup), &dy);
+        for i in 0..N {
+            let ((value, slope), up, dy) =
+                (with_slope(silu, gate[i]), f64::from(up[i]), f64::from(dy[i]));
+            assert_close(
+                &[y[i], dgate[i], dup[i]],
+                &[value * up, dy * up * slope, dy * value],
+                2e-6,
+            );
+        }
+    }
+
+    #[test]
+    fn in_place_threads_and_tiers_do_not_change_the_bits() {
+        let (x, _, dy) = inputs();
+        for kind in [GeluKind::Tanh, GeluKind::Erf] {
+            let mut want = vec![0.0; N];
+            gelu_backward(&Pool::new(1), InOut::separate(&mut want, &dy), &x, kind);
+            for tier in Tier::available() {
+                set_tier(Some(tier));
+                let mut got = dy.clone();
+                gelu_backward(&Pool::new(3), InOut::InPlace(&mut got), &x, kind);
+                assert_eq!(got, want, "{tier}");
+            }
+            set_tier(None);
+        }
+    }
+}

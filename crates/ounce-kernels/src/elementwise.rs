@@ -111,3 +111,70 @@ tiered! {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::noise;
+
+    const KEY: PhiloxKey = PhiloxKey { seed: 0x1234_5678_9abc_def0, step: 7, site: 3 };
+
+    #[test]
+    fn add_scale_copy_and_zero_do_what_they_say_also_in_place() {
+        let (a, b) = (noise(5000, 1), noise(5000, 2));
+        let pool = Pool::new(2);
+        let mut y = vec![9.0; a.len()];
+        copy(&pool, &mut y, &a);
+        assert_eq!(y, a);
+        add(&pool, InOut::InPlace(&mut y), &b);
+        assert!(y.iter().zip(a.iter().zip(&b)).all(|(y, (a, b))| *y == a + b));
+        scale(&pool, InOut::separate(&mut y, &a), -2.0);
+        assert!(y.iter().zip(&a).all(|(y, a)| *y == -2.0 * a));
+        zero(&pool, &mut y);
+        assert!(y.iter().all(|&y| y == 0.0));
+    }
+
+    /// The sums are the sequential ones, bit for bit, however tokens are cut.
+    #[test]
+    fn bias_gradients_are_sequential_sums_over_tokens() {
+        let (n, c) = (192, 37);
+        let dy = noise(n * c, 1);
+        let mut want = noise(c, 2);
+        let mut got = want.clone();
+        for (i, dy) in dy.iter().enumerate() {
+            want[i % c] += dy;
+        }
+        bias_grad(&Pool::new(2), &mut got, &dy[..64 * c], c);
+        bias_grad(&Pool::new(3), &mut got, &dy[64 * c..], c);
+        assert_eq!(got, want);
+    }
+
+    #[test]
+    fn dropout_masks_by_the_philox_words_of_token_and_channel() {
+        let (n, c, p) = (40, 1030, 0.25);
+        let x = vec![3.0; n * c];
+        let mut y = vec![9.0; n * c];
+        dropout(&Pool::new(2), InOut::separate(&mut y, &x), c, p, KEY, 5);
+        for (i, &y) in y.iter().enumerate() {
+            let (token, channel) = (5 + i / c, i % c);
+            let word = KEY.words(token as u32, (channel / 4) as u32)[channel % 4];
+            let want = if word < 1 << 30 { 0.0 } else { 3.0 * (1.0 / (1.0 - p)) };
+            assert_eq!(y, want, "token {token} channel {channel}");
+        }
+        let dropped = y.iter().filter(|&&y| y == 0.0).count() as f64 / y.len() as f64;
+        assert!((dropped - 0.25).abs() < 0.01, "{dropped} of the elements were dropped");
+    }
+
+    #[test]
+    fn dropout_does_not_depend_on_cuts_threads_or_place() {
+        let (n, c) = (128, 30);
+        let x = noise(n * c, 1);
+        let mut want = vec![0.0; n * c];
+        dropout(&Pool::new(1), InOut::separate(&mut want, &x), c, 0.1, KEY, 0);
+        let mut got = x;
+        let (first, second) = got.split_at_mut(64 * c);
+        dropout(&Pool::new(3), InOut::InPlace(first), c, 0.1, KEY, 0);
+        dropout(&Pool::new(2), InOut::InPlace(second), c, 0.1, KEY, 64);
+        assert_eq!(got, want);
+    }
+}

@@ -103,3 +103,49 @@ tiered! {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::noise;
+
+    const C: usize = 300;
+    const V: usize = 11;
+
+    fn ids(n: usize) -> Vec<i32> {
+        noise(n, 5).iter().map(|x| (x.abs() * (V + 2) as f32) as i32 - 2).collect()
+    }
+
+    #[test]
+    fn rows_are_gathered_and_negative_ids_give_zeros() {
+        let (ids, table) = (ids(50), noise(V * C, 1));
+        assert!(ids.iter().any(|&id| id < 0));
+        let mut y = vec![9.0; ids.len() * C];
+        embed_forward(&Pool::new(2), &mut y, &ids, &table, C);
+        for (y, &id) in y.chunks_exact(C).zip(&ids) {
+            let want = (id >= 0).then(|| &table[id as usize * C..][..C]);
+            assert!(want.map_or(y.iter().all(|&y| y == 0.0), |want| want == y));
+        }
+    }
+
+    /// Few distinct ids, so that groups straddle the cuts between threads.
+    #[test]
+    fn scatter_sums_in_token_order_and_then_adds_whatever_the_threads() {
+        let ids = ids(200);
+        let rows = noise(ids.len() * C, 1);
+        let mut want = noise(V * C, 2);
+        for id in 0..V {
+            let mut sum = vec![0.0f32; C];
+            for token in (0..ids.len()).filter(|&t| ids[t] == id as i32) {
+                sum.iter_mut().zip(&rows[token * C..]).for_each(|(s, x)| *s += x);
+            }
+            want[id * C..].iter_mut().zip(&sum).for_each(|(w, s)| *w += s);
+        }
+        for n_threads in [1, 2, 3, 16] {
+            let mut got = noise(V * C, 2);
+            let mut scratch = vec![0; embed_scatter_scratch_u64(ids.len())];
+            embed_scatter(&Pool::new(n_threads), &mut got, &ids, &rows, C, &mut scratch);
+            assert_eq!(got, want, "{n_threads} threads");
+        }
+    }
+}

@@ -208,3 +208,96 @@ fn lane_max(x: &[f32]) -> f32 {
     }
     fold_lanes(lanes, |a, b| if b > a { b } else { a })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, noise};
+
+    const N: usize = 200;
+    const C: usize = 24;
+    /// Two vocabulary tiles and an odd rest.
+    const V: usize = 2 * VOCAB_TILE + 101;
+
+    /// `(loss, dx, dw)`; `dw` starts from 0.5.
+    type Output = (Vec<f32>, Vec<f32>, Vec<f32>);
+
+    fn inputs() -> (Vec<f32>, Vec<f32>, Vec<i32>) {
+        let targets = noise(N, 3).iter().map(|t| (t * V as f32) as i32).collect();
+        (noise(N * C, 1), noise(V * C, 2), targets)
+    }
+
+    fn train(n_threads: usize, chunk_tokens: usize) -> Output {
+        let (x, w, targets) = inputs();
+        let (mut loss, mut dx, mut dw) = (vec![9.0; N], vec![9.0; N * C], vec![0.5; V * C]);
+        let mut scratch = vec![f32::NAN; head_scratch_elems(chunk_tokens, V, C, n_threads)];
+        head_train(
+            &Pool::new(n_threads),
+            &mut loss,
+            &mut dx,
+            Some(&mut dw),
+            &x,
+            &w,
+            &targets,
+            0.25,
+            chunk_tokens,
+            &mut scratch,
+        );
+        (loss, dx, dw)
+    }
+
+    #[test]
+    fn losses_and_gradients_agree_with_the_definition_in_f64() {
+        let (x, w, targets) = inputs();
+        let (mut loss, mut dx) = (vec![0.0; N], vec![0.0; N * C]);
+        let mut dw = vec![0.5; V * C];
+        for (n, &target) in targets.iter().enumerate().filter(|(_, target)| **target >= 0) {
+            let x_n = &x[n * C..(n + 1) * C];
+            let dot = |v: usize| -> f64 {
+                x_n.iter().zip(&w[v * C..]).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum()
+            };
+            let logits: Vec<f64> = (0..V).map(dot).collect();
+            let sum: f64 = logits.iter().map(|l| l.exp()).sum();
+            loss[n] = sum.ln() - logits[target as usize];
+            for (v, logit) in logits.iter().enumerate() {
+                let d = 0.25 * (logit.exp() / sum - f64::from(u8::from(v == target as usize)));
+                for c in 0..C {
+                    dx[n * C + c] += d * f64::from(w[v * C + c]);
+                    dw[v * C + c] += d * f64::from(x_n[c]);
+                }
+            }
+        }
+        let got = train(2, 64);
+        assert!(targets.iter().any(|&t| t < 0), "some tokens are not supervised");
+        assert_close(&got.0, &loss, 2e-6);
+        assert_close(&got.1, &dx, 2e-6);
+        assert_close(&got.2, &dw, 2e-6);
+    }
+
+    #[test]
+    fn chunks_and_threads_do_not_change_the_bits() {
+        let want = train(1, 256);
+        for (n_threads, chunk_tokens) in [(2, 64), (3, 128), (1, 64)] {
+            assert!(train(n_threads, chunk_tokens) == want, "{n_threads} threads, {chunk_tokens}");
+        }
+    }
+
+    #[test]
+    fn forward_alone_gives_the_losses_of_training() {
+        let (x, w, targets) = inputs();
+        let mut loss = vec![9.0; N];
+        let mut scratch = vec![f32::NAN; head_scratch_elems(64, V, C, 2)];
+        head_forward(&Pool::new(2), &mut loss, &x, &w, &targets, 64, &mut scratch);
+        assert_eq!(loss, train(1, 256).0);
+    }
+
+    #[test]
+    fn large_logits_neither_overflow_nor_lose_the_loss() {
+        let (x, w) = ([1.0, 0.0], [300.0, 0.0, -300.0, 0.0, 290.0, 0.0]);
+        let (mut loss, mut dx) = ([0.0], [0.0; 2]);
+        let mut scratch = vec![0.0; head_scratch_elems(64, 3, 2, 1)];
+        head_train(&Pool::new(1), &mut loss, &mut dx, None, &x, &w, &[1], 1.0, 64, &mut scratch);
+        assert_close(&loss, &[600.000_045], 1e-6);
+        assert_close(&dx, &[599.999_55, 0.0], 1e-6);
+    }
+}

@@ -249,3 +249,111 @@ fn reciprocal_rms(x: &[f32], eps: f32) -> f32 {
     let mean_square = lane_sum([x], |[x]| x * x) / x.len() as f32;
     1.0 / (mean_square + eps).sqrt()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, noise};
+
+    const EPS: f32 = 1e-5;
+    const C: usize = 50;
+    const N: usize = 200;
+
+    struct Gradients {
+        dx: Vec<f32>,
+        dw: Vec<f32>,
+        db: Vec<f32>,
+    }
+
+    /// Backward of tokens cut at `cuts`; `dw` and `db` start from 1.
+    fn layer_norm_gradients(pool: &Pool, cuts: &[usize], rms: bool) -> Gradients {
+        let (x, dy, w) = (noise(N * C, 1), noise(N * C, 2), noise(C, 3));
+        let (mut dx, mut dw, mut db) = (vec![9.0; N * C], vec![1.0; C], vec![1.0; C]);
+        let mut begin = 0;
+        for &end in cuts {
+            let range = begin * C..end * C;
+            let mut scratch = vec![f32::NAN; layer_norm_backward_scratch_elems(end - begin, 3)];
+            let (dx, dy, x) = (&mut dx[range.clone()], &dy[range.clone()], &x[range]);
+            if rms {
+                rms_norm_backward(pool, dx, &mut dw, dy, x, &w, EPS, C, &mut scratch);
+            } else {
+                let db = Some(&mut db[..]);
+                layer_norm_backward(pool, dx, &mut dw, db, dy, x, &w, EPS, C, &mut scratch);
+            }
+            begin = end;
+        }
+        Gradients { dx, dw, db }
+    }
+
+    /// `(y, dx, dw, db)` in f64 straight from the formulas; `rms` leaves out the mean.
+    fn reference(x: &[f32], dy: &[f32], w: &[f32], rms: bool) -> [Vec<f64>; 4] {
+        let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+        let (x, dy, w) = (wide(x), wide(dy), wide(w));
+        let [mut y, mut dx] = [vec![], vec![]];
+        let [mut dw, mut db] = [vec![0.0; C], vec![0.0; C]];
+        for (x, dy) in x.chunks_exact(C).zip(dy.chunks_exact(C)) {
+            let mean = |f: &dyn Fn(usize) -> f64| (0..C).map(f).sum::<f64>() / C as f64;
+            let mu = if rms { 0.0 } else { mean(&|i| x[i]) };
+            let rstd = 1.0 / (mean(&|i| (x[i] - mu).powi(2)) + f64::from(EPS)).sqrt();
+            let x_hat = |i: usize| (x[i] - mu) * rstd;
+            let mean_g = if rms { 0.0 } else { mean(&|i| dy[i] * w[i]) };
+            let mean_gx = mean(&|i| dy[i] * w[i] * x_hat(i));
+            for i in 0..C {
+                y.push(x_hat(i) * w[i]);
+                dx.push(rstd * (dy[i] * w[i] - mean_g - x_hat(i) * mean_gx));
+                dw[i] += dy[i] * x_hat(i);
+                db[i] += dy[i];
+            }
+        }
+        [y, dx, dw, db]
+    }
+
+    #[test]
+    fn values_and_gradients_agree_with_the_formulas_in_f64() {
+        let (x, dy, w, b) = (noise(N * C, 1), noise(N * C, 2), noise(C, 3), noise(C, 4));
+        let pool = Pool::new(2);
+        for rms in [false, true] {
+            let [y_want, dx, dw, db] = reference(&x, &dy, &w, rms);
+            let mut y = vec![9.0; N * C];
+            if rms {
+                rms_norm_forward(&pool, &mut y, &x, &w, EPS, C);
+            } else {
+                layer_norm_forward(&pool, &mut y, &x, &w, None, EPS, C);
+                assert_close(&y, &y_want, 2e-6);
+                layer_norm_forward(&pool, &mut y, &x, &w, Some(&b), EPS, C);
+                y.iter_mut().zip(b.iter().cycle()).for_each(|(y, b)| *y -= b);
+            }
+            assert_close(&y, &y_want, 2e-6);
+            let got = layer_norm_gradients(&pool, &[N], rms);
+            assert_close(&got.dx, &dx, 5e-6);
+            let plus_one = |v: &[f64]| v.iter().map(|v| v + 1.0).collect::<Vec<_>>();
+            assert_close(&got.dw, &plus_one(&dw), 2e-5);
+            if !rms {
+                assert_close(&got.db, &plus_one(&db), 2e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn threads_and_token_cuts_do_not_change_the_bits() {
+        for rms in [false, true] {
+            let want = layer_norm_gradients(&Pool::new(1), &[N], rms);
+            for (n_threads, cuts) in [(2, vec![64, N]), (3, vec![64, 192, N])] {
+                let got = layer_norm_gradients(&Pool::new(n_threads), &cuts, rms);
+                assert_eq!(
+                    (got.dx, got.dw, got.db),
+                    (want.dx.clone(), want.dw.clone(), want.db.clone())
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_large_mean_costs_no_precision() {
+        let x: Vec<f32> = noise(C, 1).iter().map(|x| x + 1000.0).collect();
+        let (w, dy) = (vec![1.0; C], vec![0.0; C]);
+        let mut y = vec![0.0; C];
+        layer_norm_forward(&Pool::new(1), &mut y, &x, &w, None, EPS, C);
+        assert_close(&y, &reference(&x, &dy, &w, false)[0], 2e-4);
+    }
+}

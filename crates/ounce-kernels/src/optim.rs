@@ -151,3 +151,81 @@ tiered! {
         x.iter().fold(false, |found, x| found | (x.to_bits() & 0x7F80_0000 == 0x7F80_0000))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, noise};
+
+    const N: usize = 3 * SUM_BLOCK + 77;
+
+    /// Ten steps against the algorithm of `torch.optim.AdamW` in f64.
+    #[test]
+    fn adamw_follows_the_algorithm_of_torch() {
+        let (lr, beta1, beta2, eps, decay) = (1e-2, 0.9, 0.95, 1e-8, 0.1);
+        let mut w = noise(100, 1);
+        let mut want: Vec<[f64; 3]> = w.iter().map(|&w| [f64::from(w), 0.0, 0.0]).collect();
+        let (mut m, mut v) = (vec![0.0; 100], vec![0.0; 100]);
+        for step in 1..=10 {
+            let g = noise(100, 100 + step as u32);
+            let (bc1, bc2) = (1.0 - f64::powi(beta1, step), 1.0 - f64::powi(beta2, step));
+            let hyper = AdamwHyper {
+                lr: lr as f32,
+                beta1: beta1 as f32,
+                beta2: beta2 as f32,
+                eps: eps as f32,
+                weight_decay: decay as f32,
+                bias_correction1: bc1 as f32,
+                bias_correction2: bc2 as f32,
+                grad_scale: 0.5,
+            };
+            adamw(&Pool::new(2), &mut w, &g, &mut m, &mut v, &hyper);
+            for ([w, m, v], g) in want.iter_mut().zip(&g) {
+                let g = 0.5 * f64::from(*g);
+                *w *= 1.0 - lr * decay;
+                *m += (g - *m) * (1.0 - beta1);
+                *v = *v * beta2 + (1.0 - beta2) * g * g;
+                *w -= lr / bc1 * *m / (v.sqrt() / bc2.sqrt() + eps);
+            }
+        }
+        assert_close(&w, &want.iter().map(|w| w[0]).collect::<Vec<_>>(), 1e-6);
+        assert_close(&v, &want.iter().map(|w| w[2]).collect::<Vec<_>>(), 1e-6);
+    }
+
+    #[test]
+    fn sgd_adds_the_decay_to_the_gradient() {
+        let (mut w, g) = (noise(N, 1), noise(N, 2));
+        let want: Vec<f64> = w
+            .iter()
+            .zip(&g)
+            .map(|(&w, &g)| f64::from(w) - 0.1 * (0.5 * f64::from(g) + 0.01 * f64::from(w)))
+            .collect();
+        sgd(&Pool::new(2), &mut w, &g, 0.1, 0.01, 0.5);
+        assert_close(&w, &want, 2e-7);
+    }
+
+    #[test]
+    fn sums_of_squares_are_exact_enough_and_the_same_for_any_threads() {
+        let g = noise(N, 1);
+        let want: f64 = g.iter().map(|&g| f64::from(g).powi(2)).sum();
+        let mut scratch = vec![f64::NAN; sum_squares_scratch_f64(N)];
+        let first = sum_squares(&Pool::new(1), &g, &mut scratch);
+        assert!((first - want).abs() < 1e-12 * want);
+        for n_threads in [2, 3] {
+            assert_eq!(sum_squares(&Pool::new(n_threads), &g, &mut scratch), first);
+        }
+        assert_eq!(sum_squares(&Pool::new(2), &[], &mut []), 0.0);
+    }
+
+    #[test]
+    fn one_bad_element_anywhere_is_found() {
+        let pool = Pool::new(2);
+        let mut x = noise(N, 1);
+        assert!(!any_nonfinite(&pool, &x));
+        for (i, bad) in [(0, f32::NAN), (N / 2, f32::INFINITY), (N - 1, f32::NEG_INFINITY)] {
+            let good = std::mem::replace(&mut x[i], bad);
+            assert!(any_nonfinite(&pool, &x));
+            x[i] = good;
+        }
+    }
+}

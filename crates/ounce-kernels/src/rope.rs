@@ -5,6 +5,7 @@
 //! inverse turn is the gradient. Source: Su et al. 2021 (arXiv:2104.09864).
 
 use crate::inout::InOut;
+use crate::math::sin_cos;
 use crate::pool::{Pool, split_by};
 
 /// The largest `inv_freq.len()`: cosines and sines of one token live on the stack.
@@ -33,11 +34,8 @@ pub fn rope(
     pool.run(&|thread_idx| {
         let (mut cos, mut sin) = ([0.0; MAX_PAIRS], [0.0; MAX_PAIRS]);
         for token in split_by(positions.len(), 4, pool.n_threads(), thread_idx) {
-            for (i, &freq) in inv_freq.iter().enumerate() {
-                let angle = positions[token] as f32 * freq;
-                cos[i] = angle.cos() * scale;
-                sin[i] = if inverse { -angle.sin() * scale } else { angle.sin() * scale };
-            }
+            let sin_scale = if inverse { -scale } else { scale };
+            angles(&mut cos, &mut sin, inv_freq, positions[token] as f32, scale, sin_scale);
             for head in 0..n_heads {
                 let at = (token * n_heads + head) * head_dim;
                 // SAFETY: every thread has its own tokens.
@@ -52,6 +50,16 @@ pub fn rope(
 }
 
 tiered! {
+    fn angles(cos: &mut [f32], sin: &mut [f32], inv_freq: &[f32], position: f32, cos_scale: f32, sin_scale: f32) {
+        for ((cos, sin), freq) in cos.iter_mut().zip(sin).zip(inv_freq) {
+            let (s, c) = sin_cos(position * freq);
+            *cos = c * cos_scale;
+            *sin = s * sin_scale;
+        }
+    }
+}
+
+tiered! {
     fn rotate(y: &mut [f32], x: &[f32], cos: &[f32], sin: &[f32]) {
         let n_pairs = cos.len();
         let (y0, y_rest) = y.split_at_mut(n_pairs);
@@ -63,5 +71,47 @@ tiered! {
             y1[i] = x1[i].mul_add(cos[i], x0[i] * sin[i]);
         }
         y_rest.copy_from_slice(x_rest);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, noise};
+
+    const POSITIONS: [i32; 5] = [0, 1, 7, 500, 100_000];
+
+    /// Three heads of 10 channels, of which 8 are rotated.
+    fn run(pool: &Pool, y: InOut<'_>, scale: f32, inverse: bool) {
+        rope(pool, y, &POSITIONS, &[1.0, 0.3, 0.01, 0.0001], scale, 3, 10, inverse);
+    }
+
+    #[test]
+    fn pairs_are_turned_by_position_times_frequency_and_the_rest_is_copied() {
+        let x = noise(5 * 3 * 10, 1);
+        let mut y = vec![9.0; x.len()];
+        run(&Pool::new(2), InOut::separate(&mut y, &x), 0.5, false);
+        let mut want: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+        for (head, want) in want.chunks_exact_mut(10).enumerate() {
+            for (i, freq) in [1.0f32, 0.3, 0.01, 0.0001].into_iter().enumerate() {
+                let (s, c) = f64::from(POSITIONS[head / 3] as f32 * freq).sin_cos();
+                let (a, b) = (want[i], want[i + 4]);
+                want[i] = 0.5 * (a * c - b * s);
+                want[i + 4] = 0.5 * (b * c + a * s);
+            }
+        }
+        assert_close(&y, &want, 4e-7);
+    }
+
+    #[test]
+    fn the_inverse_turns_back_and_in_place_gives_the_same_bits() {
+        let x = noise(5 * 3 * 10, 2);
+        let (mut y, mut z) = (vec![0.0; x.len()], x.clone());
+        run(&Pool::new(1), InOut::separate(&mut y, &x), 1.0, false);
+        run(&Pool::new(3), InOut::InPlace(&mut z), 1.0, false);
+        assert_eq!(y, z);
+        run(&Pool::new(2), InOut::InPlace(&mut z), 1.0, true);
+        let want: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+        assert_close(&z, &want, 5e-7);
     }
 }

@@ -18,8 +18,8 @@ pub enum Tier {
     Avx512,
 }
 
-/// Override plus one; 0 means none.
-static OVERRIDE: AtomicU8 = AtomicU8::new(0);
+/// The tier in use plus one; 0: not asked for yet.
+static CURRENT: AtomicU8 = AtomicU8::new(0);
 
 impl Tier {
     const ALL: [Tier; 3] = [Tier::Portable, Tier::Avx2, Tier::Avx512];
@@ -67,10 +67,14 @@ impl fmt::Display for Tier {
     }
 }
 
-/// The tier in use: the override if there is one, else the best of this machine.
+/// The tier in use: the one that was set, else the best of this machine.
+#[inline]
 pub fn tier() -> Tier {
-    match OVERRIDE.load(Ordering::Relaxed) {
-        0 => Tier::detect(),
+    match CURRENT.load(Ordering::Relaxed) {
+        0 => {
+            set_tier(None);
+            Tier::detect()
+        }
         n => Tier::ALL[usize::from(n - 1)],
     }
 }
@@ -81,7 +85,7 @@ pub fn tier() -> Tier {
 /// If this machine cannot run the tier.
 pub fn set_tier(tier: Option<Tier>) {
     assert!(tier.is_none_or(Tier::is_available), "this machine cannot run tier {tier:?}");
-    OVERRIDE.store(tier.map_or(0, |t| t as u8 + 1), Ordering::Relaxed);
+    CURRENT.store(tier.unwrap_or_else(Tier::detect) as u8 + 1, Ordering::Relaxed);
 }
 
 /// Compiles a function once per tier and calls the one in use.

@@ -8,6 +8,7 @@
 //! allows it; otherwise it is a copy of `width` neighbours at a time.
 
 use super::MatRef;
+#[cfg(target_arch = "x86_64")]
 use crate::tier::{Tier, tier};
 use std::ops::Range;
 

@@ -1,0 +1,167 @@
+//! No kernel touches the heap: a counting allocator watches every one of them, on all threads.
+
+use ounce_kernels::activation::{
+    GeluKind, gelu_backward, gelu_forward, swiglu_backward, swiglu_forward,
+};
+use ounce_kernels::attention::{
+    AttentionDims, HeadsMut, HeadsRef, RowSpan, attention_backward,
+    attention_backward_scratch_elems, attention_forward, attention_forward_scratch_elems,
+};
+use ounce_kernels::elementwise;
+use ounce_kernels::embed::{embed_forward, embed_scatter, embed_scatter_scratch_u64};
+use ounce_kernels::gemm::{MatMut, MatRef, Start, gemm, gemm_scratch_elems};
+use ounce_kernels::head::{head_forward, head_scratch_elems, head_train};
+use ounce_kernels::inout::InOut;
+use ounce_kernels::norm::{
+    layer_norm_backward, layer_norm_backward_scratch_elems, layer_norm_forward, rms_norm_backward,
+    rms_norm_forward,
+};
+use ounce_kernels::optim::{
+    AdamwHyper, adamw, any_nonfinite, sgd, sum_squares, sum_squares_scratch_f64,
+};
+use ounce_kernels::philox::PhiloxKey;
+use ounce_kernels::pool::Pool;
+use ounce_kernels::rope::rope;
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+struct Counting;
+
+static N_ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: everything is passed on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        N_ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise is the system allocator's.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+// N tokens, C channels, V words, two heads.
+const N: usize = 128;
+const C: usize = 64;
+const V: usize = 100;
+
+/// Runs `f` twice, the second time after the workers fell asleep, and expects no allocation.
+fn quiet(name: &str, mut f: impl FnMut()) {
+    let before = N_ALLOCATIONS.load(Ordering::Relaxed);
+    f();
+    std::thread::sleep(std::time::Duration::from_millis(1));
+    f();
+    assert_eq!(N_ALLOCATIONS.load(Ordering::Relaxed), before, "{name} allocates");
+}
+
+#[test]
+fn kernels_allocate_nothing() {
+    let pool = Pool::new(3);
+    let (x, w, norm_w) = (vec![0.5; N * C], vec![0.25; V * C], vec![1.0; C]);
+    let (mut y, mut z, mut dtable) = (vec![0.0; N * C], vec![0.0; N * C], vec![0.0; V * C]);
+    let (mut dw, mut db) = (vec![0.0; C], vec![0.0; C]);
+    let targets: Vec<i32> = (0..N as i32).map(|i| i % V as i32).collect();
+    let mut loss = vec![0.0; N];
+
+    let mut scratch = vec![0.0; gemm_scratch_elems(N, V, C, 3)];
+    let mut logits = vec![0.0; N * V];
+    let (x_mat, w_mat) = (MatRef::new(&x, N, C), MatRef::new(&w, V, C).t());
+    quiet("gemm", || {
+        let c = MatMut::new(&mut logits, N, V);
+        gemm(&pool, c, x_mat, w_mat, Start::FromC, None, &mut scratch);
+    });
+
+    let mut scratch = vec![0.0; head_scratch_elems(64, V, C, 3)];
+    quiet("head", || {
+        head_forward(&pool, &mut loss, &x, &w, &targets, 64, &mut scratch);
+        let dw = Some(&mut dtable[..]);
+        head_train(&pool, &mut loss, &mut y, dw, &x, &w, &targets, 1.0, 64, &mut scratch);
+    });
+
+    let dims = AttentionDims { n_heads: 2, n_kv_heads: 2, head_dim: C / 2, scale: 0.1 };
+    let heads = HeadsRef::dense(&x, 2, C / 2);
+    let rows = [RowSpan { start: 0, len: 100 }];
+    let mut lse = vec![0.0; N * 2];
+    let (mut dk, mut dv) = (vec![0.0; N * C], vec![0.0; N * C]);
+    let mut scratch = vec![
+        0.0;
+        attention_forward_scratch_elems(dims, 3)
+            .max(attention_backward_scratch_elems(dims, 3))
+    ];
+    quiet("attention", || {
+        attention_forward(&pool, &mut y, &mut lse, heads, heads, heads, &rows, dims, &mut scratch);
+        let [dq, dk, dv] =
+            [&mut z, &mut dk, &mut dv].map(|d| HeadsMut::dense(d.as_mut_slice(), 2, C / 2));
+        attention_backward(
+            &pool,
+            dq,
+            dk,
+            dv,
+            &x,
+            heads,
+            heads,
+            heads,
+            &y,
+            &lse,
+            &rows,
+            dims,
+            &mut scratch,
+        );
+    });
+
+    let mut scratch = vec![0.0; layer_norm_backward_scratch_elems(N, 3)];
+    quiet("norm", || {
+        layer_norm_forward(&pool, &mut y, &x, &norm_w, Some(&norm_w), 1e-5, C);
+        rms_norm_forward(&pool, &mut y, &x, &norm_w, 1e-5, C);
+        let db = Some(&mut db[..]);
+        layer_norm_backward(&pool, &mut y, &mut dw, db, &x, &x, &norm_w, 1e-5, C, &mut scratch);
+        rms_norm_backward(&pool, &mut y, &mut dw, &x, &x, &norm_w, 1e-5, C, &mut scratch);
+    });
+
+    quiet("activation", || {
+        gelu_forward(&pool, InOut::InPlace(&mut y), GeluKind::Tanh);
+        gelu_backward(&pool, InOut::separate(&mut y, &x), &x, GeluKind::Erf);
+        swiglu_forward(&pool, InOut::separate(&mut y, &x), &x);
+        swiglu_backward(&pool, InOut::InPlace(&mut y), InOut::InPlace(&mut z), &x);
+    });
+
+    let key = PhiloxKey { seed: 1, step: 1, site: 1 };
+    let freqs = [1.0; C / 4];
+    let mut keys = vec![0; embed_scatter_scratch_u64(N)];
+    quiet("elementwise, rope and embed", || {
+        elementwise::add(&pool, InOut::InPlace(&mut y), &x);
+        elementwise::scale(&pool, InOut::InPlace(&mut y), 2.0);
+        elementwise::copy(&pool, &mut y, &x);
+        elementwise::zero(&pool, &mut y);
+        elementwise::bias_grad(&pool, &mut db, &x, C);
+        elementwise::dropout(&pool, InOut::InPlace(&mut y), C, 0.5, key, 0);
+        rope(&pool, InOut::InPlace(&mut y), &targets, &freqs, 1.0, 2, C / 2, false);
+        embed_forward(&pool, &mut y, &targets, &w, C);
+        embed_scatter(&pool, &mut dtable, &targets, &x, C, &mut keys);
+    });
+
+    let (mut m, mut v) = (vec![0.0; N * C], vec![0.0; N * C]);
+    let mut sums = vec![0.0; sum_squares_scratch_f64(N * C)];
+    let hyper = AdamwHyper {
+        lr: 0.1,
+        beta1: 0.9,
+        beta2: 0.9,
+        eps: 1e-8,
+        weight_decay: 0.0,
+        bias_correction1: 0.1,
+        bias_correction2: 0.1,
+        grad_scale: 1.0,
+    };
+    quiet("optim", || {
+        adamw(&pool, &mut y, &x, &mut m, &mut v, &hyper);
+        sgd(&pool, &mut y, &x, 0.1, 0.0, 1.0);
+        assert!(sum_squares(&pool, &x, &mut sums) > 0.0);
+        assert!(!any_nonfinite(&pool, &y));
+    });
+}
