@@ -8,7 +8,8 @@
 //! Files, in reading order: [`error`], [`budget`] (bytes stated, free and used), `baseline` (the
 //! declared size of the process), [`settings`], [`schedule`], [`report`] (what is told), `model` (the
 //! directory that a run starts from), `tokenize` and `text_table` (tokenizing in a child process),
-//! `weights`, `batch` (rows on the token axis), `session`, [`train_loop`], [`mod@evaluate`],
+//! `weights`, `batch` (rows on the token axis), `session`, `output`
+//! (the directory in the making), [`train_loop`], [`mod@evaluate`],
 //! [`mod@generate`], [`bench`], [`mod@init`].
 //!
 //! ```
@@ -44,6 +45,8 @@ mod weights;
 mod batch;
 
 mod session;
+
+mod output;
 
 pub mod train_loop;
 

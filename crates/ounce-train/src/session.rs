@@ -20,6 +20,7 @@ use crate::baseline::Baseline;
 use crate::batch::DataInputs;
 use crate::budget::{format_budget, format_bytes};
 use crate::model::{Model, model_error};
+use crate::watch::plan_html;
 use crate::weights::{Source, fill_fresh};
 use crate::{Environment, Error, PlanRecord, Result};
 
@@ -64,6 +65,8 @@ pub(crate) struct Program {
     pub(crate) certificate: Certificate,
     choice: Choice,
     table: String,
+    /// `plan.html` of a training step.
+    picture: Option<String>,
     /// (offset, bytes) of every parameter, by `ParamId`.
     params: Vec<(u64, u64)>,
 }
@@ -212,6 +215,8 @@ impl Planner<'_> {
         ounce_check::check(graph, plan, self.machine)
             .map_err(|e| Error::Bug { message: format!("the checker refuses the plan: {e}") })?;
         let executor = Executor::new(graph, plan, self.pool.clone())?;
+        let trains = graph.ops.values().any(|op| op.updates.is_some());
+        let title = format!("{}: one training step", self.model.dir.display());
         let output = graph
             .find_value(ValueKind::Loss)
             .or_else(|| graph.find_value(ValueKind::Result))
@@ -229,6 +234,7 @@ impl Planner<'_> {
             certificate: plan.certificate,
             choice: plan.choice.clone(),
             table: ounce_plan::explain(plan),
+            picture: trains.then(|| plan_html(graph, plan, &title)),
             params: graph.params.ids().map(place).collect(),
             graph: graph.clone(),
         })
@@ -361,6 +367,11 @@ impl Session {
             recomputed_ops: choice.n_recomputed,
             table: main.table.clone(),
         }
+    }
+
+    /// The picture of the training plan, handed out once: it is not kept.
+    pub(crate) fn take_picture(&mut self) -> String {
+        self.train.as_mut().and_then(|p| p.picture.take()).unwrap_or_default()
     }
 
     /// Checks that the process outside the arena is as small as declared. Nothing of the arena has

@@ -1,12 +1,9 @@
 //! Training: settings to plans, plans to steps, steps to a model directory.
 
-use std::fs::File;
-use std::io::Write;
-use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use ounce_exec::{Arena, OptimizerHyper, StepInputs};
-use ounce_io::{BlockSampler, StagingDir, TokenCache};
+use ounce_exec::{OptimizerHyper, StepInputs};
+use ounce_io::{BlockSampler, TokenCache};
 use ounce_ir::{OptimizerKind, ValueId, ValueKind};
 use ounce_program::StepShape;
 
@@ -15,14 +12,14 @@ use crate::budget::peak_resident_bytes;
 use crate::evaluate::{EvalText, evaluate_in};
 use crate::generate::{Sampler, sample_text};
 use crate::model::{Model, missing};
+use crate::output::Output;
 use crate::schedule::Schedule;
-use crate::session::{Limits, Program, Session, TrainWanted, Wanted, compile};
+use crate::session::{Limits, Session, TrainWanted, Wanted, compile};
 use crate::settings::Optimizer;
 use crate::text_table::TextTable;
 use crate::tokenize::{self, Request};
-use crate::{
-    DoneRecord, Environment, Error, Observer, PlanRecord, Result, Settings, StepRecord, weights,
-};
+use crate::watch::{Health, StepNumbers};
+use crate::{DoneRecord, Environment, Error, Observer, PlanRecord, Result, Settings, StepRecord};
 
 /// What `ounce plan` shows: the plan of the run that `train` would do.
 ///
@@ -52,12 +49,15 @@ pub fn train(
     });
     let mut session = compile(&model, &wanted(settings, &model), &limits(settings), env)?;
     let weights = session.open_weights(&model)?;
-    let output = Output::create(output_dir, &model, settings)?;
+    let plan_html = session.take_picture();
+    let output = Output::create(output_dir, &model, settings, &plan_html)?;
+    drop(plan_html);
     session.check_baseline()?;
     observer.planned(&session.record(), n_steps);
     session.load(&weights)?;
+    let is_fresh = weights.is_fresh();
     drop(weights);
-    Run { settings, session, data, output, n_steps }.go(observer)
+    Run { settings, session, data, output, n_steps, is_fresh }.go(observer)
 }
 
 /// The plans that a training run needs.
@@ -130,36 +130,6 @@ impl Data {
     }
 }
 
-/// The output directory in the making. Nothing of it is visible before [`Output::publish`].
-struct Output {
-    staging: StagingDir,
-    metrics: File,
-    metrics_path: PathBuf,
-}
-
-impl Output {
-    fn create(dir: &Path, model: &Model, settings: &Settings) -> Result<Self> {
-        let staging = StagingDir::create(dir)?;
-        ounce_io::copy_side_files(&model.dir, staging.path())?;
-        ounce_io::write_file(&staging.path().join("run.yaml"), settings.to_yaml().as_bytes())?;
-        let metrics_path = staging.path().join("metrics.jsonl");
-        let metrics = File::create(&metrics_path).map_err(|e| Error::file(&metrics_path, &e))?;
-        Ok(Self { staging, metrics, metrics_path })
-    }
-
-    fn log(&mut self, record: &StepRecord) -> Result<()> {
-        let mut line = serde_json::to_vec(record).expect("records have string keys");
-        line.push(b'\n');
-        self.metrics.write_all(&line).map_err(|e| Error::file(&self.metrics_path, &e))
-    }
-
-    /// Writes the weights and moves everything into place.
-    fn publish(self, program: &Program, arena: &mut Arena) -> Result<()> {
-        weights::write(self.staging.path(), &program.graph, &mut program.executor.buffers(arena))?;
-        Ok(self.staging.publish()?)
-    }
-}
-
 /// A run whose plans are made and whose weights are loaded.
 struct Run<'a> {
     settings: &'a Settings,
@@ -167,11 +137,15 @@ struct Run<'a> {
     data: Data,
     output: Output,
     n_steps: u64,
+    /// Whether the weights are random.
+    is_fresh: bool,
 }
 
 impl Run<'_> {
     fn go(mut self, observer: &mut dyn Observer) -> Result<DoneRecord> {
         let mut trainer = Trainer::new(self.settings, &self.session, self.n_steps);
+        let vocab_size = trainer.batch.vocab_size();
+        let mut health = Health::new(vocab_size, self.is_fresh);
         let (mut tokens, mut seconds) = (0, 0.0);
         let mut eval_loss = None;
         for step in 1..=self.n_steps {
@@ -180,8 +154,11 @@ impl Run<'_> {
             }
             let record = trainer.step(&mut self.session, &self.data.train, step)?;
             (tokens, seconds) = (tokens + record.tokens, seconds + record.step_s);
-            self.output.log(&record)?;
+            self.output.step(&record)?;
             observer.step(&record);
+            for warning in health.observe(numbers(&record)) {
+                observer.note(&format!("warning: {warning}"));
+            }
             let is_last = step == self.n_steps;
             if is_last || self.settings.eval_steps.is_some_and(|n| step.is_multiple_of(n)) {
                 eval_loss = self.evaluate(step, observer)?;
@@ -210,6 +187,7 @@ impl Run<'_> {
             return Ok(None);
         };
         let record = evaluate_in(program, &mut self.session.arena, text, observer)?;
+        self.output.evaluated(step, &record)?;
         observer.evaluated(step, &record);
         Ok(Some(record.loss))
     }
@@ -237,6 +215,12 @@ impl Run<'_> {
         observer.sample(step, &text);
         Ok(())
     }
+}
+
+/// What a step's health is judged by.
+fn numbers(r: &StepRecord) -> StepNumbers {
+    let StepRecord { step, loss, grad_norm, learning_rate, .. } = *r;
+    StepNumbers { step, loss, grad_norm, learning_rate }
 }
 
 /// Where a step's rows come from.

@@ -14,6 +14,9 @@ use ounce_models::{ModelConfig, alternative_name, is_ignored_tensor};
 
 use crate::{Error, Result};
 
+/// What the header of a fresh model says.
+const FRESH: (&str, &str) = ("ounce.weights", "fresh");
+
 /// Elements per piece when parameters are made without an arena.
 const PIECE_ELEMS: usize = 16 << 10;
 
@@ -66,7 +69,8 @@ fn specs(graph: &Graph) -> Vec<TensorSpec> {
 
 /// Writes `model.safetensors` of a fresh model into `dir`, piece by piece.
 pub(crate) fn write_fresh(dir: &Path, graph: &Graph, seed: u64) -> Result<()> {
-    let mut file = SafetensorsWriter::create(&dir.join("model.safetensors"), &specs(graph), &[])?;
+    let path = dir.join("model.safetensors");
+    let mut file = SafetensorsWriter::create(&path, &specs(graph), &[FRESH])?;
     let mut piece = vec![0.0; PIECE_ELEMS];
     for param in graph.params.values() {
         let n_elems = param.shape.row_elems() as usize;
@@ -122,6 +126,11 @@ impl Source {
             Some(t) => Err(mismatch(path, &t.name, "is no parameter of this configuration")),
             None => Ok(Self { dir, names }),
         }
+    }
+
+    /// Whether the file says that its weights are random, as `init` makes them.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.dir.metadata().get(FRESH.0).is_some_and(|v| v == FRESH.1)
     }
 
     /// Reads a parameter into its place.
@@ -183,6 +192,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         write_fresh(dir.path(), &graph, 3).unwrap();
         let source = Source::open(dir.path(), &config, &graph).unwrap();
+        assert!(source.is_fresh());
         for (id, param) in graph.params.iter() {
             let n = param.shape.row_elems() as usize;
             let (mut read, mut made) = (vec![0.0; n], vec![0.0; n]);

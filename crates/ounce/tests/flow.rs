@@ -48,11 +48,19 @@ fn a_model_is_made_planned_trained_evaluated_and_continued() {
         assert_eq!(eval["tokens"].as_u64(), Some(2100 - 33));
     }
 
-    for name in ["config.json", "generation_config.json", "tokenizer.json", "run.yaml"] {
+    for name in [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "run.yaml",
+        "plan.html",
+        "loss.svg",
+    ] {
         assert!(lab.path("out").join(name).is_file(), "{name}");
     }
     let metrics = std::fs::read_to_string(lab.path("out/metrics.jsonl")).unwrap();
-    assert_eq!(metrics.lines().count(), 12);
+    // A line per step, and one for the evaluation.
+    assert_eq!(metrics.lines().count(), 13);
 
     let generate = words("generate --model out --prompt ROMEO: --max-new-tokens 20");
     let text = lab.succeed(&generate);
