@@ -48,8 +48,11 @@ pub fn head_forward(
     chunk_tokens: usize,
     scratch: &mut [f32],
 ) {
+    if targets.is_empty() {
+        return;
+    }
     let head = Head::new(loss_n.len(), x, w, targets, chunk_tokens);
-    for chunk in (0..targets.len()).step_by(chunk_tokens.max(1)) {
+    for chunk in (0..targets.len()).step_by(chunk_tokens) {
         let n = chunk_tokens.min(targets.len() - chunk);
         let (logits, scratch) = scratch.split_at_mut(n * head.n_vocab);
         head.logits(pool, logits, chunk, scratch);
@@ -80,11 +83,14 @@ pub fn head_train(
     chunk_tokens: usize,
     scratch: &mut [f32],
 ) {
+    if targets.is_empty() {
+        return;
+    }
     let head = Head::new(loss_n.len(), x, w, targets, chunk_tokens);
     let (c, v) = (head.n_channels, head.n_vocab);
     assert_eq!(dx.len(), x.len(), "length of dx");
     assert!(dw.as_ref().is_none_or(|dw| dw.len() == w.len()), "length of dw");
-    for chunk in (0..targets.len()).step_by(chunk_tokens.max(1)) {
+    for chunk in (0..targets.len()).step_by(chunk_tokens) {
         let n = chunk_tokens.min(targets.len() - chunk);
         let (logits, scratch) = scratch.split_at_mut(n * v);
         head.logits(pool, logits, chunk, scratch);
@@ -118,9 +124,10 @@ impl<'a> Head<'a> {
     ) -> Self {
         assert_eq!(n_losses, targets.len(), "length of loss_n");
         assert!(chunk_tokens > 0, "a chunk holds at least one token");
-        let n_channels = x.len() / targets.len().max(1);
+        let n_channels = x.len() / targets.len();
         assert_eq!(x.len(), targets.len() * n_channels, "x is whole tokens");
-        let n_vocab = w.len() / n_channels.max(1);
+        assert!(n_channels > 0, "tokens have channels");
+        let n_vocab = w.len() / n_channels;
         assert_eq!(w.len(), n_vocab * n_channels, "w is whole rows");
         Self { x, w, n_channels, n_vocab }
     }

@@ -107,7 +107,10 @@ impl Pool {
                     .expect("the system starts a kernel thread")
             })
             .collect();
-        Self { shared, workers, turn: Mutex::new(()) }
+        let pool = Self { shared, workers, turn: Mutex::new(()) };
+        // A starting thread allocates a little; after this run all have started.
+        pool.run(&|_| {});
+        pool
     }
 
     /// Number of threads, the caller included.

@@ -1,6 +1,6 @@
 //! Which instruction set the kernels use, chosen once at run time.
 //!
-//! Idea: a kernel body is ordinary Rust with explicit `mul_add`; [`tiered!`] compiles it once per
+//! Idea: a kernel body is ordinary Rust with explicit `mul_add`; `tiered!` compiles it once per
 //! tier and jumps to the best one the machine has. Every tier computes the same sequence of
 //! rounded operations per element, so all tiers give the same bits.
 
