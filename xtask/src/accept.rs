@@ -170,17 +170,34 @@ fn smoke(s: &Setting<'_>) -> Result<Outcome> {
 
     let prompt = ["--prompt", "ROMEO:", "--temperature", "0", "--max-new-tokens", "20"];
     let text = s.ounce(&[&["generate", "--model", path(&trained)], &prompt[..]].concat())?;
-    let chars = text.trim_end_matches('\n').chars().count();
-    outcome.claim((1..=20).contains(&chars), format!("a continuation of {chars} characters"));
-
-    let tight = [&["train"], &recipe[..6], &["--memory", "1MiB", "--max-steps", "1"]].concat();
-    let refused = output(&s.binary, &tight)?;
-    let code = refused.status.code();
-    outcome.claim(code == Some(3), format!("a budget of 1 MiB exits with {code:?}, 3 is right"));
-    let smallest = smallest_budget(&String::from_utf8_lossy(&refused.stderr));
-    outcome
-        .claim(smallest.is_some(), format!("the smallest feasible budget is told: {smallest:?}"));
+    let chars = text.strip_suffix('\n').unwrap_or(&text).chars().count();
+    outcome.claim(chars == 20, format!("a continuation of {chars} characters, 20 asked for"));
+    smoke_smallest(s, &mut outcome, &[&recipe[..6], &recipe[6..8], &steps[2..]].concat(), &losses)?;
     Ok(outcome)
+}
+
+/// A far too small budget is refused with the smallest feasible one; that very figure works, and
+/// gives the same losses on one thread.
+fn smoke_smallest(s: &Setting<'_>, o: &mut Outcome, recipe: &[&str], losses: &[f64]) -> Result {
+    let folder = scratch_folder("accept-smoke-smallest")?;
+    let steps = ["--max-steps", "5", "--output-dir", path(&folder), "--json"];
+    let train = [&["train"], recipe, &steps].concat();
+    let refused = output(&s.binary, &[&train[..], &["--memory", "1MiB"]].concat())?;
+    let code = refused.status.code();
+    o.claim(code == Some(3), format!("a budget of 1 MiB exits with {code:?}, 3 is right"));
+    let stderr = String::from_utf8_lossy(&refused.stderr);
+    let Some(smallest) = smallest_budget(&stderr) else {
+        o.claim(false, format!("the smallest feasible budget is told in {stderr:?}"));
+        return Ok(());
+    };
+    let lines = s.ounce(&[&train[..], &["--memory", &smallest, "--threads", "1"]].concat())?;
+    let lines = json_lines(&lines);
+    let tight: Vec<f64> = lines.iter().filter_map(|l| l["loss"].as_f64()).collect();
+    let same = tight.len() == 5 && losses.starts_with(&tight);
+    o.claim(same, format!("{smallest} on one thread: the same losses, {tight:?}"));
+    let peak = number(lines.last().ok_or("train printed nothing")?, "rss_peak_bytes")? / MIB;
+    o.claim(peak <= mib(&smallest)?, format!("{smallest}: measured peak {peak:.2} MiB"));
+    Ok(())
 }
 
 /// The figure after `smallest feasible budget: ` as an argument of `--memory`.
