@@ -59,6 +59,8 @@ pub fn attention_backward(
     assert_eq!(lse.len(), n_tokens * n_heads, "lse is whole tokens");
     assert!(o.len() == lse.len() * head_dim && d_o.len() == o.len(), "length of o and d_o");
     dims.check(n_tokens, rows);
+    let needed = attention_backward_scratch_elems(dims, pool.n_threads());
+    assert!(scratch.len() >= needed, "attention scratch: {} of {needed} elements", scratch.len());
     for (heads, n_heads) in [(&dq, n_heads), (&dk, n_kv_heads), (&dv, n_kv_heads)] {
         heads.check(n_tokens, n_heads, head_dim);
     }

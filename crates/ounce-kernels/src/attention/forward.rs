@@ -45,6 +45,8 @@ pub fn attention_forward(
     assert_eq!(lse.len(), n_tokens * n_heads, "lse is whole tokens");
     assert_eq!(o.len(), lse.len() * head_dim, "length of o");
     dims.check(n_tokens, rows);
+    let needed = attention_forward_scratch_elems(dims, pool.n_threads());
+    assert!(scratch.len() >= needed, "attention scratch: {} of {needed} elements", scratch.len());
     zero_gaps(o, rows, n_heads * head_dim);
     zero_gaps(lse, rows, n_heads);
     let job = Forward {
