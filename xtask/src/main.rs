@@ -1,8 +1,8 @@
 //! Repository chores in one language: `cargo xtask help` lists them.
 //!
-//! Files, in reading order: [`shell`] (running programs), [`ci`] (the list of checks), [`tidy`] (what
-//! the compiler does not check), [`golden`] (making golden data anew), [`record`] (results kept under
-//! `bench/runs`), [`bench`] (speed, side by side with PyTorch), [`accept`] (demonstrations).
+//! Files, in reading order: `shell` (running programs), `ci` (the list of checks), `tidy` (what
+//! the compiler does not check), `golden` (making golden data anew), `record` (results kept under
+//! `bench/runs`), `bench` (speed, side by side with PyTorch), `accept` (demonstrations).
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "chores speak to people")]
 

@@ -7,7 +7,7 @@
 //!
 //! Files, in reading order: [`config`] (the union of the families, what is common to them),
 //! `json` (typed look-ups that remember which keys were read), [`gpt2`], [`llama`], [`rope`] (rotary
-//! frequencies and their scaling variants), [`preset`] (published sizes, for measurements).
+//! frequencies and their scaling variants), [`mod@preset`] (published sizes, for measurements).
 //!
 //! ```
 //! use ounce_models::{ModelConfig, Purpose, build};

@@ -6,7 +6,7 @@ use crate::gpt2::Gpt2Config;
 use crate::llama::LlamaConfig;
 use crate::rope::RopeConfig;
 
-/// The names that [`preset`] knows.
+/// The names that [`preset()`] knows.
 pub const PRESETS: [&str; 4] = ["gpt2", "smollm2-135m", "qwen2.5-0.5b", "tinyllama-1.1b"];
 
 /// The configuration of that published size.
