@@ -5,100 +5,42 @@
 //! graph carries epsilons, scales and rotary frequencies as f32, so relative errors are around 1e-7.
 #![expect(clippy::unwrap_used, reason = "a test that cannot read its goldens should panic")]
 
-use std::path::{Path, PathBuf};
+#[path = "../../../tests/golden/golden.rs"]
+mod golden;
 
-use ounce_io::SafetensorsDir;
+use std::path::Path;
+
+use golden::{Golden, folders, read};
 use ounce_ir::{Graph, OpKind, OptimizerKind, WeightLayout};
-use ounce_models::{ModelConfig, Purpose, build_for_length};
+use ounce_models::{Purpose, build_for_length};
 use ounce_oracle::ops::{Weight, linear};
-use ounce_oracle::{Hyper, Interpreter, Row};
+use ounce_oracle::{Hyper, Interpreter};
 use ounce_passes::{attach_optimizer, differentiate};
 use ounce_program::StepShape;
-use serde_json::Value;
 
 /// Relative, in the Euclidean norm of a tensor.
 const TOLERANCE: f64 = 1e-6;
 
-/// One folder of goldens.
-struct Golden {
-    folder: PathBuf,
-    facts: Value,
-    tensors: SafetensorsDir,
+/// The training graph for rows of the golden's length.
+fn training_graph(golden: &Golden) -> Graph {
+    let config = golden.config();
+    let n_tokens = golden.fact("tokens") as u64;
+    let forward = build_for_length(&config, Purpose::Loss, 0.0, n_tokens).unwrap();
+    let clip = golden.fact("clip") > 0.0;
+    attach_optimizer(&differentiate(&forward).unwrap(), OptimizerKind::AdamW, clip).unwrap()
 }
 
-impl Golden {
-    fn open(folder: &Path) -> Self {
-        let facts = std::fs::read_to_string(folder.join("golden.json")).unwrap();
-        Self {
-            folder: folder.to_owned(),
-            facts: serde_json::from_str(&facts).unwrap(),
-            tensors: SafetensorsDir::open(&folder.join("golden.safetensors")).unwrap(),
-        }
+/// The step before training.
+fn first_step<'g>(golden: &Golden, graph: &'g Graph) -> Interpreter<'g> {
+    let shape = StepShape::new(golden.fact("batch") as u64, golden.fact("tokens") as u64);
+    let mut step = Interpreter::new(graph, shape);
+    step.set_rows(&golden.rows());
+    let model = golden.model();
+    assert_eq!(model.tensors().len(), graph.params.len());
+    for (p, param) in graph.params.iter() {
+        step.set_param(p, &read(&model, &param.name));
     }
-
-    fn fact(&self, name: &str) -> f64 {
-        self.facts[name].as_f64().unwrap()
-    }
-
-    fn integers(&self, name: &str) -> Vec<i32> {
-        let mut bytes = vec![0; self.tensors.get(name).unwrap().bytes as usize];
-        self.tensors.read_exact_bytes(name, 0, &mut bytes).unwrap();
-        let integer = |b: &[u8]| i64::from_le_bytes(b.try_into().unwrap()) as i32;
-        bytes.chunks(8).map(integer).collect()
-    }
-
-    /// Rows with targets as the graph wants them: shifted by one, the last token without.
-    fn rows(&self) -> Vec<Row> {
-        let n_tokens = self.fact("tokens") as usize;
-        let (ids, labels) = (self.integers("input_ids"), self.integers("labels"));
-        let row = |(ids, labels): (&[i32], &[i32])| Row {
-            token_ids: ids.to_vec(),
-            targets: labels[1..].iter().copied().chain([-100]).collect(),
-        };
-        ids.chunks(n_tokens).zip(labels.chunks(n_tokens)).map(row).collect()
-    }
-
-    /// The training graph for rows of the golden's length.
-    fn graph(&self) -> Graph {
-        let config = std::fs::read_to_string(self.folder.join("config.json")).unwrap();
-        let config = ModelConfig::from_json(&config).unwrap();
-        let n_tokens = self.fact("tokens") as u64;
-        let forward = build_for_length(&config, Purpose::Loss, 0.0, n_tokens).unwrap();
-        let clip = self.fact("clip") > 0.0;
-        attach_optimizer(&differentiate(&forward).unwrap(), OptimizerKind::AdamW, clip).unwrap()
-    }
-
-    /// The step before training.
-    fn step<'g>(&self, graph: &'g Graph) -> Interpreter<'g> {
-        let shape = StepShape::new(self.fact("batch") as u64, self.fact("tokens") as u64);
-        let mut step = Interpreter::new(graph, shape);
-        step.set_rows(&self.rows());
-        let model = SafetensorsDir::open(&self.folder.join("model.safetensors")).unwrap();
-        assert_eq!(model.tensors().len(), graph.params.len());
-        for (p, param) in graph.params.iter() {
-            step.set_param(p, &read(&model, &param.name));
-        }
-        step
-    }
-
-    fn check(&self, what: &str, ours: &[f64], theirs: &[f64]) {
-        let error = relative_error(ours, theirs);
-        assert!(error < TOLERANCE, "{}: {what} is off by {error:e}", self.folder.display());
-    }
-}
-
-fn read(tensors: &SafetensorsDir, name: &str) -> Vec<f64> {
-    let mut data = vec![0.0; tensors.get(name).unwrap().n_elems()];
-    tensors.read_f32(name, &mut data).unwrap();
-    data.into_iter().map(f64::from).collect()
-}
-
-/// Relative to the larger norm; tensors below 1e-9 are zero (a bias of keys has no gradient).
-fn relative_error(a: &[f64], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-    let distance = norm(&mut a.iter().zip(b).map(|(a, b)| a - b));
-    distance / norm(&mut a.iter().copied()).max(norm(&mut b.iter().copied())).max(1e-9)
+    step
 }
 
 /// The logits that the head never stores, of the rows' tokens only.
@@ -116,16 +58,16 @@ fn logits(step: &Interpreter<'_>, n_tokens: usize) -> Vec<f64> {
 
 fn check_folder(folder: &Path) {
     let golden = Golden::open(folder);
-    let graph = golden.graph();
-    let mut step = golden.step(&graph);
+    let graph = training_graph(&golden);
+    let mut step = first_step(&golden, &graph);
 
     step.run_backward();
-    golden.check("loss", &[step.loss()], &[golden.fact("loss")]);
+    golden.check("loss", &[step.loss()], &[golden.fact("loss")], TOLERANCE);
     let ours = logits(&step, golden.fact("tokens") as usize);
-    golden.check("logits", &ours, &read(&golden.tensors, "logits"));
+    golden.check("logits", &ours, &read(&golden.tensors, "logits"), TOLERANCE);
     for (p, param) in graph.params.iter() {
         let name = format!("grad.{}", param.name);
-        golden.check(&name, step.gradient(p), &read(&golden.tensors, &name));
+        golden.check(&name, step.gradient(p), &read(&golden.tensors, &name), TOLERANCE);
     }
 
     let hyper = Hyper {
@@ -139,21 +81,17 @@ fn check_folder(folder: &Path) {
     for i in 0..10 {
         step.run_step(&hyper);
         let fact = |name: &str| [golden.facts[name][i].as_f64().unwrap()];
-        golden.check("losses", &[step.loss()], &fact("losses"));
-        golden.check("grad_norms", &[step.grad_norm()], &fact("grad_norms"));
+        golden.check("losses", &[step.loss()], &fact("losses"), TOLERANCE);
+        golden.check("grad_norms", &[step.grad_norm()], &fact("grad_norms"), TOLERANCE);
     }
     for (p, param) in graph.params.iter() {
         let name = format!("adamw10.{}", param.name);
-        golden.check(&name, step.param(p), &read(&golden.tensors, &name));
+        golden.check(&name, step.param(p), &read(&golden.tensors, &name), TOLERANCE);
     }
 }
 
 fn check_family(family: &str, n_models: usize) {
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden");
-    let folders = std::fs::read_dir(golden).unwrap().map(|entry| entry.unwrap().path());
-    let of_family = |f: &PathBuf| f.file_name().unwrap().to_str().unwrap().starts_with(family);
-    let mut folders: Vec<PathBuf> = folders.filter(of_family).collect();
-    folders.sort();
+    let folders = folders(family);
     assert_eq!(folders.len(), n_models);
     for folder in &folders {
         check_folder(folder);

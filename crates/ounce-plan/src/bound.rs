@@ -8,7 +8,7 @@
 //! envelopes of the stages' trade-offs, is a lower bound for every recompute schedule, persistent or
 //! not. It holds for the given number of micro-batches.
 //!
-//! Complexity: O(stages * options log). Source: planner notes 3.7.
+//! Complexity: O(stages * options log). Source: the knapsack bound for [Jain20]-style schedules, ours.
 
 use ounce_ir::EntityId;
 

@@ -22,7 +22,7 @@
 //!
 //! Complexity: O(runs * (options + length) * points). Lists are thinned to `max_points`, keeping
 //! both ends; a thinned list loses a little speed at some budgets, never correctness.
-//! Source: Beaumont et al. (rotor, TOMS 2024), Zhao et al. (Rockmate, ICML 2023), planner notes 3.4.
+//! Source: [Beaumont21] (rotor), [Zhao23] (Rockmate); exact byte lists instead of a grid are ours.
 
 use std::collections::BTreeMap;
 
@@ -84,8 +84,6 @@ struct ChainStage {
     d_output_bytes: u64,
     /// Bytes of gradient sums that its backward starts and that outlive it.
     grown_bytes: u64,
-    /// The forward option used where nothing is kept.
-    forward: usize,
 }
 
 impl Chain {
@@ -102,7 +100,6 @@ impl Chain {
             grown_bytes: cx.grown_bytes(s),
             output_bytes: cx.cut_bytes(stage.output),
             d_output_bytes: cx.cut_bytes(stage.d_output),
-            forward: thrifty(&options[kind]),
         });
         let mut chain = Self {
             stages: stages.collect(),
@@ -125,9 +122,9 @@ impl Chain {
         &self.options[self.stages[i].kind]
     }
 
-    /// The forward option of stage `i` where nothing is kept.
+    /// The forward option of stage `i` in runs that are recomputed later.
     fn thrifty(&self, i: usize) -> &ForwardOption {
-        &self.options(i).forward[self.stages[i].forward]
+        self.options(i).thrifty.as_ref().expect("every stage can run forward")
     }
 
     /// The points of the whole chain.
@@ -335,7 +332,7 @@ impl Chain {
 
     fn walk_forward(&self, i: usize, n: usize, out: &mut Vec<Action>) {
         for s in i..i + n {
-            let chunk_tokens = self.options(s).forward[self.stages[s].forward].chunk_tokens;
+            let chunk_tokens = self.thrifty(s).chunk_tokens;
             let pass = Pass { stage: s, chunk_tokens, keep: 0, retain_input: s == i };
             out.push(Action::Forward(pass));
         }
@@ -366,12 +363,6 @@ impl ForwardRun {
         self.bytes = self.bytes.max(bytes);
         self.time_s += option.time_s;
     }
-}
-
-/// The forward option with the least bytes among those at most 5 % slower than the fastest.
-fn thrifty(options: &StageOptions) -> usize {
-    let fastest = options.forward.iter().map(|o| o.time_s).fold(f64::INFINITY, f64::min);
-    options.forward.iter().position(|o| o.time_s <= 1.05 * fastest).unwrap_or(0)
 }
 
 /// Merges points that ascend in bytes into a list of non-dominated points.

@@ -14,7 +14,7 @@
 //! sums; *layer-major* is one micro-batch whose stages run in chunks of tokens, so that weights are
 //! streamed once per step and gradients are released exactly even when the chunks are micro-batches.
 //!
-//! Complexity: one chain DP per divisor of the rows. Source: planner notes 3.5.
+//! Complexity: one chain DP per divisor of the rows.
 
 use std::collections::BTreeMap;
 

@@ -9,7 +9,7 @@
 //! Stages with the same ops over the same shapes share one type and are enumerated once.
 //!
 //! Complexity: 2^k subsets (k <= 16, typically 3 to 5) for the first filter, then one emission per
-//! survivor and chunk length. Source: planner notes 3.3, phase 3 (exact enumeration instead of an ILP).
+//! survivor and chunk length. Source: [Zhao23], with exact enumeration instead of an ILP.
 
 use ounce_ir::{EntityId, ValueId};
 
@@ -59,6 +59,10 @@ pub(crate) struct StageOptions {
     pub(crate) keep: Vec<KeepOption>,
     /// Forward without keeping, by ascending bytes.
     pub(crate) forward: Vec<ForwardOption>,
+    /// The forward option of runs that are recomputed later: chunks as short as is still efficient.
+    /// Chosen without looking at costs, so that the smallest feasible budget is the same figure
+    /// however the costs were measured.
+    pub(crate) thrifty: Option<ForwardOption>,
     /// Backward from the stage's input alone, by ascending bytes.
     pub(crate) backward: Vec<BackwardOption>,
     /// (kept bytes, recomputed seconds) of every undominated subset, for the time bound.
@@ -76,6 +80,9 @@ pub(crate) struct Limits {
     pub(crate) n_halvings: u32,
 }
 
+/// Chunks of at least this many tokens run products at nearly full speed.
+const EFFICIENT_TOKENS: u64 = 256;
+
 /// The options of stage `s`.
 pub(crate) fn enumerate(cx: &Context, s: usize, limits: Limits) -> StageOptions {
     let lengths = chunk_lengths(cx, s, limits);
@@ -83,6 +90,8 @@ pub(crate) fn enumerate(cx: &Context, s: usize, limits: Limits) -> StageOptions 
     for &chunk in &lengths {
         options.forward.push(forward_option(cx, s, chunk));
     }
+    let efficient = |o: &&ForwardOption| o.chunk_tokens >= EFFICIENT_TOKENS;
+    options.thrifty = options.forward.iter().rfind(efficient).or(options.forward.first()).copied();
     prune(&mut options.forward, |o| ([o.retain_bytes.max(o.drop_bytes), 0, 0], o.time_s));
     if !cx.trains() {
         return options;

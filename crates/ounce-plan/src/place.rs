@@ -4,7 +4,7 @@
 //! life. Three orders are tried (size, size times lifetime, birth) and the lowest result wins; it is
 //! done as soon as one reaches the largest sum of live bytes, which no placement can beat.
 //!
-//! Complexity: O(n^2) comparisons per order, n buffers. Source: Pisarchyk and Lee,
+//! Complexity: O(n^2) comparisons per order, n buffers. Source: [Pisarchyk20],
 //! arXiv:2001.03288 (greedy by size); on transformer schedules it reaches the lower bound.
 
 use crate::emit::Draft;
