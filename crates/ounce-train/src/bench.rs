@@ -89,6 +89,12 @@ pub fn bench_step(
     let model = open_model(&wanted.model)?;
     let settings = settings(wanted);
     settings.check_ranges()?;
+    if wanted.n_steps == 0 {
+        return Err(Error::Usage {
+            message: "`steps` is out of range".to_owned(),
+            hint: "it may be at least 1".to_owned(),
+        });
+    }
     let shape = StepShape::new(wanted.n_rows, wanted.max_length);
     let optimizer = match wanted.optimizer {
         Optimizer::Adamw => OptimizerKind::AdamW,
