@@ -117,7 +117,7 @@ fn path(p: &Path) -> &str {
 }
 
 /// The text that ships with the repository: its first 90 % of characters for training, the rest for evaluation.
-fn shakespeare(folder: &Path) -> Result<(PathBuf, PathBuf)> {
+pub(crate) fn shakespeare(folder: &Path) -> Result<(PathBuf, PathBuf)> {
     let source = root().join("data/tinyshakespeare.txt");
     let text =
         std::fs::read_to_string(&source).map_err(|e| format!("{}: {e}", source.display()))?;

@@ -2,7 +2,8 @@
 //!
 //! Files, in reading order: `shell` (running programs), `ci` (the list of checks), `tidy` (what
 //! the compiler does not check), `golden` (making golden data anew), `record` (results kept under
-//! `bench/runs`), `bench` (speed, side by side with PyTorch), `accept` (demonstrations).
+//! `bench/runs`), `bench` (speed, side by side with PyTorch), `accept` (demonstrations), `quickstart`
+//! (the README's first command).
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "chores speak to people")]
 
@@ -17,6 +18,7 @@ mod record;
 
 mod accept;
 mod bench;
+mod quickstart;
 
 use std::process::ExitCode;
 
@@ -26,6 +28,7 @@ type Result<T = ()> = std::result::Result<T, String>;
 const HELP: &str = "\
 cargo xtask COMMAND
 
+  quickstart            train a small model on the text that ships, inside 48 MiB
   ci                    everything that must hold: formatting, lints, documentation, tidy, examples,
                         a release build, a small acceptance run, tests
   test [ARGS]           the tests: by cargo-nextest where it is installed, else by cargo test
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args[..] {
+        ["quickstart"] => quickstart::quickstart(),
         ["ci"] => ci::ci(),
         ["test", ref rest @ ..] => ci::test(rest),
         ["tidy"] => tidy::tidy(),
