@@ -42,6 +42,21 @@ pub enum IoError {
         /// The operating system's reason.
         source: io::Error,
     },
+    /// A checkpoint could not be saved; those before it are untouched.
+    #[error(
+        "cannot save {} ({needed_bytes} bytes are needed in all): {source}\nhint: {}; the checkpoints before it are \
+         untouched",
+        path.display(),
+        write_hint(source)
+    )]
+    Save {
+        /// The file of the checkpoint, or the checkpoint itself.
+        path: PathBuf,
+        /// Bytes of the whole checkpoint.
+        needed_bytes: u64,
+        /// The operating system's reason.
+        source: io::Error,
+    },
     /// A file or directory as a whole is not what it should be.
     #[error("{}: {reason}\nhint: {hint}", path.display())]
     BadFile {
@@ -123,7 +138,7 @@ impl IoError {
             | Self::BadTensor { .. }
             | Self::Token { .. }
             | Self::TooFewTokens { .. } => ErrorKind::BadInput,
-            Self::Read { .. } | Self::Write { .. } => ErrorKind::WriteFailed,
+            Self::Read { .. } | Self::Write { .. } | Self::Save { .. } => ErrorKind::WriteFailed,
         }
     }
 

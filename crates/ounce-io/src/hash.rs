@@ -4,6 +4,15 @@
 //! Idea: four lanes of multiply-rotate over 32-byte stripes, then a final mix. One pass, 72 bytes of state.
 //! Source: the xxHash fast digest algorithm's specification, version 0.1.1 (Collet).
 
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::error::IoError;
+use crate::json::open_regular;
+
+/// Bytes of the buffer through which files are read.
+const CHUNK_BYTES: usize = 64 << 10;
+
 const P1: u64 = 0x9E37_79B1_85EB_CA87;
 const P2: u64 = 0xC2B2_AE3D_27D4_EB4F;
 const P3: u64 = 0x1656_67B1_9E37_79F9;
@@ -86,6 +95,22 @@ impl Xxh64 {
         for (lane, &word) in self.lanes.iter_mut().zip(words) {
             *lane = round(*lane, u64::from_le_bytes(word));
         }
+    }
+}
+
+/// Length and hash of a file, read through a small buffer.
+pub(crate) fn hash_file(path: &Path) -> Result<(u64, u64), IoError> {
+    let file = open_regular(path)?;
+    let mut hash = Xxh64::new();
+    let mut buffer = vec![0; CHUNK_BYTES];
+    let mut n_bytes = 0;
+    loop {
+        let n = file.read_at(&mut buffer, n_bytes).map_err(|e| IoError::reading(path, e))?;
+        if n == 0 {
+            return Ok((n_bytes, hash.digest()));
+        }
+        hash.update(&buffer[..n]);
+        n_bytes += n as u64;
     }
 }
 

@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::atomic::{AtomicFile, write_file};
 use crate::error::IoError;
 use crate::json::{open_regular, read_json};
+use crate::publication::{interrupted_hint, is_interrupted};
 
 /// Longest configuration file accepted.
 pub const MAX_CONFIG_BYTES: u64 = 1 << 20;
@@ -26,6 +27,12 @@ pub(crate) const TOKENIZER_FILES: [&str; 9] = [
     "chat_template.json",
 ];
 
+/// The side files that `dir` has: configuration and tokenizer.
+pub(crate) fn side_files(dir: &Path) -> Vec<&'static str> {
+    let names = ["config.json", "generation_config.json"].into_iter().chain(TOKENIZER_FILES);
+    names.filter(|name| dir.join(name).exists()).collect()
+}
+
 /// Reads `config.json` of a model directory, or a configuration file named directly.
 ///
 /// # Errors
@@ -33,7 +40,12 @@ pub(crate) const TOKENIZER_FILES: [&str; 9] = [
 pub fn read_config(dir_or_file: &Path) -> Result<Value, IoError> {
     let path =
         if dir_or_file.is_dir() { dir_or_file.join("config.json") } else { dir_or_file.into() };
-    let config = read_json(&path, MAX_CONFIG_BYTES)?;
+    let config = match read_json(&path, MAX_CONFIG_BYTES) {
+        Err(IoError::Missing { path, .. }) if is_interrupted(dir_or_file) => {
+            return Err(IoError::Missing { path, hint: interrupted_hint(dir_or_file).into() });
+        }
+        other => other?,
+    };
     if config.is_object() {
         return Ok(config);
     }
@@ -57,7 +69,8 @@ pub fn write_json(path: &Path, value: &Value) -> Result<(), IoError> {
 /// # Errors
 /// `Read`, `Write`.
 pub fn copy_tokenizer_files(from: &Path, to: &Path) -> Result<Vec<&'static str>, IoError> {
-    copy_files(from, to, &TOKENIZER_FILES)
+    let is_tokenizer = |name: &&str| TOKENIZER_FILES.contains(name);
+    copy_files(from, to, side_files(from).into_iter().filter(is_tokenizer).collect())
 }
 
 /// Copies configuration and tokenizer from one model directory to another, byte for byte; returns the names copied.
@@ -66,26 +79,19 @@ pub fn copy_tokenizer_files(from: &Path, to: &Path) -> Result<Vec<&'static str>,
 /// `Missing` without a `config.json`, `Read`, `Write`.
 pub fn copy_side_files(from: &Path, to: &Path) -> Result<Vec<&'static str>, IoError> {
     open_regular(&from.join("config.json"))?;
-    let mut copied = copy_files(from, to, &["config.json", "generation_config.json"])?;
-    copied.extend(copy_files(from, to, &TOKENIZER_FILES)?);
-    Ok(copied)
+    copy_files(from, to, side_files(from))
 }
 
-/// Copies those of `names` that exist.
+/// Copies the files called `names`.
 fn copy_files(
     from: &Path,
     to: &Path,
-    names: &[&'static str],
+    names: Vec<&'static str>,
 ) -> Result<Vec<&'static str>, IoError> {
-    let mut copied = Vec::new();
-    for &name in names {
-        let source = from.join(name);
-        if source.exists() {
-            copy_file(&source, &to.join(name))?;
-            copied.push(name);
-        }
+    for name in &names {
+        copy_file(&from.join(name), &to.join(name))?;
     }
-    Ok(copied)
+    Ok(names)
 }
 
 /// Copies one file through a small buffer; a copy onto itself changes nothing.

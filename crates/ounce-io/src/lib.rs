@@ -1,4 +1,4 @@
-//! Bytes on disk: safetensors, tokenizers, datasets, token cache.
+//! Bytes on disk: safetensors, tokenizers, datasets, token cache, training checkpoints.
 //!
 //! Everything that Ounce reads comes from somebody else and is checked before it is believed; everything that it
 //! writes appears under its name only when it is complete. Nothing here holds a whole file, tensor or data set: data
@@ -22,36 +22,47 @@
 //! # }
 //! ```
 //!
-//! Files in reading order: `error.rs`; `json.rs` (strict, bounded), `hash.rs`, `half.rs`, `atomic.rs`; `safetensors/`;
-//! `hf_dir.rs` (a model directory's side files); `tokenizer/`; `text.rs` (training text in pieces), `token_cache.rs`,
-//! `shuffle.rs`, `batches.rs`.
+//! Files in reading order: `error.rs`; `json.rs` (strict, bounded), `hash.rs`, `half.rs`; `disk.rs` (the seam below all
+//! writing), `temp.rs`, `atomic.rs` (one file), `staging.rs` and `publication.rs` (a model directory); `safetensors/`;
+//! `hf_dir.rs` (a model directory's side files); `checkpoint/`; `tokenizer/`; `text.rs` (training text in pieces),
+//! `token_cache.rs`, `shuffle.rs`, `batches.rs`; `testing/` (faults and fuzzing, for tests).
 
 #![forbid(unsafe_code)]
 
 mod atomic;
 mod batches;
+pub mod checkpoint;
+mod disk;
 mod error;
 mod half;
 mod hash;
 mod hf_dir;
 mod json;
+mod publication;
 mod safetensors;
 mod shuffle;
+mod staging;
+mod temp;
+pub mod testing;
 mod text;
 mod token_cache;
 mod tokenizer;
 
-pub use atomic::{AtomicFile, StagingDir, write_file};
+pub use atomic::{AtomicFile, write_file};
 pub use batches::{BlockSampler, EvalBlocks};
+pub use disk::Disk;
 pub use error::{ErrorKind, IoError};
 pub use hf_dir::{
     MAX_CONFIG_BYTES, copy_side_files, copy_tokenizer_files, read_config, write_json,
 };
 pub use json::{MAX_DEPTH, parse_json, read_json};
+pub use publication::complete_publication;
 pub use safetensors::{
-    Dtype, MAX_HEADER_BYTES, MAX_TENSORS, SafetensorsDir, SafetensorsWriter, TensorInfo, TensorSpec,
+    ByteSink, Dtype, MAX_HEADER_BYTES, MAX_TENSORS, SafetensorsDir, SafetensorsWriter, TensorInfo,
+    TensorSpec,
 };
 pub use shuffle::Permutation;
+pub use staging::StagingDir;
 pub use text::{MAX_LINE_BYTES, PIECE_BYTES, Piece, PieceStart, SourceHash, TextPieces};
 pub use token_cache::{TokenCache, cache_path, tokenize_to_cache};
 pub use tokenizer::{

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 
 use crate::atomic::AtomicFile;
 use crate::error::IoError;
-use crate::hash::Xxh64;
+use crate::hash::{Xxh64, hash_file};
 use crate::json::open_regular;
 use crate::text::{PieceStart, SourceHash, TextPieces};
 use crate::tokenizer::{Tokenizer, tokenizer_fingerprint};
@@ -257,22 +257,11 @@ impl SourceRecord {
         if now.path != self.path || now.content.n_bytes != self.content.n_bytes {
             return Ok(false);
         }
-        Ok(now.mtime_ns == self.mtime_ns || hash_file(file)? == self.content)
-    }
-}
-
-fn hash_file(path: &Path) -> Result<SourceHash, IoError> {
-    let file = open_regular(path)?;
-    let mut hash = Xxh64::new();
-    let mut buffer = vec![0; WRITE_BYTES];
-    let mut n_bytes = 0;
-    loop {
-        let n = file.read_at(&mut buffer, n_bytes).map_err(|e| IoError::reading(path, e))?;
-        if n == 0 {
-            return Ok(SourceHash { n_bytes, hash: hash.digest() });
+        if now.mtime_ns == self.mtime_ns {
+            return Ok(true);
         }
-        hash.update(&buffer[..n]);
-        n_bytes += n as u64;
+        let (n_bytes, hash) = hash_file(file)?;
+        Ok(SourceHash { n_bytes, hash } == self.content)
     }
 }
 

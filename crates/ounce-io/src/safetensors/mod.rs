@@ -12,4 +12,5 @@ mod write;
 
 pub use header::{Dtype, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo};
 pub use read::SafetensorsDir;
-pub use write::{SafetensorsWriter, TensorSpec};
+pub(crate) use write::safetensors_bytes;
+pub use write::{ByteSink, SafetensorsWriter, TensorSpec};

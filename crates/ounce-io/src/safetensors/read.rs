@@ -18,6 +18,7 @@ use super::header::{Dtype, TensorInfo, read_header};
 use crate::error::IoError;
 use crate::half::{bf16_to_f32, f16_to_f32};
 use crate::json::{open_regular, read_json};
+use crate::publication::{interrupted_hint, is_interrupted};
 
 /// Longest `model.safetensors.index.json`.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
@@ -315,6 +316,9 @@ fn stay_inside(dir: &Path, file: &Path) -> Result<(), IoError> {
 
 /// The error for a directory without safetensors, which tells apart what people usually have there.
 fn no_weights(dir: &Path) -> IoError {
+    if is_interrupted(dir) {
+        return IoError::bad_file(dir, "holds no complete model", interrupted_hint(dir));
+    }
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let mut names: Vec<String> =
         entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();

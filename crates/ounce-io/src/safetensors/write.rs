@@ -35,17 +35,51 @@ impl TensorSpec {
     }
 }
 
+/// Where the bytes of a file go.
+pub trait ByteSink {
+    /// Appends `bytes`.
+    ///
+    /// # Errors
+    /// Where they cannot be written.
+    fn write_all(&mut self, bytes: &[u8]) -> Result<(), IoError>;
+
+    /// Ends the file and flushes it to the disk.
+    ///
+    /// # Errors
+    /// Where that fails.
+    fn finish(self) -> Result<(), IoError>;
+}
+
+impl ByteSink for AtomicFile {
+    fn write_all(&mut self, bytes: &[u8]) -> Result<(), IoError> {
+        self.write_all(bytes)
+    }
+
+    fn finish(self) -> Result<(), IoError> {
+        self.finish()
+    }
+}
+
+/// Bytes of a file of these tensors.
+///
+/// # Errors
+/// As [`SafetensorsWriter::create`].
+pub(crate) fn safetensors_bytes(specs: &[TensorSpec]) -> Result<u64, IoError> {
+    let header = header_text(Path::new("a safetensors file"), specs, &[])?;
+    Ok(8 + header.len() as u64 + specs.iter().map(TensorSpec::n_bytes).sum::<u64>())
+}
+
 /// Writes the tensors of one file in declared order. Dropped before `finish`, it leaves nothing behind.
 #[derive(Debug)]
-pub struct SafetensorsWriter {
-    file: AtomicFile,
+pub struct SafetensorsWriter<F = AtomicFile> {
+    file: F,
     specs: Vec<TensorSpec>,
     /// The tensor being written, and the bytes of it that are still missing.
     current: usize,
     n_missing_bytes: u64,
 }
 
-impl SafetensorsWriter {
+impl SafetensorsWriter<AtomicFile> {
     /// Opens the file and writes its header.
     ///
     /// # Errors
@@ -55,8 +89,19 @@ impl SafetensorsWriter {
         specs: &[TensorSpec],
         metadata: &[(&str, &str)],
     ) -> Result<Self, IoError> {
+        Self::begin(AtomicFile::create(path)?, path, specs, metadata)
+    }
+}
+
+impl<F: ByteSink> SafetensorsWriter<F> {
+    /// Writes the header of `path` to `file`.
+    pub(crate) fn begin(
+        mut file: F,
+        path: &Path,
+        specs: &[TensorSpec],
+        metadata: &[(&str, &str)],
+    ) -> Result<Self, IoError> {
         let header = header_text(path, specs, metadata)?;
-        let mut file = AtomicFile::create(path)?;
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(header.as_bytes())?;
         let n_missing_bytes = specs.first().map_or(0, TensorSpec::n_bytes);
@@ -119,7 +164,7 @@ impl SafetensorsWriter {
     /// # Panics
     /// If a tensor is missing or incomplete.
     pub fn finish(mut self) -> Result<(), IoError> {
-        self.skip_complete();
+        self.skip_complete(|_| true);
         assert_eq!(
             self.current,
             self.specs.len(),
@@ -130,10 +175,7 @@ impl SafetensorsWriter {
 
     /// Takes `n_bytes(dtype)` bytes off the tensor `name`, which must be the one due; returns its type.
     fn due(&mut self, name: &str, n_bytes: impl Fn(Dtype) -> u64) -> Dtype {
-        // An empty part may belong to an empty tensor, which is complete before it is begun.
-        if self.specs.get(self.current).is_some_and(|spec| spec.name != name) {
-            self.skip_complete();
-        }
+        self.skip_complete(|next| next != name);
         let spec = self.specs.get(self.current).expect("all declared tensors are already written");
         assert_eq!(spec.name, name, "tensors are written in declared order");
         let n = n_bytes(spec.dtype);
@@ -144,9 +186,11 @@ impl SafetensorsWriter {
         spec.dtype
     }
 
-    /// Moves on to the first tensor that still lacks bytes.
-    fn skip_complete(&mut self) {
-        while self.n_missing_bytes == 0 && self.current < self.specs.len() {
+    /// Moves on over tensors that lack no bytes, as empty ones never do, while their names are such as may be passed.
+    fn skip_complete(&mut self, may_pass: impl Fn(&str) -> bool) {
+        while self.n_missing_bytes == 0
+            && self.specs.get(self.current).is_some_and(|spec| may_pass(&spec.name))
+        {
             self.current += 1;
             self.n_missing_bytes = self.specs.get(self.current).map_or(0, TensorSpec::n_bytes);
         }
