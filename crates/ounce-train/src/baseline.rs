@@ -27,30 +27,51 @@ const PAGE_TABLE_SHARE: u64 = 512;
 /// Declared bytes outside the arena, for one budget.
 #[derive(Debug, Clone)]
 pub(crate) struct Baseline {
-    fixed_bytes: u64,
-    page_table_bytes: u64,
+    sizes: Sizes,
+    budget_bytes: u64,
+}
+
+/// What a run is, as far as its baseline depends on it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sizes {
+    /// Threads of the pool.
+    pub(crate) n_threads: u64,
+    /// Ops of all graphs together.
+    pub(crate) n_ops: u64,
+    /// Ids of the model.
+    pub(crate) vocab_size: u64,
+    /// No plan needs a larger arena, however large the budget.
+    pub(crate) most_arena_bytes: u64,
 }
 
 impl Baseline {
-    /// The bound for a run on `n_threads` threads, with graphs of `n_ops` ops together and a
-    /// vocabulary of `vocab_size`, in a budget.
-    pub(crate) fn declare(n_ops: u64, n_threads: u64, vocab_size: u64, budget_bytes: u64) -> Self {
-        let fixed_bytes =
-            PROCESS_BYTES + THREAD_BYTES * n_threads + OP_BYTES * n_ops + TOKEN_BYTES * vocab_size;
-        Self { fixed_bytes, page_table_bytes: budget_bytes / PAGE_TABLE_SHARE }
+    /// The bound for a run in a budget.
+    pub(crate) fn declare(sizes: Sizes, budget_bytes: u64) -> Self {
+        Self { sizes, budget_bytes }
     }
 
     /// All of it.
     pub(crate) fn bytes(&self) -> u64 {
-        self.fixed_bytes + self.page_table_bytes
+        self.fixed_bytes() + self.page_table_bytes(self.budget_bytes)
+    }
+
+    fn fixed_bytes(&self) -> u64 {
+        let Sizes { n_threads, n_ops, vocab_size, .. } = self.sizes;
+        PROCESS_BYTES + THREAD_BYTES * n_threads + OP_BYTES * n_ops + TOKEN_BYTES * vocab_size
+    }
+
+    /// Page tables of the largest arena in a budget.
+    fn page_table_bytes(&self, budget_bytes: u64) -> u64 {
+        budget_bytes.min(self.sizes.most_arena_bytes) / PAGE_TABLE_SHARE
     }
 
     /// The smallest budget whose arena has `arena_bytes`.
     pub(crate) fn smallest_budget(&self, arena_bytes: u64) -> u64 {
         let fits = |budget: u64| {
-            budget.checked_sub(self.fixed_bytes + budget / PAGE_TABLE_SHARE) >= Some(arena_bytes)
+            budget.checked_sub(self.fixed_bytes() + self.page_table_bytes(budget))
+                >= Some(arena_bytes)
         };
-        let need = self.fixed_bytes + arena_bytes;
+        let need = self.fixed_bytes() + arena_bytes;
         // Above `need` by the page tables of `need`, and of those in turn: close below, then counted up.
         let mut budget = (need + need / PAGE_TABLE_SHARE).next_multiple_of(BUDGET_QUANTUM_BYTES);
         while budget > BUDGET_QUANTUM_BYTES && fits(budget - BUDGET_QUANTUM_BYTES) {
@@ -82,8 +103,10 @@ mod tests {
     #[test]
     fn the_smallest_budget_fits_its_arena_and_one_quantum_less_does_not() {
         for arena_bytes in [0, 1, 20 << 20, 300 << 20, (7 << 30) + 4096] {
-            let budget = Baseline::declare(500, 2, 65, 0).smallest_budget(arena_bytes);
-            let room = |b: u64| b.saturating_sub(Baseline::declare(500, 2, 65, b).bytes());
+            let most_arena_bytes = 2 << 30;
+            let sizes = Sizes { n_threads: 2, n_ops: 500, vocab_size: 65, most_arena_bytes };
+            let budget = Baseline::declare(sizes, 0).smallest_budget(arena_bytes);
+            let room = |b: u64| b.saturating_sub(Baseline::declare(sizes, b).bytes());
             assert_eq!(budget % BUDGET_QUANTUM_BYTES, 0);
             assert!(room(budget) >= arena_bytes);
             assert!(arena_bytes == 0 || room(budget - BUDGET_QUANTUM_BYTES) < arena_bytes);

@@ -10,13 +10,13 @@
 use std::sync::Arc;
 
 use ounce_exec::{Arena, Executor, MeasuredMachine};
-use ounce_ir::{Graph, OptimizerKind, ParamId, ValueId, ValueKind};
+use ounce_ir::{Graph, Lead, OptimizerKind, ParamId, ValueId, ValueKind};
 use ounce_kernels::pool::Pool;
 use ounce_models::{Purpose, build_for_length};
 use ounce_plan::{PlanError, PlanOptions};
 use ounce_program::{BufferRole, Category, Certificate, Choice, GRANULE_TOKENS, Plan, StepShape};
 
-use crate::baseline::Baseline;
+use crate::baseline::{Baseline, Sizes};
 use crate::batch::DataInputs;
 use crate::budget::{format_budget, format_bytes};
 use crate::model::{Model, model_error};
@@ -100,7 +100,7 @@ pub(crate) fn compile(
     env: &Environment,
 ) -> Result<Session> {
     let graphs = build(model, wanted)?;
-    let baseline = declare(&graphs, model, limits);
+    let baseline = declare(&graphs, model, wanted, limits);
     let pool = Arc::new(Pool::new(limits.n_threads));
     let timing_bytes = limits.budget_bytes.saturating_sub(baseline.bytes());
     let costs = env.cache_dir.join("costs");
@@ -113,10 +113,15 @@ pub(crate) fn compile(
 }
 
 /// The declared size of the process that runs these graphs.
-fn declare(graphs: &Graphs, model: &Model, limits: &Limits) -> Baseline {
-    let n_ops = graphs.iter().map(|g| g.ops.len() as u64).sum();
-    let (n_threads, vocab_size) = (limits.n_threads as u64, model.config.vocab_size());
-    Baseline::declare(n_ops, n_threads, vocab_size, limits.budget_bytes)
+fn declare(graphs: &Graphs, model: &Model, wanted: &Wanted, limits: &Limits) -> Baseline {
+    let jobs = graphs.jobs(wanted).into_iter();
+    let sizes = Sizes {
+        n_threads: limits.n_threads as u64,
+        n_ops: graphs.iter().map(|g| g.ops.len() as u64).sum(),
+        vocab_size: model.config.vocab_size(),
+        most_arena_bytes: jobs.map(|(g, shape, _)| everything_bytes(g, shape)).max().unwrap_or(0),
+    };
+    Baseline::declare(sizes, limits.budget_bytes)
 }
 
 /// The forward graphs, and from the first of them the training step.
@@ -319,6 +324,18 @@ fn changes(wanted: &Wanted) -> Vec<(String, Wanted)> {
         changes.push(("--optimizer sgd".to_owned(), with(sgd)));
     }
     changes
+}
+
+/// Every parameter, state and value of a graph at once, and half as much again for scratch.
+fn everything_bytes(graph: &Graph, shape: StepShape) -> u64 {
+    let lead = |s: &ounce_ir::Shape| match s.lead {
+        Lead::Fixed => 1,
+        Lead::Tokens => shape.n_tokens(),
+        Lead::Selected => shape.n_selected,
+    };
+    let values: u64 = graph.values.values().map(|v| v.bytes(lead(&v.shape))).sum();
+    let params: u64 = graph.params.values().map(ounce_ir::Param::bytes).sum();
+    (values + params + state_bytes(graph)) / 2 * 3
 }
 
 /// Bytes of all optimizer states, each at a multiple of 64.

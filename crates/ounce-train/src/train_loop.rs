@@ -73,11 +73,13 @@ fn wanted(settings: &Settings, model: &Model) -> Wanted {
         clip: settings.max_grad_norm > 0.0,
         dropout: settings.dropout as f32,
     };
+    // A token of the prompt is at least a byte, and one more may begin it.
+    let sample_tokens = settings.sample_tokens + settings.sample_prompt.len() as u64 + 1;
     let samples = settings.sample_steps != Some(0) && settings.sample_tokens > 0;
     Wanted {
         train: Some(train),
         eval: (!settings.eval_data.is_empty()).then_some(shape),
-        sample_tokens: samples.then_some(max_length),
+        sample_tokens: samples.then_some(sample_tokens.min(max_length)),
         max_length,
     }
 }
