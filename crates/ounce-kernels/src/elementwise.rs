@@ -31,12 +31,12 @@ pub fn scale(pool: &Pool, y: InOut<'_>, factor: f32) {
 /// `y = x`.
 pub fn copy(pool: &Pool, y: &mut [f32], x: &[f32]) {
     assert_eq!(y.len(), x.len(), "length of x");
-    pool.split_rows(y, 1, GRANULE, |range, y| y.copy_from_slice(&x[range]));
+    pool.split_rows_sized(y.len(), y, 1, GRANULE, |range, y| y.copy_from_slice(&x[range]));
 }
 
 /// `y = 0`.
 pub fn zero(pool: &Pool, y: &mut [f32]) {
-    pool.split_rows(y, 1, GRANULE, |_, y| y.fill(0.0));
+    pool.split_rows_sized(y.len(), y, 1, GRANULE, |_, y| y.fill(0.0));
 }
 
 /// Adds the sum of `dy` over tokens to `db`.

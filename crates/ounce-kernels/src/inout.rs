@@ -89,7 +89,7 @@ pub(crate) fn for_blocks(
 ) {
     let n_elems = y.len();
     let shared = y.share();
-    pool.run(&|thread_idx| {
+    pool.run_sized(n_elems, &|thread_idx| {
         let part = split_by(n_elems, BLOCK, pool.n_threads(), thread_idx);
         for start in part.clone().step_by(BLOCK) {
             let range = start..(start + BLOCK).min(part.end);
@@ -109,7 +109,7 @@ pub(crate) fn for_block_pairs(
     let n_elems = y.len();
     assert_eq!(n_elems, z.len(), "both outputs have the same length");
     let (shared_y, shared_z) = (y.share(), z.share());
-    pool.run(&|thread_idx| {
+    pool.run_sized(n_elems, &|thread_idx| {
         let part = split_by(n_elems, BLOCK, pool.n_threads(), thread_idx);
         for start in part.clone().step_by(BLOCK) {
             let range = start..(start + BLOCK).min(part.end);

@@ -48,7 +48,7 @@ pub fn adamw(
     let n = w.len();
     assert!(g.len() == n && m.len() == n && v.len() == n, "w, g, m and v have one length");
     let (w, m, v) = (SharedMut::new(w), SharedMut::new(m), SharedMut::new(v));
-    pool.run(&|thread_idx| {
+    pool.run_sized(n, &|thread_idx| {
         let part = split_by(n, SUM_BLOCK, pool.n_threads(), thread_idx);
         // SAFETY: the parts of the threads are disjoint.
         let w = unsafe { w.range(part.clone()) };
@@ -109,7 +109,7 @@ pub fn sum_squares_scratch_f64(n_elems: usize) -> usize {
 pub fn sum_squares(pool: &Pool, g: &[f32], scratch: &mut [f64]) -> f64 {
     let n_blocks = sum_squares_scratch_f64(g.len());
     let blocks = &mut scratch[..n_blocks];
-    pool.split_rows(blocks, 1, 1, |range, sums| {
+    pool.split_rows_sized(g.len(), blocks, 1, 1, |range, sums| {
         for (block, sum) in range.zip(sums) {
             *sum = block_sum_squares(&g[block * SUM_BLOCK..g.len().min((block + 1) * SUM_BLOCK)]);
         }

@@ -57,6 +57,9 @@ unsafe impl Sync for Shared {}
 // SAFETY: as above; the raw pointer in `job` is only followed while `run` keeps its referent alive.
 unsafe impl Send for Shared {}
 
+/// A pass over this many f32 takes about as long as waking the threads.
+const SMALL_ELEMS: usize = 8192;
+
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic in a job never happens while one of our locks is held, so poison means nothing.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -149,6 +152,15 @@ impl Pool {
         }
     }
 
+    /// As [`Pool::run`] for a job on `n_elems` elements: a small one is not worth waking anybody for,
+    /// so the caller does every thread's part itself, one after another.
+    pub fn run_sized(&self, n_elems: usize, f: &(dyn Fn(usize) + Sync)) {
+        if n_elems > SMALL_ELEMS {
+            return self.run(f);
+        }
+        (0..self.n_threads()).for_each(f);
+    }
+
     /// Hands disjoint row blocks of `dst` (rows of `row_len` elements) to the threads.
     ///
     /// `f(rows, dst_rows)` gets a range of row indices, cut at multiples of `granule` rows, and
@@ -160,11 +172,23 @@ impl Pool {
         granule: usize,
         f: impl Fn(Range<usize>, &mut [T]) + Sync,
     ) {
+        self.split_rows_sized(usize::MAX, dst, row_len, granule, f);
+    }
+
+    /// As [`Pool::split_rows`] for a job on `n_elems` elements in all, see [`Pool::run_sized`].
+    pub fn split_rows_sized<T: Send>(
+        &self,
+        n_elems: usize,
+        dst: &mut [T],
+        row_len: usize,
+        granule: usize,
+        f: impl Fn(Range<usize>, &mut [T]) + Sync,
+    ) {
         assert!(row_len > 0 && dst.len().is_multiple_of(row_len), "dst is whole rows");
         let n_rows = dst.len() / row_len;
         let n_threads = self.n_threads();
         let shared = SharedMut::new(dst);
-        self.run(&|thread_idx| {
+        self.run_sized(n_elems, &|thread_idx| {
             let rows = split_by(n_rows, granule, n_threads, thread_idx);
             if rows.is_empty() {
                 return;
