@@ -81,11 +81,6 @@ impl Batch {
         Ok(())
     }
 
-    /// Ids are below it.
-    pub(crate) fn vocab_size(&self) -> u64 {
-        self.vocab_size
-    }
-
     /// The rows, without their gaps.
     pub(crate) fn spans(&self) -> &[RowSpan] {
         &self.spans

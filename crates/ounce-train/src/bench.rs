@@ -17,7 +17,8 @@ use crate::model::{Model, read_config};
 use crate::schedule::SchedulerType;
 use crate::session::{TrainWanted, Wanted, compile};
 use crate::settings::Optimizer;
-use crate::train_loop::{Rows, Trainer, limits};
+use crate::step::{Rows, Trainer};
+use crate::train_loop::limits;
 use crate::{Environment, Error, Observer, Result, Settings};
 
 /// What to measure.
@@ -119,7 +120,7 @@ pub fn bench_step(
     let (mut losses, mut times) = (Vec::new(), Vec::new());
     for step in 1..=n_steps {
         if observer.stop_requested() {
-            return Err(Error::Interrupted { step: step - 1 });
+            return Err(Error::Interrupted { step: step - 1, checkpoint: None });
         }
         if wanted.profile && step == wanted.n_warmup_steps + 1 {
             session.train.as_mut().expect("a bench has a training plan").executor.start_profile();

@@ -1,5 +1,7 @@
 //! What can end a run, and whose doing it is.
 
+use std::path::{Path, PathBuf};
+
 use crate::budget::{format_budget, format_bytes};
 
 /// Every failure of this crate. Each message ends with a `hint:` line.
@@ -66,10 +68,12 @@ pub enum Error {
         hint: String,
     },
     /// The caller asked to stop.
-    #[error("stopped after step {step}\nhint: nothing was written; start the run again")]
+    #[error("stopped after step {step}\nhint: {}", how_to_go_on(checkpoint.as_deref()))]
     Interrupted {
         /// Steps that were done.
         step: u64,
+        /// The checkpoint that was written.
+        checkpoint: Option<PathBuf>,
     },
     /// The process outside the arena is larger than declared.
     #[error(
@@ -116,6 +120,14 @@ pub enum ErrorClass {
     Bug,
 }
 
+/// What to do after an interruption.
+fn how_to_go_on(checkpoint: Option<&Path>) -> String {
+    match checkpoint {
+        Some(path) => format!("go on with `--resume-from-checkpoint {}`", path.display()),
+        None => "nothing was written; start again".to_owned(),
+    }
+}
+
 impl Error {
     /// What kind of failure it is.
     pub fn class(&self) -> ErrorClass {
@@ -143,7 +155,7 @@ impl Error {
     }
 
     /// Reading or writing `path` failed.
-    pub(crate) fn file(path: &std::path::Path, e: &std::io::Error) -> Self {
+    pub(crate) fn file(path: &Path, e: &std::io::Error) -> Self {
         let hint = match e.kind() {
             std::io::ErrorKind::NotFound => "check the path",
             std::io::ErrorKind::PermissionDenied => "check the permissions",

@@ -90,7 +90,7 @@ pub(crate) fn evaluate_in(
             return Ok(EvalRecord { loss, tokens, perplexity: loss.exp() });
         }
         if observer.stop_requested() {
-            return Err(Error::Interrupted { step: 0 });
+            return Err(Error::Interrupted { step: 0, checkpoint: None });
         }
         let mut buffers = program.executor.buffers(arena);
         batch.fill(&mut buffers, program.inputs, group.len() as u64, |row, ids| {

@@ -121,7 +121,7 @@ pub(crate) fn sample_text(
     let mut weights = vec![0.0; program.vocab_size as usize];
     for position in 0..sampler.n_tokens {
         if observer.stop_requested() {
-            return Err(Error::Interrupted { step: 0 });
+            return Err(Error::Interrupted { step: 0, checkpoint: None });
         }
         let context = &ids[ids.len().saturating_sub(program.shape.row_tokens as usize)..];
         let mut buffers = program.executor.buffers(arena);

@@ -7,9 +7,10 @@
 //!
 //! Files, in reading order: [`error`], [`budget`] (bytes stated, free and used), `baseline` (the
 //! declared size of the process), [`settings`], [`schedule`], [`report`] (what is told), `model` (the
-//! directory that a run starts from), `tokenize` and `text_table` (tokenizing in a child process),
+//! directory that a run starts from), `tokenize`, `text_table` and `data` (tokenizing in a child
+//! process),
 //! `weights`, `batch` (rows on the token axis), `session`, `output`
-//! (the directory in the making), [`train_loop`], [`mod@evaluate`],
+//! (the directory in the making), `checkpoint`, `step`, [`train_loop`], [`mod@evaluate`],
 //! [`mod@generate`], [`bench`], [`mod@init`].
 //!
 //! ```
@@ -40,6 +41,8 @@ mod tokenize;
 
 mod text_table;
 
+mod data;
+
 mod weights;
 
 mod batch;
@@ -47,6 +50,10 @@ mod batch;
 mod session;
 
 mod output;
+
+mod checkpoint;
+
+mod step;
 
 pub mod train_loop;
 

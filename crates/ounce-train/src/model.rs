@@ -19,9 +19,13 @@ pub(crate) struct Model {
 impl Model {
     /// Reads the configuration in the directory that the settings name.
     pub(crate) fn open(settings: &Settings) -> Result<Self> {
-        let dir = settings.model.clone().ok_or_else(|| missing("--model DIR"))?;
-        let config = read_config(&dir)?;
-        Ok(Self { dir, config })
+        let dir = settings.model.as_deref().ok_or_else(|| missing("--model DIR"))?;
+        Self::at(dir)
+    }
+
+    /// Reads the configuration in a directory.
+    pub(crate) fn at(dir: &Path) -> Result<Self> {
+        Ok(Self { dir: dir.to_path_buf(), config: read_config(dir)? })
     }
 
     /// Tokens per row: as set, or the model's context, at most 1024.

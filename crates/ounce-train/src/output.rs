@@ -4,12 +4,14 @@
 //! `metrics.jsonl`, TensorBoard events, `plan.html` and `loss.svg`. What is kept in memory for the
 //! curve is bounded: when it is full, every other point goes.
 
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ounce_exec::Arena;
 use ounce_io::{StagingDir, write_file};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::model::Model;
 use crate::session::Program;
@@ -18,9 +20,12 @@ use crate::{Error, EvalRecord, Result, Settings, StepRecord, weights};
 
 /// Points of the loss curve that are kept.
 const MAX_POINTS: usize = 4096;
+/// The file of the numbers of every step.
+const METRICS: &str = "metrics.jsonl";
 
 /// The files of a run.
 pub(crate) struct Output {
+    dir: PathBuf,
     staging: StagingDir,
     metrics: MetricsWriter,
     events: EventWriter,
@@ -36,6 +41,24 @@ struct EvalLine {
     eval_tokens: u64,
 }
 
+/// A line of `metrics.jsonl`.
+#[derive(Deserialize)]
+struct AnyLine {
+    step: u64,
+    loss: Option<f64>,
+    eval_loss: Option<f64>,
+}
+
+/// The metrics of a run that begins at `first_step`: those of the steps before it, if it goes on in the
+/// directory where it was begun.
+fn open_metrics(dir: &Path, path: &Path, first_step: u64) -> Result<MetricsWriter> {
+    let before = dir.join(METRICS);
+    if first_step > 1 && before.is_file() {
+        std::fs::copy(&before, path).map_err(|e| Error::file(&before, &e))?;
+    }
+    MetricsWriter::resume(path, first_step - 1).map_err(|e| Error::file(path, &e))
+}
+
 impl Output {
     /// Makes the directory beside (or within) its final place and writes what is known before step 1.
     ///
@@ -46,21 +69,22 @@ impl Output {
         model: &Model,
         settings: &Settings,
         plan_html: &str,
+        first_step: u64,
     ) -> Result<Self> {
         let staging = StagingDir::create(dir)?;
         let path = staging.path().to_path_buf();
         ounce_io::copy_side_files(&model.dir, &path)?;
         write_file(&path.join("run.yaml"), settings.to_yaml().as_bytes())?;
         write_file(&path.join("plan.html"), plan_html.as_bytes())?;
-        let metrics = MetricsWriter::create(&path.join("metrics.jsonl"));
-        let events = EventWriter::create(&path);
-        Ok(Self {
-            metrics: metrics.map_err(|e| Error::file(&path, &e))?,
-            events: events.map_err(|e| Error::file(&path, &e))?,
-            staging,
-            losses: Curve::default(),
-            eval_losses: Curve::default(),
-        })
+        let (losses, eval_losses) = (Curve::default(), Curve::default());
+        let events = EventWriter::create(&path).map_err(|e| Error::file(&path, &e))?;
+        let metrics = open_metrics(dir, &path.join(METRICS), first_step)?;
+        let mut output =
+            Self { dir: dir.to_path_buf(), staging, metrics, events, losses, eval_losses };
+        if first_step > 1 {
+            output.read_curves()?;
+        }
+        Ok(output)
     }
 
     /// Records a step.
@@ -90,6 +114,30 @@ impl Output {
         let metrics = self.metrics.path().to_path_buf();
         self.metrics.append(&line).map_err(|e| Error::file(&metrics, &e))?;
         self.scalar(step, "eval/loss", r.loss)
+    }
+
+    /// Copies the metrics so far to where a run that goes on finds them.
+    ///
+    /// # Errors
+    /// A failed write.
+    pub(crate) fn keep_metrics(&self) -> Result<()> {
+        let (path, hidden) = (self.dir.join(METRICS), self.dir.join(".metrics.tmp"));
+        let copied = std::fs::copy(self.metrics.path(), &hidden);
+        copied.and_then(|_| std::fs::rename(&hidden, &path)).map_err(|e| Error::file(&path, &e))
+    }
+
+    /// Takes the curves of the steps before this run from its metrics.
+    fn read_curves(&mut self) -> Result<()> {
+        let path = self.metrics.path().to_path_buf();
+        let file = File::open(&path).map_err(|e| Error::file(&path, &e))?;
+        for line in BufReader::new(file).lines() {
+            let line = line.map_err(|e| Error::file(&path, &e))?;
+            // Lines of another make have no curve.
+            let Ok(line) = serde_json::from_str::<AnyLine>(&line) else { continue };
+            line.loss.into_iter().for_each(|x| self.losses.add(line.step, x));
+            line.eval_loss.into_iter().for_each(|x| self.eval_losses.add(line.step, x));
+        }
+        Ok(())
     }
 
     fn scalar(&mut self, step: u64, tag: &str, value: f64) -> Result<()> {

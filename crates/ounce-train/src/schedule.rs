@@ -6,6 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::Settings;
+
 /// What happens after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -35,6 +37,17 @@ impl Schedule {
         let n_warmup_steps =
             if warmup < 1.0 { (n_steps as f64 * warmup).ceil() } else { warmup.round() } as u64;
         Self { kind, peak, min_ratio, n_warmup_steps, n_steps }
+    }
+
+    /// The schedule of a run of `n_steps` steps.
+    pub fn of(settings: &Settings, n_steps: u64) -> Self {
+        Self::new(
+            settings.lr_scheduler_type,
+            settings.learning_rate,
+            settings.min_lr_ratio,
+            settings.warmup_steps,
+            n_steps,
+        )
     }
 
     /// The learning rate of step `step`, counted from 1.

@@ -10,6 +10,7 @@
 use std::sync::Arc;
 
 use ounce_exec::{Arena, Executor, MeasuredMachine};
+use ounce_io::checkpoint::Checkpoint;
 use ounce_ir::{Graph, Lead, OptimizerKind, ParamId, ValueId, ValueKind};
 use ounce_kernels::pool::Pool;
 use ounce_models::{Purpose, build_for_length};
@@ -19,6 +20,7 @@ use ounce_program::{BufferRole, Category, Certificate, Choice, GRANULE_TOKENS, P
 use crate::baseline::{Baseline, Sizes};
 use crate::batch::DataInputs;
 use crate::budget::{format_budget, format_bytes};
+use crate::checkpoint::states;
 use crate::model::{Model, model_error};
 use crate::watch::plan_html;
 use crate::weights::{Source, fill_fresh};
@@ -416,6 +418,21 @@ impl Session {
         self.fill_params(|_, id, dst| weights.read(id, dst))
     }
 
+    /// Reads the optimizer's states of a checkpoint into their places.
+    ///
+    /// # Errors
+    /// A state that is missing or of another shape, a failed read.
+    pub(crate) fn load_states(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        let Self { train, arena, .. } = self;
+        let program = train.as_ref().expect("a run that goes on has a training plan");
+        let mut buffers = program.executor.buffers(arena);
+        for (id, param, k) in states(&program.graph) {
+            let name = &program.graph.states[k].name;
+            checkpoint.read_state(name, &param.name, buffers.state(id, k as u32))?;
+        }
+        Ok(())
+    }
+
     /// Makes fresh weights in their places, and sets the optimizer's states to zero.
     pub(crate) fn load_fresh(&mut self, seed: u64) {
         self.fill_params(|param, _, dst| {
@@ -435,10 +452,9 @@ impl Session {
         let mut buffers = program.executor.buffers(arena);
         for (id, param) in program.graph.params.iter() {
             fill(param, id, buffers.param(id))?;
-            let n_states = if param.trainable { program.graph.states.len() } else { 0 };
-            for k in 0..n_states {
-                buffers.state(id, k as u32).fill(0.0);
-            }
+        }
+        for (id, _, k) in states(&program.graph) {
+            buffers.state(id, k as u32).fill(0.0);
         }
         Ok(())
     }

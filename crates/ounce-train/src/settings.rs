@@ -102,11 +102,11 @@ pub struct Settings {
     /// Tokens of a sample text.
     pub sample_tokens: u64,
 
-    /// Steps between checkpoints. Not built yet.
+    /// Steps between checkpoints.
     pub save_steps: Option<u64>,
-    /// Checkpoints that are kept. Not built yet.
+    /// Checkpoints that are kept; all if not given.
     pub save_total_limit: Option<u64>,
-    /// Checkpoint to go on from. Not built yet.
+    /// Checkpoint to go on from; `auto` is the newest in the output directory, if there is one.
     pub resume_from_checkpoint: Option<String>,
     /// First loss scale of f16. Not built yet.
     pub init_loss_scale: Option<f64>,
@@ -200,11 +200,17 @@ impl Settings {
         self.per_device_train_batch_size * self.gradient_accumulation_steps
     }
 
+    /// The settings by name.
+    pub fn to_map(&self) -> Map<String, Value> {
+        match serde_json::to_value(self) {
+            Ok(Value::Object(map)) => map,
+            _ => unreachable!("a struct of plain fields serializes to an object"),
+        }
+    }
+
     /// The settings as a YAML file that [`Settings::resolve`] reads back; what is not set is left out.
     pub fn to_yaml(&self) -> String {
-        let Ok(Value::Object(map)) = serde_json::to_value(self) else {
-            unreachable!("a struct of plain fields serializes to an object")
-        };
+        let map = self.to_map();
         // A JSON value is a YAML value.
         let mut text = String::new();
         for (key, value) in map.iter().filter(|(_, v)| !v.is_null()) {
@@ -216,9 +222,6 @@ impl Settings {
     fn check_built(&self) -> Result<()> {
         let refused = [
             (self.precision != Precision::F32, "--precision bf16 and f16"),
-            (self.save_steps.is_some(), "--save-steps"),
-            (self.save_total_limit.is_some(), "--save-total-limit"),
-            (self.resume_from_checkpoint.is_some(), "--resume-from-checkpoint"),
             (self.init_loss_scale.is_some(), "--init-loss-scale"),
             (self.packing, "--packing"),
             (self.use_peft, "--use-peft"),
@@ -266,6 +269,8 @@ impl Settings {
             ),
             (self.logging_steps != Some(0), "logging_steps", "at least 1"),
             (self.eval_steps != Some(0), "eval_steps", "at least 1"),
+            (self.save_steps != Some(0), "save_steps", "at least 1"),
+            (self.save_total_limit != Some(0), "save_total_limit", "at least 1"),
         ];
         match rules.iter().find(|(fine, ..)| !fine) {
             Some((_, name, range)) => {
@@ -293,9 +298,7 @@ fn read_yaml(path: &Path) -> Result<Map<String, Value>> {
         let line = e.location().map_or(1, |l| l.line());
         usage(format!("{file}:{line}: {e}"), "the file is a mapping of settings, `key: value`")
     })?;
-    let Ok(Value::Object(known)) = serde_json::to_value(Settings::default()) else {
-        unreachable!("a struct of plain fields serializes to an object")
-    };
+    let known = Settings::default().to_map();
     for (key, value) in &map {
         let line = line_of(&text, key);
         if !known.contains_key(key) {

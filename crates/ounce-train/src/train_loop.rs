@@ -1,23 +1,20 @@
 //! Training: settings to plans, plans to steps, steps to a model directory.
 
-use std::time::Instant;
+use std::path::PathBuf;
 
-use ounce_exec::{OptimizerHyper, StepInputs};
-use ounce_io::{BlockSampler, TokenCache};
-use ounce_ir::{OptimizerKind, ValueId, ValueKind};
+use ounce_ir::OptimizerKind;
 use ounce_program::StepShape;
 
-use crate::batch::Batch;
 use crate::budget::peak_resident_bytes;
-use crate::evaluate::{EvalText, evaluate_in};
+use crate::checkpoint::{self, Saver};
+use crate::data::Data;
+use crate::evaluate::evaluate_in;
 use crate::generate::{Sampler, sample_text};
 use crate::model::{Model, missing};
 use crate::output::Output;
-use crate::schedule::Schedule;
 use crate::session::{Limits, Session, TrainWanted, Wanted, compile};
 use crate::settings::Optimizer;
-use crate::text_table::TextTable;
-use crate::tokenize::{self, Request};
+use crate::step::Trainer;
 use crate::watch::{Health, StepNumbers};
 use crate::{DoneRecord, Environment, Error, Observer, PlanRecord, Result, Settings, StepRecord};
 
@@ -35,29 +32,46 @@ pub fn plan(settings: &Settings, env: &Environment) -> Result<PlanRecord> {
 ///
 /// # Errors
 /// Anything that is wrong with settings, model, data or budget, before step 1; a non-finite loss, a
-/// request to stop, or a failed write after it. The output directory then is as it was.
+/// request to stop, or a failed write after it. A model that was in the output directory before is
+/// then as it was; a run that was asked to stop leaves a checkpoint there.
 pub fn train(
     settings: &Settings,
     env: &Environment,
     observer: &mut dyn Observer,
 ) -> Result<DoneRecord> {
-    let model = Model::open(settings)?;
     let output_dir = settings.output_dir.as_deref().ok_or_else(|| missing("--output-dir DIR"))?;
+    let from = checkpoint::find(settings, output_dir, observer)?;
+    let model = match &from {
+        Some(checkpoint) => Model::at(checkpoint.path())?,
+        None => Model::open(settings)?,
+    };
     let data = Data::open(settings, env, &model)?;
     let n_steps = settings.max_steps.unwrap_or_else(|| {
         data.train.n_steps(settings.num_train_epochs, settings.n_rows() as usize)
     });
+    if let Some(checkpoint) = &from {
+        checkpoint::check_settings(checkpoint, settings, n_steps, observer)?;
+    }
     let mut session = compile(&model, &wanted(settings, &model), &limits(settings), env)?;
     let weights = session.open_weights(&model)?;
     let plan_html = session.take_picture();
-    let output = Output::create(output_dir, &model, settings, &plan_html)?;
+    let first_step = from.as_ref().map_or(0, |c| c.state().step) + 1;
+    let output = Output::create(output_dir, &model, settings, &plan_html, first_step)?;
     drop(plan_html);
+    let saver = Saver::new(settings, output_dir, &model, &session, from.as_ref())?;
     session.check_baseline()?;
     observer.planned(&session.record(), n_steps);
     session.load(&weights)?;
-    let is_fresh = weights.is_fresh();
+    let is_fresh = weights.is_fresh() && from.is_none();
     drop(weights);
-    Run { settings, session, data, output, n_steps, is_fresh }.go(observer)
+    let tokens_seen = from.as_ref().map_or(0, |c| c.state().tokens_seen);
+    if let Some(checkpoint) = from {
+        session.load_states(&checkpoint)?;
+    }
+    let vocab_size = model.config.vocab_size();
+    let health = Health::new(vocab_size, is_fresh);
+    let place = Place { step: first_step - 1, tokens_seen, eval_loss: None };
+    Run { settings, session, data, output, saver, health, n_steps, place }.go(observer)
 }
 
 /// The plans that a training run needs.
@@ -93,108 +107,106 @@ pub(crate) fn limits(settings: &Settings) -> Limits {
     }
 }
 
-/// The tokens of a run, and what turns ids into text.
-struct Data {
-    train: BlockSampler,
-    eval: Option<EvalText>,
-    table: TextTable,
-    prompt_ids: Vec<u32>,
-    stop_ids: Vec<u32>,
-}
-
-impl Data {
-    fn open(settings: &Settings, env: &Environment, model: &Model) -> Result<Self> {
-        if settings.data.is_empty() {
-            return Err(missing("--data FILE"));
-        }
-        let mut streams = vec![settings.data.clone()];
-        if !settings.eval_data.is_empty() {
-            streams.push(settings.eval_data.clone());
-        }
-        let request = Request {
-            tokenizer: model.dir.clone(),
-            cache_dir: tokenize::cache_dir(env),
-            streams,
-            prompt: Some(settings.sample_prompt.clone()),
-        };
-        let answer = tokenize::ask(env, &request)?;
-        tokenize::check_vocab(&model.dir, &answer, model.config.vocab_size())?;
-        let max_length = model.max_length(settings) as usize;
-        let cache = TokenCache::open(&answer.token_files[0])?;
-        let eval = answer.token_files.get(1).map(|path| EvalText::open(path, max_length));
-        Ok(Self {
-            train: BlockSampler::new(cache, max_length, settings.seed)?,
-            eval: eval.transpose()?,
-            table: TextTable::read(&answer.text_table)?,
-            prompt_ids: answer.prompt_ids,
-            stop_ids: answer.stop_ids,
-        })
-    }
-}
-
 /// A run whose plans are made and whose weights are loaded.
 struct Run<'a> {
     settings: &'a Settings,
     session: Session,
     data: Data,
     output: Output,
+    saver: Saver,
+    health: Health,
     n_steps: u64,
-    /// Whether the weights are random.
-    is_fresh: bool,
+    place: Place,
+}
+
+/// Where a run stands.
+struct Place {
+    /// Steps done.
+    step: u64,
+    tokens_seen: u64,
+    /// The last evaluation.
+    eval_loss: Option<f64>,
 }
 
 impl Run<'_> {
+    /// All steps that are left, then the result.
     fn go(mut self, observer: &mut dyn Observer) -> Result<DoneRecord> {
-        let mut trainer = Trainer::new(self.settings, &self.session, self.n_steps);
-        let vocab_size = trainer.batch.vocab_size();
-        let mut health = Health::new(vocab_size, self.is_fresh);
-        let (mut tokens, mut seconds) = (0, 0.0);
-        let mut eval_loss = None;
-        for step in 1..=self.n_steps {
-            if observer.stop_requested() {
-                return Err(Error::Interrupted { step: step - 1 });
+        let (tokens, seconds) = match self.steps(observer) {
+            // Whatever phase was interrupted, the parameters are those after the last whole step.
+            Err(Error::Interrupted { .. }) if self.place.step > 0 => {
+                let (step, path) = (self.place.step, self.save()?);
+                return Err(Error::Interrupted { step, checkpoint: Some(path) });
             }
-            let record = trainer.step(&mut self.session, &self.data.train, step)?;
-            (tokens, seconds) = (tokens + record.tokens, seconds + record.step_s);
-            self.output.step(&record)?;
-            observer.step(&record);
-            for warning in health.observe(numbers(&record)) {
-                observer.note(&format!("warning: {warning}"));
-            }
-            let is_last = step == self.n_steps;
-            if is_last || self.settings.eval_steps.is_some_and(|n| step.is_multiple_of(n)) {
-                eval_loss = self.evaluate(step, observer)?;
-            }
-            if is_last
-                || self.settings.sample_steps.is_some_and(|n| n > 0 && step.is_multiple_of(n))
-            {
-                self.sample(step, observer)?;
-            }
-        }
+            other => other?,
+        };
         let program = self.session.train.as_ref().expect("a training run has a training plan");
         self.output.publish(program, &mut self.session.arena)?;
         Ok(DoneRecord {
             done: true,
             steps: self.n_steps,
-            tokens_per_s: tokens as f64 / seconds,
+            tokens_per_s: if tokens == 0 { 0.0 } else { tokens as f64 / seconds },
             plan_peak_bytes: self.session.peak_bytes,
             budget_bytes: self.session.budget_bytes,
             rss_peak_bytes: peak_resident_bytes(),
-            eval_loss,
+            eval_loss: self.place.eval_loss,
         })
     }
 
-    fn evaluate(&mut self, step: u64, observer: &mut dyn Observer) -> Result<Option<f64>> {
-        let (Some(text), Some(program)) = (&self.data.eval, &self.session.eval) else {
-            return Ok(None);
-        };
-        let record = evaluate_in(program, &mut self.session.arena, text, observer)?;
-        self.output.evaluated(step, &record)?;
-        observer.evaluated(step, &record);
-        Ok(Some(record.loss))
+    /// The steps that are left, with all that happens between them; tokens and seconds they took.
+    fn steps(&mut self, observer: &mut dyn Observer) -> Result<(u64, f64)> {
+        let mut trainer = Trainer::new(self.settings, &self.session, self.n_steps);
+        let (mut tokens, mut seconds) = (0, 0.0);
+        let every = |n: Option<u64>, step: u64| n.is_some_and(|n| n > 0 && step.is_multiple_of(n));
+        for step in self.place.step + 1..=self.n_steps {
+            if observer.stop_requested() {
+                return Err(Error::Interrupted { step: step - 1, checkpoint: None });
+            }
+            let record = trainer.step(&mut self.session, &self.data.train, step)?;
+            (tokens, seconds) = (tokens + record.tokens, seconds + record.step_s);
+            self.place.step = step;
+            self.place.tokens_seen += record.tokens;
+            self.output.step(&record)?;
+            observer.step(&record);
+            for warning in self.health.observe(numbers(&record)) {
+                observer.note(&format!("warning: {warning}"));
+            }
+            if every(self.settings.save_steps, step) {
+                self.save()?;
+            }
+            if every(self.settings.eval_steps, step) && step < self.n_steps {
+                self.evaluate(observer)?;
+            }
+            if every(self.settings.sample_steps, step) && step < self.n_steps {
+                self.sample(observer)?;
+            }
+        }
+        self.evaluate(observer)?;
+        self.sample(observer)?;
+        Ok((tokens, seconds))
     }
 
-    fn sample(&mut self, step: u64, observer: &mut dyn Observer) -> Result<()> {
+    /// Writes a checkpoint of the place where the run stands.
+    fn save(&mut self) -> Result<PathBuf> {
+        let Place { step, tokens_seen, .. } = self.place;
+        let n_blocks = self.data.train.n_blocks();
+        let state = checkpoint::state(self.settings, step, tokens_seen, n_blocks);
+        let path = self.saver.save(&mut self.session, &state)?;
+        self.output.keep_metrics()?;
+        Ok(path)
+    }
+
+    fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        let (Some(text), Some(program)) = (&self.data.eval, &self.session.eval) else {
+            return Ok(());
+        };
+        let record = evaluate_in(program, &mut self.session.arena, text, observer)?;
+        self.output.evaluated(self.place.step, &record)?;
+        observer.evaluated(self.place.step, &record);
+        self.place.eval_loss = Some(record.loss);
+        Ok(())
+    }
+
+    fn sample(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let Some(program) = &self.session.sample else { return Ok(()) };
         let sampler = Sampler {
             temperature: 0.8,
@@ -214,7 +226,7 @@ impl Run<'_> {
             observer,
             &mut append,
         )?;
-        observer.sample(step, &text);
+        observer.sample(self.place.step, &text);
         Ok(())
     }
 }
@@ -223,111 +235,4 @@ impl Run<'_> {
 fn numbers(r: &StepRecord) -> StepNumbers {
     let StepRecord { step, loss, grad_norm, learning_rate, .. } = *r;
     StepNumbers { step, loss, grad_norm, learning_rate }
-}
-
-/// Where a step's rows come from.
-pub(crate) trait Rows {
-    /// Writes row `row` of step `step` (counted from 1) and returns its length.
-    fn read(&self, step: u64, n_rows: u64, row: u64, ids: &mut [i32]) -> Result<usize>;
-}
-
-impl Rows for BlockSampler {
-    fn read(&self, step: u64, n_rows: u64, row: u64, ids: &mut [i32]) -> Result<usize> {
-        let row = row as usize;
-        self.fill_row_range(step - 1, n_rows as usize, row..row + 1, ids)?;
-        Ok(ids.len())
-    }
-}
-
-/// Runs training steps.
-pub(crate) struct Trainer {
-    batch: Batch,
-    schedule: Schedule,
-    seed: u64,
-    hyper: OptimizerHyper,
-    max_grad_norm: f32,
-    /// Parts of the squared gradient norm, by `ParamId`.
-    norm_parts: Vec<ValueId>,
-}
-
-impl Trainer {
-    pub(crate) fn new(settings: &Settings, session: &Session, n_steps: u64) -> Self {
-        let program = session.train.as_ref().expect("a training run has a training plan");
-        let is_part = |id: &ValueId| {
-            let v = &program.graph.values[*id];
-            v.kind == ValueKind::Scalar && v.dtype == ounce_ir::DType::F64
-        };
-        Self {
-            batch: Batch::new(program.shape, program.vocab_size),
-            schedule: Schedule::new(
-                settings.lr_scheduler_type,
-                settings.learning_rate,
-                settings.min_lr_ratio,
-                settings.warmup_steps,
-                n_steps,
-            ),
-            seed: settings.seed,
-            hyper: OptimizerHyper {
-                beta1: settings.adam_beta1 as f32,
-                beta2: settings.adam_beta2 as f32,
-                eps: settings.adam_epsilon as f32,
-                weight_decay: settings.weight_decay as f32,
-            },
-            max_grad_norm: settings.max_grad_norm as f32,
-            norm_parts: program.graph.values.ids().filter(is_part).collect(),
-        }
-    }
-
-    /// One step: data, run, loss and norm.
-    ///
-    /// # Errors
-    /// Reading the data, or [`Error::NonFinite`].
-    pub(crate) fn step(
-        &mut self,
-        session: &mut Session,
-        rows: &dyn Rows,
-        step: u64,
-    ) -> Result<StepRecord> {
-        let start = Instant::now();
-        let Session { train, arena, .. } = session;
-        let program = train.as_ref().expect("a training run has a training plan");
-        let n_rows = program.shape.n_rows;
-        let mut buffers = program.executor.buffers(arena);
-        let read = |row, ids: &mut [i32]| rows.read(step, n_rows, row, ids);
-        self.batch.fill(&mut buffers, program.inputs, n_rows, read)?;
-        let n_predictions = self.batch.n_predictions() as f64;
-        let learning_rate = self.schedule.learning_rate(step);
-        program.executor.run(
-            arena,
-            &StepInputs {
-                seed: self.seed,
-                step,
-                grad_scale: (1.0 / n_predictions) as f32,
-                lr: learning_rate as f32,
-                hyper: self.hyper,
-                max_grad_norm: self.max_grad_norm,
-                rows: self.batch.spans(),
-            },
-        );
-        let mut buffers = program.executor.buffers(arena);
-        // In token order; gaps and unsupervised tokens hold exact zeros.
-        let losses = buffers.session_f32(program.output).iter();
-        let loss = losses.map(|&x| f64::from(x)).sum::<f64>() / n_predictions;
-        let parts = self.norm_parts.iter().map(|&v| buffers.session_f64(v)[0]);
-        let grad_norm = parts.sum::<f64>().sqrt();
-        if !(loss.is_finite() && grad_norm.is_finite()) {
-            return Err(Error::NonFinite { step, loss, grad_norm });
-        }
-        let (tokens, step_s) = (self.batch.n_tokens(), start.elapsed().as_secs_f64());
-        Ok(StepRecord {
-            step,
-            loss,
-            learning_rate,
-            grad_norm,
-            tokens,
-            step_s,
-            tokens_per_s: tokens as f64 / step_s,
-            rss_peak_bytes: peak_resident_bytes(),
-        })
-    }
 }

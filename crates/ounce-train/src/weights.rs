@@ -58,7 +58,7 @@ fn name_key(name: &str) -> u64 {
 }
 
 /// The graph's parameters as tensors of a file, in `ParamId` order.
-fn specs(graph: &Graph) -> Vec<TensorSpec> {
+pub(crate) fn specs(graph: &Graph) -> Vec<TensorSpec> {
     let spec = |p: &Param| TensorSpec {
         name: p.name.clone(),
         dtype: Dtype::F32,

@@ -163,13 +163,16 @@ pub(crate) struct RunFlags {
     #[arg(long, value_name = "N", help_heading = "Reports")]
     sample_tokens: Option<u64>,
 
-    // Named by the contract and refused by `Settings::resolve`.
-    #[arg(long, hide = true)]
+    /// Steps between checkpoints
+    #[arg(long, value_name = "N", help_heading = "Checkpoints")]
     save_steps: Option<u64>,
-    #[arg(long, hide = true)]
+    /// Checkpoints that are kept [default: all]
+    #[arg(long, value_name = "N", help_heading = "Checkpoints")]
     save_total_limit: Option<u64>,
-    #[arg(long, hide = true)]
+    /// Go on from a checkpoint: a path, or auto (the newest, if there is one)
+    #[arg(long, value_name = "auto|PATH", help_heading = "Checkpoints")]
     resume_from_checkpoint: Option<String>,
+    // Named by the contract and refused by `Settings::resolve`.
     #[arg(long, hide = true)]
     init_loss_scale: Option<f64>,
     #[arg(long, hide = true)]

@@ -1,8 +1,6 @@
 //! The whole way of a model: made, planned, trained, evaluated, continued, all by the binary.
 
-mod common;
-
-use common::{Lab, words};
+use crate::lab::{Lab, words};
 
 #[test]
 fn a_model_is_made_planned_trained_evaluated_and_continued() {
@@ -114,7 +112,7 @@ fn the_pretrained_model_tells_its_published_story() {
 #[test]
 fn a_bpe_model_is_made_and_measured() {
     let lab = Lab::empty();
-    let text = std::fs::read_to_string(common::SHAKESPEARE).unwrap();
+    let text = std::fs::read_to_string(crate::lab::SHAKESPEARE).unwrap();
     std::fs::write(lab.path("train.txt"), &text[..50_000]).unwrap();
     let config = r#"{"model_type": "llama", "vocab_size": 320, "hidden_size": 32,
         "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,

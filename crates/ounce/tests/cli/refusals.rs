@@ -1,11 +1,6 @@
 //! What is refused, with which exit code, and that nothing is left behind.
 
-mod common;
-
-use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
-
-use common::{Lab, is_empty, words};
+use crate::lab::{Lab, words};
 
 #[test]
 fn what_is_not_built_is_refused_as_such() {
@@ -21,8 +16,6 @@ fn what_is_not_built_is_refused_as_such() {
         "train --precision bf16",
         "train --use-peft --lora-r 8",
         "train --packing",
-        "train --save-steps 5",
-        "train --resume-from-checkpoint auto",
         "bench step --model gpt2 --precision f16",
     ] {
         let error = lab.fail(2, &words(line));
@@ -39,7 +32,7 @@ fn wrong_usage_names_the_nearest_match() {
         ("train --optimizer adam", "`adamw`"),
         ("train --memory 64", "`64MiB`"),
         ("train --max-steps 0", "at least 1"),
-        ("train --data x", "`--model DIR`"),
+        ("plan --data x", "`--model DIR`"),
         ("init --output-dir m --arch gpt2 --tokenizer char", "`--data FILE`"),
         ("bench step --model gpt3", "tinyllama-1.1b"),
     ];
@@ -102,24 +95,4 @@ fn a_failed_write_has_its_own_code() {
     let run = "train --model model --data train.txt --max-length 64 --max-steps 1";
     let error = lab.fail(6, &words(&format!("{run} --output-dir file/out")));
     assert!(error.contains("cannot write file"), "{error}");
-}
-
-#[test]
-fn an_interrupted_run_ends_with_the_signal_s_code_and_leaves_nothing() {
-    let lab = Lab::llama();
-    for (signal, code) in [("INT", 130), ("TERM", 143)] {
-        let line = "train --model model --data train.txt --output-dir out --max-length 64 \
-            --max-steps 1000000 --json";
-        let mut child =
-            lab.command(&words(line)).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-        let mut first = String::new();
-        let mut lines = BufReader::new(child.stdout.take().unwrap());
-        lines.read_line(&mut first).unwrap();
-        assert!(first.contains("\"step\":1,"), "{first}");
-        let kill = Command::new("kill").args(["-s", signal, &child.id().to_string()]).status();
-        assert!(kill.unwrap().success());
-        std::io::copy(&mut lines, &mut std::io::sink()).unwrap();
-        assert_eq!(child.wait().unwrap().code(), Some(code));
-        assert!(is_empty(&lab.path("out")));
-    }
 }

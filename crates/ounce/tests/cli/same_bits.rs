@@ -1,8 +1,6 @@
 //! The budget buys speed and never changes the result: runs are compared with each other, bit by bit.
 
-mod common;
-
-use common::{Lab, smallest_budget, words};
+use crate::lab::{Lab, smallest_budget, words};
 
 /// Dropout and clipping on, so that both must be independent of the plan too.
 const RUN: &str = "--max-length 80 --max-steps 3 --learning-rate 1e-2 --warmup-steps 1 \

@@ -1,8 +1,6 @@
 //! Drives the binary in a folder of its own.
-#![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
-#![expect(dead_code, reason = "each test file uses its own part of this")]
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use serde_json::Value;
@@ -121,9 +119,4 @@ pub(crate) fn words(line: &str) -> Vec<&str> {
 pub(crate) fn smallest_budget(error: &str) -> String {
     let rest = error.split("smallest feasible budget: ").nth(1).expect("the error names a budget");
     rest.lines().next().unwrap().replace(' ', "")
-}
-
-/// Whether a folder holds nothing, or is not there.
-pub(crate) fn is_empty(dir: &Path) -> bool {
-    std::fs::read_dir(dir).map_or(true, |mut entries| entries.next().is_none())
 }

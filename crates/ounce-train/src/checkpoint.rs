@@ -1,0 +1,232 @@
+//! Checkpoints of a run: what is in them, when they are found, and what must not change on the way.
+//!
+//! A resumed run goes on with the same bits, because everything that the next step depends on is in
+//! the checkpoint or is a function of the step's number: parameters and optimizer states are stored,
+//! data order, dropout and learning rate are functions of (seed, step). Budget, threads, micro-batches
+//! and how rows are split into batch and accumulation may change; what else would change the run is
+//! refused by name. Tensors stream from their planned places; nothing is copied in memory.
+
+use std::path::{Path, PathBuf};
+
+use ounce_io::checkpoint::{
+    Checkpoint, CheckpointWriter, DataCursor, TrainerState, checkpoint_bytes, newest_valid, open,
+    rotate, state_name,
+};
+use ounce_io::{Dtype, TensorSpec};
+use ounce_ir::{Graph, Param, ParamId};
+use ounce_kernels::tier::tier;
+use serde_json::{Map, Value};
+
+use crate::model::Model;
+use crate::schedule::Schedule;
+use crate::session::Session;
+use crate::{Error, Observer, Result, Settings, weights};
+
+/// Settings that change how a run is done or reported, never its bits. The rows per step and the
+/// length of the schedule are compared as such.
+const FREE: [&str; 19] = [
+    "model",
+    "output_dir",
+    "eval_data",
+    "memory",
+    "threads",
+    "logging_steps",
+    "eval_steps",
+    "sample_steps",
+    "sample_prompt",
+    "sample_tokens",
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "scratch_dir",
+    "scratch_limit",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "num_train_epochs",
+];
+
+/// The checkpoint that the settings name: `auto` is the newest whole one in the output directory, if
+/// there is one.
+///
+/// # Errors
+/// A path that is no whole checkpoint.
+pub(crate) fn find(
+    settings: &Settings,
+    output_dir: &Path,
+    observer: &mut dyn Observer,
+) -> Result<Option<Checkpoint>> {
+    match settings.resume_from_checkpoint.as_deref() {
+        None => Ok(None),
+        Some("auto") => {
+            let newest = newest_valid(output_dir)?;
+            for skipped in &newest.skipped {
+                let path = skipped.path.display();
+                observer.note(&format!("warning: {path} is passed over: {}", skipped.reason));
+            }
+            Ok(newest.checkpoint)
+        }
+        Some(path) => Ok(Some(open(Path::new(path))?)),
+    }
+}
+
+/// The state of a run after `step` steps.
+pub(crate) fn state(
+    settings: &Settings,
+    step: u64,
+    tokens_seen: u64,
+    n_blocks: u64,
+) -> TrainerState {
+    let n_rows_done = step * settings.n_rows();
+    TrainerState {
+        step,
+        n_updates: step,
+        cursor: DataCursor { epoch: n_rows_done / n_blocks, row: n_rows_done % n_blocks },
+        seed: settings.seed,
+        schedule: Map::new(),
+        settings: settings.to_map(),
+        kernel_tier: tier().to_string(),
+        code_version: env!("CARGO_PKG_VERSION").to_owned(),
+        tokens_seen,
+        last_losses: Vec::new(),
+        scaler: None,
+    }
+}
+
+/// Checks that the run which goes on is the run that was begun.
+///
+/// # Errors
+/// [`Error::Usage`] with the names of the settings that differ.
+pub(crate) fn check_settings(
+    checkpoint: &Checkpoint,
+    settings: &Settings,
+    n_steps: u64,
+    observer: &mut dyn Observer,
+) -> Result<()> {
+    let state = checkpoint.state();
+    let begun: Settings =
+        serde_json::from_value(Value::Object(state.settings.clone())).map_err(|e| {
+            Error::Input {
+                message: format!(
+                    "{}: settings of another version: {e}",
+                    checkpoint.path().display()
+                ),
+                hint: "start the run again".to_owned(),
+            }
+        })?;
+    let (then, now) = (begun.to_map(), settings.to_map());
+    let differs = |key: &&String| then[*key] != now[*key] && !FREE.contains(&key.as_str());
+    let mut names: Vec<&str> = now.keys().filter(differs).map(String::as_str).collect();
+    if begun.n_rows() != settings.n_rows() {
+        names.push("per_device_train_batch_size times gradient_accumulation_steps");
+    }
+    // Another length is fine as long as the steps that were done had the same learning rates.
+    if let Some(n) = begun.max_steps
+        && n != n_steps
+        && !same_rates(&Schedule::of(&begun, n), &Schedule::of(settings, n_steps), state.step)
+    {
+        names.push("max_steps");
+    }
+    if !names.is_empty() {
+        let path = checkpoint.path().display();
+        return Err(Error::Usage {
+            message: format!("{path}: the run was begun with other settings: {}", names.join(", ")),
+            hint: "give the same values; its trainer_state.json holds them".to_owned(),
+        });
+    }
+    if state.kernel_tier != tier().to_string() {
+        let (then, now) = (&state.kernel_tier, tier());
+        observer.note(&format!(
+            "warning: the run was begun with {then} kernels and goes on with {now}: \
+             its last bits may differ"
+        ));
+    }
+    Ok(())
+}
+
+/// Whether the first `n` steps have the same learning rates.
+fn same_rates(a: &Schedule, b: &Schedule, n: u64) -> bool {
+    (1..=n).all(|step| a.learning_rate(step) == b.learning_rate(step))
+}
+
+/// Writes checkpoints of one run.
+pub(crate) struct Saver {
+    output_dir: PathBuf,
+    model_dir: PathBuf,
+    n_keep: Option<usize>,
+    resumed_from: Option<PathBuf>,
+    weights: Vec<TensorSpec>,
+    optimizer: Vec<TensorSpec>,
+    needed_bytes: u64,
+}
+
+impl Saver {
+    /// For the run that `session` is planned for.
+    ///
+    /// # Errors
+    /// Side files that cannot be read.
+    pub(crate) fn new(
+        settings: &Settings,
+        output_dir: &Path,
+        model: &Model,
+        session: &Session,
+        from: Option<&Checkpoint>,
+    ) -> Result<Self> {
+        let program = session.train.as_ref().expect("a training run has a training plan");
+        let (weights, optimizer) = (weights::specs(&program.graph), state_specs(&program.graph));
+        Ok(Self {
+            output_dir: output_dir.to_path_buf(),
+            model_dir: model.dir.clone(),
+            n_keep: settings.save_total_limit.map(|n| n as usize),
+            resumed_from: from.map(|c| c.path().to_path_buf()),
+            needed_bytes: checkpoint_bytes(&weights, &optimizer, &model.dir)?,
+            weights,
+            optimizer,
+        })
+    }
+
+    /// Writes a checkpoint and removes those that are too many.
+    ///
+    /// # Errors
+    /// A failed write; the checkpoints that were there before are untouched.
+    pub(crate) fn save(&self, session: &mut Session, state: &TrainerState) -> Result<PathBuf> {
+        let Session { train, arena, .. } = session;
+        let program = train.as_ref().expect("a training run has a training plan");
+        let (graph, mut buffers) = (&program.graph, program.executor.buffers(arena));
+        let mut writer = CheckpointWriter::begin(&self.output_dir, state.step, self.needed_bytes)?;
+        writer.copy_side_files(&self.model_dir)?;
+        let mut file = writer.weights(&self.weights)?;
+        for (id, param) in graph.params.iter() {
+            file.write_tensor_f32(&param.name, buffers.param(id))?;
+        }
+        file.finish()?;
+        let mut file = writer.optimizer(&self.optimizer)?;
+        for (id, param, k) in states(graph) {
+            let name = state_name(&graph.states[k].name, &param.name);
+            file.write_tensor_f32(&name, buffers.state(id, k as u32))?;
+        }
+        file.finish()?;
+        let path = writer.publish(state)?;
+        if let Some(n_keep) = self.n_keep {
+            let never = self.resumed_from.iter().map(PathBuf::as_path).chain([path.as_path()]);
+            rotate(&self.output_dir, n_keep, never)?;
+        }
+        Ok(path)
+    }
+}
+
+/// Every state of every trained parameter: (parameter, number of the state), in `ParamId` order.
+pub(crate) fn states(graph: &Graph) -> impl Iterator<Item = (ParamId, &Param, usize)> {
+    let trained = graph.params.iter().filter(|(_, p)| p.trainable);
+    trained.flat_map(|(id, p)| (0..graph.states.len()).map(move |k| (id, p, k)))
+}
+
+/// The optimizer's states as tensors of a file.
+fn state_specs(graph: &Graph) -> Vec<TensorSpec> {
+    let spec = |(_, param, k): (ParamId, &Param, usize)| TensorSpec {
+        name: state_name(&graph.states[k].name, &param.name),
+        dtype: Dtype::F32,
+        shape: param.shape.dims.iter().map(|&d| d as usize).collect(),
+    };
+    states(graph).map(spec).collect()
+}

@@ -1,0 +1,16 @@
+//! Tests that drive the binary, as a person or a script would.
+//!
+//! Files: `lab` (a folder with a tiny model, and what runs the binary in it), `flow` (the whole way of
+//! a model), `same_bits` (what must not change the result), `resume` (nothing is lost), `refusals`
+//! (errors, hints and exit codes).
+#![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
+
+mod lab;
+
+mod flow;
+
+mod same_bits;
+
+mod resume;
+
+mod refusals;

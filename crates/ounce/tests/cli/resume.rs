@@ -1,0 +1,142 @@
+//! Nothing is lost: a run that was stopped goes on with the bits of one that never was.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::lab::{Lab, words};
+
+const RUN: &str = "train --model model --data train.txt --max-length 64 --max-steps 8 \
+    --per-device-train-batch-size 6 --learning-rate 1e-2 --dropout 0.1 --sample-steps 0";
+
+fn gpt2() -> Lab {
+    Lab::with_model(&words("--arch gpt2 --n-layers 1 --hidden-size 32 --context-length 64"))
+}
+
+fn weights(lab: &Lab, dir: &str) -> Vec<u8> {
+    std::fs::read(lab.path(dir).join("model.safetensors")).unwrap()
+}
+
+/// The steps that a run printed.
+fn steps(lines: &[serde_json::Value]) -> Vec<(u64, f64)> {
+    let steps = lines.iter().filter_map(|l| l["step"].as_u64().zip(l["loss"].as_f64()));
+    steps.collect()
+}
+
+#[test]
+fn every_checkpoint_leads_to_the_same_end() {
+    let lab = gpt2();
+    let whole = lab.json(&words(&format!("{RUN} --output-dir whole --save-steps 1")));
+    for k in 1..=8 {
+        // Another budget, other threads, other batches: the same run.
+        let line = format!(
+            "{RUN} --output-dir from{k} --resume-from-checkpoint whole/checkpoint-{k} \
+             --memory 20MiB --threads 1 --per-device-train-batch-size 2 \
+             --gradient-accumulation-steps 3"
+        );
+        let rest = lab.json(&words(&line));
+        assert_eq!(steps(&rest), steps(&whole)[k..]);
+        assert!(weights(&lab, &format!("from{k}")) == weights(&lab, "whole"), "checkpoint {k}");
+    }
+    // A checkpoint is a model directory of its own.
+    lab.succeed(&words("generate --model whole/checkpoint-3 --prompt ROMEO: --max-new-tokens 3"));
+}
+
+#[test]
+fn an_interrupted_run_ends_with_the_signal_s_code_and_goes_on_by_itself() {
+    let lab = gpt2();
+    let run = RUN.replace("--max-steps 8", "--max-steps 300");
+    lab.succeed(&words(&format!("{run} --output-dir whole")));
+    let auto = format!("{run} --output-dir out --resume-from-checkpoint auto --json");
+    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        let mut child = lab
+            .command(&words(&auto))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        let mut first = String::new();
+        lines.read_line(&mut first).unwrap();
+        assert!(first.contains("\"step\":"), "{first}");
+        let kill = Command::new("kill").args(["-s", signal, &child.id().to_string()]).status();
+        assert!(kill.unwrap().success());
+        std::io::copy(&mut lines, &mut std::io::sink()).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(code));
+        assert!(!lab.path("out/model.safetensors").exists());
+    }
+    let rest = lab.json(&words(&auto[..auto.len() - " --json".len()]));
+    assert!(steps(&rest)[0].0 > 2, "the run goes on where it was stopped");
+    assert!(weights(&lab, "out") == weights(&lab, "whole"));
+    // The metrics are those of one run.
+    let metrics = std::fs::read_to_string(lab.path("out/metrics.jsonl")).unwrap();
+    let numbers: Vec<_> = metrics
+        .lines()
+        .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["step"].as_u64().unwrap())
+        .collect();
+    assert_eq!(numbers, (1..=300).collect::<Vec<_>>());
+}
+
+#[test]
+fn killed_runs_go_on_with_the_same_bits() {
+    let lab = gpt2();
+    let run = RUN.replace("--max-steps 8", "--max-steps 40");
+    lab.succeed(&words(&format!("{run} --output-dir whole")));
+    let auto =
+        format!("{run} --output-dir out --save-steps 3 --resume-from-checkpoint auto --json");
+    for n_lines in [2, 5, 9] {
+        let mut child = lab
+            .command(&words(&auto))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert_eq!(lines.by_ref().take(n_lines).count(), n_lines);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    lab.succeed(&words(&auto));
+    assert!(weights(&lab, "out") == weights(&lab, "whole"));
+}
+
+#[test]
+fn old_checkpoints_go_and_damaged_ones_are_passed_over() {
+    let lab = gpt2();
+    let run = format!("{RUN} --output-dir out --save-steps 2 --save-total-limit 2");
+    lab.succeed(&words(&run));
+    let there = |k: u64| lab.path(&format!("out/checkpoint-{k}")).is_dir();
+    assert_eq!([2, 4, 6, 8].map(there), [false, false, true, true]);
+
+    let damaged = lab.path("out/checkpoint-8/optimizer.safetensors");
+    let mut bytes = std::fs::read(&damaged).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&damaged, bytes).unwrap();
+    let rest = lab.json(&words(&format!("{RUN} --output-dir out --resume-from-checkpoint auto")));
+    assert_eq!(steps(&rest)[0].0, 7);
+    let named = format!("{RUN} --output-dir o --resume-from-checkpoint out/checkpoint-8");
+    assert!(lab.fail(4, &words(&named)).contains("optimizer.safetensors"));
+    assert!(!Path::exists(&lab.path("o")));
+}
+
+#[test]
+fn settings_that_would_change_the_run_are_refused_by_name() {
+    let lab = gpt2();
+    lab.succeed(&words(&format!("{RUN} --output-dir out --save-steps 4")));
+    let from = "--output-dir o --resume-from-checkpoint out/checkpoint-4";
+    let changes = [
+        ("--seed 7", "seed"),
+        ("--weight-decay 0.1", "weight_decay"),
+        ("--max-steps 9", "max_steps"),
+    ];
+    for (flag, name) in changes {
+        let error = lab.fail(2, &words(&format!("{RUN} {from} {flag}")));
+        assert!(error.contains(&format!("other settings: {name}\n")), "{error}");
+    }
+    // A constant rate does not depend on the length of the run.
+    let constant = RUN.replace("train ", "train --lr-scheduler-type constant ");
+    lab.succeed(&words(&format!("{constant} --output-dir c --save-steps 4 --max-steps 4")));
+    let longer = format!("{constant} --output-dir c --resume-from-checkpoint auto");
+    assert_eq!(steps(&lab.json(&words(&longer))).len(), 4);
+}
