@@ -219,7 +219,15 @@ tiered! {
 tiered! {
     /// Adds `dy x̂` to `dw` and `dy` to `db` (when it is there), tokens ascending, for the columns
     /// from `first_col` on.
-    fn column_sums(dw: &mut [f32], db: &mut [f32], stats: &[f32], dy: &[f32], x: &[f32], first_col: usize, n_channels: usize) {
+    fn column_sums(
+        dw: &mut [f32],
+        db: &mut [f32],
+        stats: &[f32],
+        dy: &[f32],
+        x: &[f32],
+        first_col: usize,
+        n_channels: usize,
+    ) {
         for ((stats, dy), x) in
             stats.chunks_exact(2).zip(dy.chunks_exact(n_channels)).zip(x.chunks_exact(n_channels))
         {

@@ -145,7 +145,10 @@ fn kernels_allocate_nothing() {
         embed_forward(&pool, &mut y, &targets, &w, C);
         embed_scatter(&pool, &mut dtable, &targets, &x, C, &mut keys);
     });
+    optimizers_allocate_nothing(&pool, &x, &mut y);
+}
 
+fn optimizers_allocate_nothing(pool: &Pool, x: &[f32], y: &mut [f32]) {
     let (mut m, mut v) = (vec![0.0; N * C], vec![0.0; N * C]);
     let mut sums = vec![0.0; sum_squares_scratch_f64(N * C)];
     let hyper = AdamwHyper {
@@ -159,9 +162,9 @@ fn kernels_allocate_nothing() {
         grad_scale: 1.0,
     };
     quiet("optim", || {
-        adamw(&pool, &mut y, &x, &mut m, &mut v, &hyper);
-        sgd(&pool, &mut y, &x, 0.1, 0.0, 1.0);
-        assert!(sum_squares(&pool, &x, &mut sums) > 0.0);
-        assert!(!any_nonfinite(&pool, &y));
+        adamw(pool, y, x, &mut m, &mut v, &hyper);
+        sgd(pool, y, x, 0.1, 0.0, 1.0);
+        assert!(sum_squares(pool, x, &mut sums) > 0.0);
+        assert!(!any_nonfinite(pool, y));
     });
 }

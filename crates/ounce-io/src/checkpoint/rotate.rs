@@ -16,8 +16,8 @@ use crate::disk::{Disk, RealDisk};
 use crate::error::IoError;
 use crate::temp::temp_path;
 
-/// Removes all checkpoints of `output_dir` but the `n_keep` newest, those in `never` (the one resumed from, the one just
-/// saved) and the newest that is whole. Returns what it removed, oldest last.
+/// Removes all checkpoints of `output_dir` but the `n_keep` newest, those in `never` (the one resumed
+/// from, the one just saved) and the newest that is whole. Returns what it removed, oldest last.
 ///
 /// # Errors
 /// `Read`, `Write`; what was to be removed may then still be there.

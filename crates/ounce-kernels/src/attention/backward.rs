@@ -302,7 +302,14 @@ fn find_block(rows: &[RowSpan], block_idx: usize) -> (RowSpan, Range<usize>) {
 tiered! {
     /// Turns scores `[query][key]` into probabilities and `dO v` into `ds`. `lse` of query `i` is
     /// at `i * lse.1`; queries beyond `delta` are padding and become zeros.
-    fn score_gradients(p: &mut [f32], ds: &mut [f32], lse: (&[f32], usize), delta: &[f32], scale: f32, is_diagonal: bool) {
+    fn score_gradients(
+        p: &mut [f32],
+        ds: &mut [f32],
+        lse: (&[f32], usize),
+        delta: &[f32],
+        scale: f32,
+        is_diagonal: bool,
+    ) {
         let rows = p.as_chunks_mut::<TILE>().0.iter_mut().zip(ds.as_chunks_mut::<TILE>().0);
         for (i, (p, ds)) in rows.enumerate() {
             let Some(&delta) = delta.get(i) else {

@@ -161,7 +161,15 @@ impl Forward<'_> {
 tiered! {
     /// Folds a tile of scores `[key][query]` into each query's (max, sum), and replaces the scores
     /// by `exp(scale s - max)`. `factor` is what older sums and outputs must be multiplied by.
-    fn online_softmax(scores: &mut [f32], max: &mut [f32], sum: &mut [f32], factor: &mut [f32], scale: f32, is_first: bool, is_diagonal: bool) {
+    fn online_softmax(
+        scores: &mut [f32],
+        max: &mut [f32],
+        sum: &mut [f32],
+        factor: &mut [f32],
+        scale: f32,
+        is_first: bool,
+        is_diagonal: bool,
+    ) {
         let scores = scores.as_chunks_mut::<TILE>().0;
         if is_diagonal {
             for (key, row) in scores.iter_mut().enumerate() {

@@ -134,7 +134,8 @@ impl Tile {
 
 /// A tile written with the intrinsics of one vector width.
 macro_rules! vector_tile {
-    ($name:ident, $features:literal, $lanes:literal, $load:ident, $store:ident, $zero:ident, $set:ident, $fma:ident) => {
+    ($name:ident, $features:literal, $lanes:literal,
+     $load:ident, $store:ident, $zero:ident, $set:ident, $fma:ident) => {
         /// # Safety
         /// As [`Tile::run`], for a full tile; the machine has the tile's features.
         #[cfg(target_arch = "x86_64")]

@@ -79,7 +79,8 @@ const STYLE: &str = "<style>\
 @media (prefers-color-scheme:dark){\
 .ol-ground{fill:#17191d}.ol-text{fill:#9aa1aa}.ol-strong{fill:#eceef0}\
 .ol-grid{stroke:#2a2e34}.ol-axis{stroke:#4a5058}\
-.ol-raw{stroke:#6fa3dd;stroke-opacity:.45}.ol-halo{stroke:#17191d}.ol-smooth{stroke:#7db3ee}.ol-end{fill:#7db3ee;stroke:#17191d}\
+.ol-raw{stroke:#6fa3dd;stroke-opacity:.45}.ol-halo{stroke:#17191d}.ol-smooth{stroke:#7db3ee}\
+.ol-end{fill:#7db3ee;stroke:#17191d}\
 .ol-eval-line{stroke:#f0954f}.ol-eval{fill:#f0954f;stroke:#17191d}}\
 </style>\n";
 
