@@ -5,6 +5,9 @@ use std::borrow::Cow;
 use std::io;
 use std::path::{Path, PathBuf};
 
+/// Longest text of a file that a message repeats whole.
+const MAX_SHOWN_BYTES: usize = 400;
+
 /// A failure to read, understand or write bytes on disk.
 #[derive(Debug, thiserror::Error)]
 pub enum IoError {
@@ -168,7 +171,7 @@ impl IoError {
         reason: impl Into<String>,
         hint: impl Into<Cow<'static, str>>,
     ) -> Self {
-        Self::BadFile { path: path.into(), reason: reason.into(), hint: hint.into() }
+        Self::BadFile { path: path.into(), reason: shorten(&reason.into()), hint: hint.into() }
     }
 
     /// A wrong line (from 1) of a text or JSON file.
@@ -178,7 +181,27 @@ impl IoError {
         reason: impl Into<String>,
         hint: impl Into<Cow<'static, str>>,
     ) -> Self {
-        Self::BadLine { path: path.into(), line, reason: reason.into(), hint: hint.into() }
+        Self::BadLine {
+            path: path.into(),
+            line,
+            reason: shorten(&reason.into()),
+            hint: hint.into(),
+        }
+    }
+
+    /// A wrong or missing tensor.
+    pub(crate) fn bad_tensor(
+        path: &Path,
+        tensor: &str,
+        reason: impl Into<String>,
+        hint: impl Into<Cow<'static, str>>,
+    ) -> Self {
+        Self::BadTensor {
+            path: path.into(),
+            tensor: shorten(tensor),
+            reason: shorten(&reason.into()),
+            hint: hint.into(),
+        }
     }
 }
 
@@ -196,6 +219,25 @@ fn write_hint(source: &io::Error) -> &'static str {
     }
 }
 
+/// `text` for an error message: what came from a file may be as long as the file and hold anything, so the middle of a
+/// long text is left out and control characters are escaped.
+pub(crate) fn shorten(text: &str) -> String {
+    let escaped = |part: &str| -> String {
+        let spell =
+            |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
+        part.chars().map(spell).collect()
+    };
+    if text.len() <= MAX_SHOWN_BYTES {
+        return escaped(text);
+    }
+    let boundary = |from: usize| {
+        (from..=text.len()).find(|&at| text.is_char_boundary(at)).expect("the end of a text is one")
+    };
+    let start = &text[..boundary(MAX_SHOWN_BYTES / 2)];
+    let end = &text[boundary(text.len() - MAX_SHOWN_BYTES / 4)..];
+    format!("{} ... {}", escaped(start), escaped(end))
+}
+
 /// At most 40 characters of `text` around byte `at`, with control characters escaped, for an error message.
 pub(crate) fn excerpt(text: &[u8], at: usize) -> String {
     let start = at.saturating_sub(24).min(text.len());
@@ -208,4 +250,22 @@ pub(crate) fn excerpt(text: &[u8], at: usize) -> String {
         if c.is_control() { shown.extend(c.escape_default()) } else { shown.push(c) }
     }
     shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_stays_short_and_on_its_line_whatever_the_file_holds() {
+        let text = format!("unknown field `{}` at the end", "\u{1b}\u{e9}".repeat(1000));
+        let error = IoError::bad_file(Path::new("x.json"), text, "look").to_string();
+        assert!(error.len() < 4000 && error.starts_with("x.json: unknown field `\\u{1b}\u{e9}"));
+        assert!(
+            error.ends_with("` at the end\nhint: look") && !error.contains('\u{1b}'),
+            "{error}"
+        );
+        let error = IoError::bad_tensor(Path::new("x"), "a\nb", "is missing", "look").to_string();
+        assert_eq!(error, "x: tensor `a\\nb`: is missing\nhint: look");
+    }
 }

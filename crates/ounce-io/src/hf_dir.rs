@@ -27,6 +27,12 @@ pub(crate) const TOKENIZER_FILES: [&str; 9] = [
     "chat_template.json",
 ];
 
+/// A name that any file in a directory may have: visible, no way out, not longer than file systems allow.
+pub(crate) fn is_plain_name(name: &str) -> bool {
+    let is_plain = |c: char| !c.is_control() && c != '/' && c != '\\';
+    !name.is_empty() && name.len() <= 255 && !name.starts_with('.') && name.chars().all(is_plain)
+}
+
 /// The side files that `dir` has: configuration and tokenizer.
 pub(crate) fn side_files(dir: &Path) -> Vec<&'static str> {
     let names = ["config.json", "generation_config.json"].into_iter().chain(TOKENIZER_FILES);

@@ -24,6 +24,7 @@ use std::path::Path;
 
 use crate::disk::{Disk, real_disk, write_all_at};
 use crate::error::IoError;
+use crate::hf_dir::is_plain_name;
 use crate::json::read_small_file;
 use crate::temp::temp_path;
 
@@ -185,7 +186,7 @@ fn read_list(publishing: &Path) -> Result<Vec<String>, IoError> {
     let path = publishing.join(LIST);
     let bytes = read_small_file(&path, MAX_LIST_BYTES)?;
     let names: Vec<String> = String::from_utf8_lossy(&bytes).lines().map(str::to_owned).collect();
-    match names.iter().find(|name| name.is_empty() || name.starts_with('.') || name.contains('/')) {
+    match names.iter().find(|name| !is_plain_name(name)) {
         None => Ok(names),
         Some(name) => Err(IoError::bad_file(
             &path,

@@ -5,6 +5,8 @@
 use std::fs;
 use std::io::Write;
 
+use ounce_io::checkpoint::{CheckpointWriter, newest_valid};
+use ounce_io::testing::SmallRun;
 use ounce_io::{
     BlockSampler, Dtype, SafetensorsDir, SafetensorsWriter, TensorSpec, TokenCache, train_char,
 };
@@ -17,7 +19,7 @@ fn peak_kib() -> u64 {
 }
 
 #[test]
-fn data_of_32_mib_passes_through_less_than_2_mib_of_memory() {
+fn data_and_checkpoints_of_100_mib_pass_through_less_than_2_mib_of_memory() {
     let dir = tempfile::tempdir().unwrap();
     let text = dir.path().join("text.txt");
     let mut file = fs::File::create(&text).unwrap();
@@ -50,6 +52,24 @@ fn data_of_32_mib_passes_through_less_than_2_mib_of_memory() {
     for i in 0..4096 {
         weights.read_f32_at("w", i * 1024, &mut row).unwrap();
     }
+
+    let shape = vec![8192, 1024];
+    let spec = TensorSpec { name: "w".into(), dtype: Dtype::F32, shape };
+    fs::write(dir.path().join("config.json"), "{}").unwrap();
+    let mut save = CheckpointWriter::begin(&dir.path().join("out"), 1, 64 << 20).unwrap();
+    save.copy_side_files(dir.path()).unwrap();
+    for part in ["weights", "optimizer"] {
+        let specs = std::slice::from_ref(&spec);
+        let begin = if part == "weights" { save.weights(specs) } else { save.optimizer(specs) };
+        let mut writer = begin.unwrap();
+        for _ in 0..8192 {
+            writer.append_f32("w", &row).unwrap();
+        }
+        writer.finish().unwrap();
+    }
+    save.publish(&SmallRun::new(dir.path()).unwrap().state(1)).unwrap();
+    let newest = newest_valid(&dir.path().join("out")).unwrap();
+    newest.checkpoint.unwrap().weights().read_f32_at("w", 8191 * 1024, &mut row).unwrap();
 
     let grown_kib = peak_kib() - before_kib;
     assert!(grown_kib < 2048, "the peak grew by {grown_kib} KiB");

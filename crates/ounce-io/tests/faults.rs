@@ -13,8 +13,7 @@ use ounce_io::checkpoint::newest_valid;
 use ounce_io::testing::{Fault, FaultyDisk, SmallRun, Survival};
 use ounce_io::{AtomicFile, Disk, ErrorKind, IoError, StagingDir, complete_publication};
 
-const SURVIVALS: [Survival; 4] =
-    [Survival::Nothing, Survival::All, Survival::Torn(1), Survival::Torn(2)];
+const SURVIVALS: [Survival; 3] = [Survival::Nothing, Survival::All, Survival::Torn(1)];
 
 /// A directory for one attempt, with a model to begin from.
 struct Arena {

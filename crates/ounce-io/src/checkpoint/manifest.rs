@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{FORMAT, MANIFEST};
 use crate::error::IoError;
 use crate::hash::hash_file;
+use crate::hf_dir::is_plain_name;
 use crate::json::read_json;
 
 pub(super) const DAMAGED: &str = "resume from an earlier checkpoint, or give \
@@ -66,8 +67,7 @@ impl Manifest {
             let found = manifest.format;
             return Err(bad(format!("has format {found}, but this program reads {FORMAT}")));
         }
-        let is_plain = |name: &str| !name.starts_with('.') && !name.contains(['/', '\\', '\0']);
-        match manifest.files.iter().find(|file| file.name.is_empty() || !is_plain(&file.name)) {
+        match manifest.files.iter().find(|file| !is_plain_name(&file.name)) {
             Some(file) => Err(bad(format!("`{}` is not a plain file name", file.name))),
             None => Ok(manifest),
         }

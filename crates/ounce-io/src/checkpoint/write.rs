@@ -15,7 +15,7 @@ use super::{FORMAT, MANIFEST, OPTIMIZER, STATE, TrainerState, WEIGHTS, checkpoin
 use crate::disk::{Disk, create_dirs, real_disk, write_all_at};
 use crate::error::IoError;
 use crate::hash::Xxh64;
-use crate::hf_dir::side_files;
+use crate::hf_dir::{is_plain_name, side_files};
 use crate::json::open_regular;
 use crate::safetensors::{ByteSink, SafetensorsWriter, TensorSpec, safetensors_bytes};
 use crate::temp::{TempDir, remove_stale_temps};
@@ -186,8 +186,7 @@ impl CheckpointWriter {
 
     /// Begins a file.
     fn file(&mut self, name: &str) -> Result<CheckpointFile<'_>, IoError> {
-        let is_plain = !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\']);
-        assert!(is_plain, "`{name}` is not a plain file name");
+        assert!(is_plain_name(name), "`{name}` is not a plain file name");
         assert!(self.files.iter().all(|file| file.name != name), "{name} is written once");
         let file = self.temp.disk.create(&self.temp.path.join(name));
         let file = file.map_err(|e| self.failed(self.final_path().join(name), e))?;

@@ -187,12 +187,7 @@ fn place_tensors(
     let mut covered_bytes = 0;
     for (name, tensor) in raw {
         let (start, end) = tensor.data_offsets;
-        let bad = |reason: String| IoError::BadTensor {
-            path: path.into(),
-            tensor: name.clone(),
-            reason,
-            hint: DAMAGED.into(),
-        };
+        let bad = |reason: String| IoError::bad_tensor(path, &name, reason, DAMAGED);
         let bytes = tensor
             .shape
             .iter()
@@ -240,12 +235,9 @@ fn refuse_duplicates(tensors: &[TensorInfo], path: &Path) -> Result<(), IoError>
     names.sort_unstable();
     match names.windows(2).find(|pair| pair[0] == pair[1]) {
         None => Ok(()),
-        Some(pair) => Err(IoError::BadTensor {
-            path: path.into(),
-            tensor: pair[0].to_owned(),
-            reason: "appears twice in the header".into(),
-            hint: DAMAGED.into(),
-        }),
+        Some(pair) => {
+            Err(IoError::bad_tensor(path, pair[0], "appears twice in the header", DAMAGED))
+        }
     }
 }
 

@@ -17,6 +17,7 @@ use serde_json::Value;
 use super::header::{Dtype, TensorInfo, read_header};
 use crate::error::IoError;
 use crate::half::{bf16_to_f32, f16_to_f32};
+use crate::hf_dir::is_plain_name;
 use crate::json::{open_regular, read_json};
 use crate::publication::{interrupted_hint, is_interrupted};
 
@@ -24,6 +25,7 @@ use crate::publication::{interrupted_hint, is_interrupted};
 const MAX_INDEX_BYTES: u64 = 64 << 20;
 /// Bytes of the buffer through which elements are converted.
 const CHUNK_BYTES: usize = 16 << 10;
+const BELONG_TOGETHER: &str = "config.json and the weights must belong to the same model";
 
 /// The tensors of a model directory (or of one safetensors file), ready to be read.
 #[derive(Debug)]
@@ -122,8 +124,7 @@ impl SafetensorsDir {
                 info.shape,
                 dst.len()
             );
-            let hint = "config.json and the weights must belong to the same model";
-            return Err(self.bad_tensor(info, reason, hint));
+            return Err(self.bad_tensor(info, reason, BELONG_TOGETHER));
         }
         self.read_f32_at(name, 0, dst)
     }
@@ -174,11 +175,9 @@ impl SafetensorsDir {
     }
 
     fn require(&self, name: &str) -> Result<&TensorInfo, IoError> {
-        self.get(name).ok_or_else(|| IoError::BadTensor {
-            path: self.files[0].0.clone(),
-            tensor: name.into(),
-            reason: format!("is missing among {} tensors", self.tensors.len()),
-            hint: "config.json and the weights must belong to the same model".into(),
+        self.get(name).ok_or_else(|| {
+            let reason = format!("is missing among {} tensors", self.tensors.len());
+            IoError::bad_tensor(&self.files[0].0, name, reason, BELONG_TOGETHER)
         })
     }
 
@@ -193,20 +192,11 @@ impl SafetensorsDir {
             return Ok(());
         }
         let reason = format!("{n} from {start} on do not lie within its {of}");
-        Err(self.bad_tensor(
-            info,
-            reason,
-            "config.json and the weights must belong to the same model",
-        ))
+        Err(self.bad_tensor(info, reason, BELONG_TOGETHER))
     }
 
     fn bad_tensor(&self, info: &TensorInfo, reason: String, hint: &'static str) -> IoError {
-        IoError::BadTensor {
-            path: self.files[info.file].0.clone(),
-            tensor: info.name.clone(),
-            reason,
-            hint: hint.into(),
-        }
+        IoError::bad_tensor(&self.files[info.file].0, &info.name, reason, hint)
     }
 }
 
@@ -246,7 +236,7 @@ impl ShardIndex {
             let Value::String(shard) = shard else {
                 return Err(bad(format!("`weight_map` of `{tensor}` is not a string")));
             };
-            if !is_plain_name(shard) {
+            if !is_shard_name(shard) {
                 return Err(bad(format!(
                     "`weight_map` sends `{tensor}` to `{shard}`, which is not a plain .safetensors file name"
                 )));
@@ -278,22 +268,18 @@ impl ShardIndex {
     fn check_complete(&self, dir: &SafetensorsDir) -> Result<(), IoError> {
         match self.weight_map.iter().find(|(tensor, _)| dir.get(tensor).is_none()) {
             None => Ok(()),
-            Some((tensor, &shard)) => Err(IoError::BadTensor {
-                path: self.path.clone(),
-                tensor: tensor.clone(),
-                reason: format!("is not in its shard {}", self.shards[shard].display()),
-                hint: "fetch the index and its shards again from one place".into(),
-            }),
+            Some((tensor, &shard)) => {
+                let reason = format!("is not in its shard {}", self.shards[shard].display());
+                let hint = "fetch the index and its shards again from one place";
+                Err(IoError::bad_tensor(&self.path, tensor, reason, hint))
+            }
         }
     }
 }
 
-/// A file name without any way out of its directory.
-fn is_plain_name(name: &str) -> bool {
-    name.ends_with(".safetensors")
-        && !name.starts_with('.')
-        && !name.contains(['/', '\\', '\0'])
-        && !name.contains("..")
+/// A safetensors file's name without any way out of its directory.
+fn is_shard_name(name: &str) -> bool {
+    name.ends_with(".safetensors") && is_plain_name(name) && !name.contains("..")
 }
 
 /// Refuses a link that leads out of the model directory.

@@ -1,9 +1,12 @@
 //! What tests of this crate and of those above it need: a disk with faults, small runs, bodies for fuzzing.
 //!
-//! Files in reading order: `faulty_disk.rs`, `small_run.rs`.
+//! Files in reading order: `faulty_disk.rs`, `small_run.rs`, `mutate.rs` (damage), `fuzz.rs` (one body per parser).
 
 mod faulty_disk;
+mod fuzz;
+mod mutate;
 mod small_run;
 
 pub use faulty_disk::{Fault, FaultyDisk, Survival};
+pub use fuzz::{FuzzCase, Target};
 pub use small_run::SmallRun;

@@ -308,14 +308,18 @@ fn load_json(path: &Path, json: Vec<u8>) -> Result<Library, IoError> {
             "fetch the file again, or save it again with `AutoTokenizer.save_pretrained`",
         )
     };
-    // The library panics on some malformed files; that is the file's fault, and no reason to fall over.
-    let loaded = std::panic::catch_unwind(|| Library::from_bytes(json));
-    let mut library = loaded
-        .map_err(|_| bad("its structure is broken".into()))?
-        .map_err(|e| bad(e.to_string()))?;
+    let mut library = guard(|| Library::from_bytes(json)).map_err(bad)?;
     // Limits meant for other uses would cut the training text short.
     library.with_padding(None).with_truncation(None).map_err(|e| bad(e.to_string()))?;
     Ok(library)
+}
+
+/// Runs the library on a file. It panics on some malformed ones; that is the file's fault, and no reason to fall over.
+fn guard<T, E: ToString>(read: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)) {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(_) => Err("its structure is broken".into()),
+    }
 }
 
 /// Builds the GPT-2 tokenizer from its two published files.
@@ -327,8 +331,8 @@ fn load_vocab_merges(vocab: &Path, merges: &Path) -> Result<Library, IoError> {
             return Err(IoError::bad_file(path, reason, "this does not look like the right file"));
         }
     }
-    let bpe = BPE::from_file(&vocab.to_string_lossy(), &merges.to_string_lossy()).build();
-    let bpe = bpe.map_err(|e| {
+    let bpe = BPE::from_file(&vocab.to_string_lossy(), &merges.to_string_lossy());
+    let bpe = guard(|| bpe.build()).map_err(|e| {
         let reason = format!("not a vocabulary that goes with {}: {e}", merges.display());
         IoError::bad_file(vocab, reason, "fetch both files again from one place")
     })?;

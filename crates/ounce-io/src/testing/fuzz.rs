@@ -1,0 +1,324 @@
+//! One body for every parser: it puts a damaged file where the parser looks for it and checks what comes of it.
+//!
+//! What must hold for every input: no panic; an error is of the class "the input is wrong", names the file and ends
+//! with a hint, in a message that fits a screen; what is accepted can be used to its end. That memory stays bounded
+//! is for the caller to watch, who owns the allocator.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::mutate::{Choices, mutate};
+use super::small_run::SmallRun;
+use crate::checkpoint;
+use crate::disk::RealDisk;
+use crate::error::{ErrorKind, IoError};
+use crate::hash::hash_file;
+use crate::{
+    Dtype, IdTable, SafetensorsDir, SafetensorsWriter, TensorSpec, TextPieces, TokenCache,
+    Tokenizer, read_config, token_cache, tokenize_to_cache, train_bpe, train_char,
+};
+
+/// Longest message of an error.
+const MAX_MESSAGE_BYTES: usize = 2000;
+const TEXT: &str = "All the world is but a stage, and all\nthe men and women merely players\n";
+
+/// What is fuzzed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// A safetensors file.
+    Safetensors,
+    /// `model.safetensors.index.json`.
+    Index,
+    /// `config.json`.
+    Config,
+    /// `tokenizer.json`.
+    Tokenizer,
+    /// `vocab.json` and `merges.txt`.
+    VocabMerges,
+    /// A text file.
+    Text,
+    /// A file of JSON rows.
+    Rows,
+    /// A token cache, also with its checksums made right again.
+    TokenCache,
+    /// `manifest.json` of a checkpoint.
+    Manifest,
+    /// `trainer_state.json`, with its checksum made right again.
+    State,
+}
+
+impl Target {
+    /// Every target.
+    pub const ALL: [Self; 10] = [
+        Self::Safetensors,
+        Self::Index,
+        Self::Config,
+        Self::Tokenizer,
+        Self::VocabMerges,
+        Self::Text,
+        Self::Rows,
+        Self::TokenCache,
+        Self::Manifest,
+        Self::State,
+    ];
+
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Safetensors => "safetensors",
+            Self::Index => "index",
+            Self::Config => "config",
+            Self::Tokenizer => "tokenizer",
+            Self::VocabMerges => "vocab-merges",
+            Self::Text => "text",
+            Self::Rows => "rows",
+            Self::TokenCache => "token-cache",
+            Self::Manifest => "manifest",
+            Self::State => "state",
+        }
+    }
+
+    /// Bytes of memory that parsing a file of `n_bytes` takes at most.
+    pub fn bound_bytes(self, n_bytes: usize) -> usize {
+        match self {
+            // The library's tables, several for each token, and the compiled expressions.
+            Self::Tokenizer | Self::VocabMerges => (16 << 20) + 400 * n_bytes,
+            _ => (1 << 20) + 64 * n_bytes,
+        }
+    }
+
+    /// The file that is damaged.
+    fn file_name(self) -> &'static str {
+        match self {
+            Self::Safetensors => "model.safetensors",
+            Self::Index => "model.safetensors.index.json",
+            Self::Config => "config.json",
+            Self::Tokenizer => "tokenizer.json",
+            Self::VocabMerges => "merges.txt",
+            Self::Text => "text.txt",
+            Self::Rows => "rows.jsonl",
+            Self::TokenCache => "tokens.bin",
+            Self::Manifest => "manifest.json",
+            Self::State => "trainer_state.json",
+        }
+    }
+}
+
+/// A target with valid files to begin from.
+#[derive(Debug)]
+pub struct FuzzCase {
+    target: Target,
+    /// The directory in which the damaged file lies, among valid ones.
+    dir: PathBuf,
+    valid: Vec<Vec<u8>>,
+}
+
+impl FuzzCase {
+    /// Writes valid files into `dir`, which must be empty and belong to this case alone.
+    ///
+    /// # Errors
+    /// `Write`, `Read`.
+    pub fn new(target: Target, dir: &Path) -> Result<Self, IoError> {
+        let mut case = Self { target, dir: dir.into(), valid: Vec::new() };
+        match target {
+            Target::Safetensors => write_tensors(&dir.join("model.safetensors"), &["a", "b"])?,
+            Target::Index => {
+                write_tensors(&dir.join("x.safetensors"), &["a"])?;
+                write_tensors(&dir.join("y.safetensors"), &["b", "c"])?;
+                let map = json!({"a": "x.safetensors", "b": "y.safetensors", "c": "y.safetensors"});
+                case.write(json!({"weight_map": map}).to_string().as_bytes());
+            }
+            Target::Config => {
+                case.write(br#"{"model_type": "gpt2", "n_embd": 32, "rope": {"theta": 1e5}}"#);
+            }
+            Target::Tokenizer => {
+                let text = dir.join("text.txt");
+                crate::write_file(&text, TEXT.as_bytes())?;
+                for tokenizer in
+                    [train_char(std::slice::from_ref(&text))?, train_bpe(&[text], 270)?]
+                {
+                    tokenizer.save(dir)?;
+                    case.add_valid(&read(&case.path()));
+                }
+            }
+            Target::VocabMerges => {
+                let vocab = json!({"a": 0, "b": 1, "ab": 2, "\u{120}": 3, "abab": 4});
+                crate::write_json(&dir.join("vocab.json"), &vocab)?;
+                case.write(b"#version: 0.2\na b\nab ab\n");
+            }
+            Target::Text => case.write("caf\u{e9} \u{1f600}\r\nline two\n\nend".as_bytes()),
+            Target::Rows => case.write(
+                b"{\"text\": \"caf\\u00e9 \\ud83d\\ude00\", \"id\": [1]}\n\n{\"text\":\"\"}\r\n",
+            ),
+            Target::TokenCache => {
+                let text = dir.join("text.txt");
+                crate::write_file(&text, TEXT.as_bytes())?;
+                train_char(std::slice::from_ref(&text))?.save(dir)?;
+                tokenize_to_cache(&[text], &Tokenizer::load(dir)?, &case.path())?;
+            }
+            Target::Manifest | Target::State => {
+                let run = SmallRun::new(dir)?;
+                let path = run.save(Arc::new(RealDisk), &dir.join("out"), 7)?;
+                case.dir = path;
+            }
+        }
+        let bytes = read(&case.path());
+        case.add_valid(&bytes);
+        Ok(case)
+    }
+
+    /// Adds a valid file to begin from.
+    pub fn add_valid(&mut self, bytes: &[u8]) {
+        self.valid.push(bytes.to_vec());
+    }
+
+    /// The valid files to begin from.
+    pub fn valid(&self) -> &[Vec<u8>] {
+        &self.valid
+    }
+
+    /// The damaged file that `data` describes.
+    pub fn damage(&self, data: &[u8]) -> Vec<u8> {
+        let mut choices = Choices(data);
+        let repairs = choices.byte() & 1 == 0;
+        let mut bytes = mutate(&self.valid, &mut choices);
+        if self.target == Target::TokenCache && repairs {
+            token_cache::reseal(&mut bytes);
+        }
+        bytes
+    }
+
+    /// Gives a file to the parser; says whether it was accepted.
+    ///
+    /// # Panics
+    /// If the parser does what it must not do.
+    pub fn try_file(&self, bytes: &[u8]) -> bool {
+        self.write(bytes);
+        let path = self.path();
+        let used = match self.target {
+            Target::Safetensors => SafetensorsDir::open(&path).and_then(|file| read_all(&file)),
+            Target::Index => SafetensorsDir::open(&self.dir).and_then(|dir| read_all(&dir)),
+            Target::Config => read_config(&self.dir).map(|_| ()),
+            Target::Tokenizer => Tokenizer::load(&path).and_then(|t| use_tokenizer(&t)),
+            Target::VocabMerges => Tokenizer::load(&self.dir).and_then(|t| use_tokenizer(&t)),
+            Target::Text | Target::Rows => read_pieces(&path, bytes.len()),
+            Target::TokenCache => TokenCache::open(&path).and_then(|cache| read_ids(&cache)),
+            Target::Manifest => checkpoint::open(&self.dir).map(|_| ()),
+            Target::State => {
+                self.seal_state();
+                checkpoint::open(&self.dir).map(|_| ())
+            }
+        };
+        match used {
+            Ok(()) => true,
+            Err(error) => {
+                self.check_error(&error);
+                false
+            }
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.join(self.target.file_name())
+    }
+
+    fn write(&self, bytes: &[u8]) {
+        fs::write(self.path(), bytes).expect("the directory can be written");
+    }
+
+    fn check_error(&self, error: &IoError) {
+        let message = error.to_string();
+        let shown: String = message.chars().take(MAX_MESSAGE_BYTES).collect();
+        assert_eq!(error.kind(), ErrorKind::BadInput, "{shown}");
+        assert!(message.len() <= MAX_MESSAGE_BYTES, "{} bytes: {shown}", message.len());
+        assert!(message.contains("\nhint: "), "{shown}");
+        // What a tokenizer cannot encode comes from no file.
+        let has_file = !matches!(error, IoError::Token { .. });
+        assert!(!has_file || message.contains(&*self.dir.to_string_lossy()), "{shown}");
+    }
+
+    /// Puts length and checksum of the state into the manifest.
+    fn seal_state(&self) {
+        let path = self.dir.join("manifest.json");
+        let mut manifest: Value = serde_json::from_slice(&read(&path)).expect("our own manifest");
+        let (n_bytes, hash) = hash_file(&self.path()).expect("just written");
+        let files = manifest["files"].as_array_mut().expect("a list of files");
+        let record = files.iter_mut().find(|f| f["name"] == self.target.file_name());
+        let record = record.expect("the state is in the manifest");
+        record["bytes"] = n_bytes.into();
+        record["xxh64"] = format!("{hash:016x}").into();
+        fs::write(path, manifest.to_string()).expect("the directory can be written");
+    }
+}
+
+fn read(path: &Path) -> Vec<u8> {
+    fs::read(path).expect("written before")
+}
+
+/// A small file with every float type.
+fn write_tensors(path: &Path, names: &[&str]) -> Result<(), IoError> {
+    let dtypes = [Dtype::F32, Dtype::Bf16, Dtype::F16];
+    let spec = |(name, dtype): (&&str, Dtype)| TensorSpec {
+        name: (*name).to_owned(),
+        dtype,
+        shape: vec![2, 3],
+    };
+    let specs: Vec<TensorSpec> = names.iter().zip(dtypes).map(spec).collect();
+    let mut file = SafetensorsWriter::create(path, &specs, &[("made by", "fuzz")])?;
+    for name in names {
+        file.write_tensor_f32(name, &[1.0, -2.0, 0.5, 0.0, 3.0, 4.0])?;
+    }
+    file.finish()
+}
+
+/// Reads every tensor to its end through a small buffer.
+fn read_all(file: &SafetensorsDir) -> Result<(), IoError> {
+    let (mut floats, mut raw) = ([0.0; 256], [0; 1024]);
+    for tensor in file.tensors() {
+        let is_float = matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16);
+        let n_elems = tensor.n_elems();
+        for start in (0..n_elems).step_by(floats.len()).filter(|_| is_float) {
+            let part = &mut floats[..(n_elems - start).min(256)];
+            file.read_f32_at(&tensor.name, start, part)?;
+        }
+        for start in (0..tensor.bytes).step_by(raw.len()).filter(|_| !is_float) {
+            let part = &mut raw[..(tensor.bytes - start).min(1024) as usize];
+            file.read_exact_bytes(&tensor.name, start, part)?;
+        }
+    }
+    Ok(())
+}
+
+/// Encodes a text, decodes what came out, and decodes by table.
+fn use_tokenizer(tokenizer: &Tokenizer) -> Result<(), IoError> {
+    // What not every tokenizer knows may be refused, but not with a panic.
+    let _ = tokenizer.encode_prompt("<s> caf\u{e9} \u{1f600}\r\n");
+    let ids = tokenizer.encode("but a stage, and all\n")?;
+    tokenizer.decode(&ids)?;
+    IdTable::new(tokenizer)?.decode(&ids);
+    Ok(())
+}
+
+/// Reads all pieces, which are never longer than what they are cut from.
+fn read_pieces(path: &Path, n_bytes: usize) -> Result<(), IoError> {
+    let mut pieces = TextPieces::open(&[path.into()])?;
+    let mut n_text = 0;
+    while let Some(piece) = pieces.next_piece()? {
+        assert!(piece.text.len() <= crate::PIECE_BYTES, "a piece of {} bytes", piece.text.len());
+        n_text += piece.text.len();
+    }
+    assert!(n_text <= n_bytes, "{n_text} bytes of text out of {n_bytes} bytes");
+    Ok(())
+}
+
+/// Reads all ids through a small buffer.
+fn read_ids(cache: &TokenCache) -> Result<(), IoError> {
+    let mut ids = [0; 256];
+    for start in (0..cache.n_tokens()).step_by(ids.len()) {
+        cache.read(start, &mut ids[..(cache.n_tokens() - start).min(256) as usize])?;
+    }
+    Ok(())
+}
