@@ -13,9 +13,10 @@ use ounce_program::StepShape;
 use serde::Serialize;
 
 use crate::budget::{Memory, peak_resident_bytes};
+use crate::graphs::{TrainWanted, Wanted};
 use crate::model::{Model, read_config};
 use crate::schedule::SchedulerType;
-use crate::session::{TrainWanted, Wanted, compile};
+use crate::session::compile;
 use crate::settings::Optimizer;
 use crate::step::{Rows, Trainer};
 use crate::train_loop::limits;

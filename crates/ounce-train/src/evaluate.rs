@@ -10,8 +10,9 @@ use ounce_io::{EvalBlocks, TokenCache};
 use ounce_program::StepShape;
 
 use crate::batch::Batch;
+use crate::graphs::Wanted;
 use crate::model::{Model, missing};
-use crate::session::{Program, Wanted, compile};
+use crate::session::{Program, compile};
 use crate::tokenize::{self, Request};
 use crate::train_loop::limits;
 use crate::{Environment, Error, EvalRecord, Observer, Result, Settings};

@@ -9,8 +9,9 @@ use ounce_kernels::philox::philox4x32_10;
 use serde::Serialize;
 
 use crate::batch::Batch;
+use crate::graphs::Wanted;
 use crate::model::Model;
-use crate::session::{Program, Wanted, compile};
+use crate::session::{Program, compile};
 use crate::text_table::{TextStream, TextTable};
 use crate::tokenize::{self, Request};
 use crate::train_loop::limits;

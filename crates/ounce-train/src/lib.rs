@@ -2,16 +2,15 @@
 //!
 //! A library: no globals, no exits, no signal handlers, nothing printed. What a run tells goes to an
 //! [`Observer`], which may also ask it to stop. The flow, each verb a crate or a file:
-//! build, differentiate, attach the optimizer, plan, check, resolve (all in `session`), then load,
+//! build, differentiate, attach the optimizer, plan, check, resolve (from `session`), then load,
 //! step, evaluate, sample, save.
 //!
 //! Files, in reading order: [`error`], [`budget`] (bytes stated, free and used), `baseline` (the
 //! declared size of the process), [`settings`], [`schedule`], [`report`] (what is told), `model` (the
 //! directory that a run starts from), `tokenize`, `text_table` and `data` (tokenizing in a child
-//! process),
-//! `weights`, `batch` (rows on the token axis), `session`, `output`
+//! process), `weights`, `batch` (rows on the token axis), `graphs`, `planning`, `session`, `output`
 //! (the directory in the making), `checkpoint`, `step`, [`train_loop`], [`mod@evaluate`],
-//! [`mod@generate`], [`bench`], [`mod@init`].
+//! [`mod@generate`], [`bench`], [`mod@init`], [`watch`].
 //!
 //! ```
 //! use ounce_train::{Memory, Settings};
@@ -46,6 +45,10 @@ mod data;
 mod weights;
 
 mod batch;
+
+mod graphs;
+
+mod planning;
 
 mod session;
 

@@ -3,52 +3,26 @@
 //! One arena serves every plan of a run. The planner puts parameters first, then optimizer states, so
 //! the training, the evaluation and the sampling plan find the parameters in the same place; the two
 //! forward plans leave the bytes of the states alone. The peak is the largest of the plans'.
-//!
-//! A plan that does not fit is planned again for its least peak, so that the error can name the
-//! smallest budget that works for every plan of the run.
 
 use std::sync::Arc;
 
 use ounce_exec::{Arena, Executor, MeasuredMachine};
 use ounce_io::checkpoint::Checkpoint;
-use ounce_ir::{Graph, Lead, OptimizerKind, ParamId, ValueId, ValueKind};
+use ounce_ir::{Graph, ParamId, ValueId, ValueKind};
 use ounce_kernels::pool::Pool;
-use ounce_models::{Purpose, build_for_length};
-use ounce_plan::{PlanError, PlanOptions};
-use ounce_program::{BufferRole, Category, Certificate, Choice, GRANULE_TOKENS, Plan, StepShape};
+use ounce_program::{BufferRole, Certificate, Choice, Plan, StepShape};
 
 use crate::baseline::{Baseline, Sizes};
 use crate::batch::DataInputs;
-use crate::budget::{format_budget, format_bytes};
 use crate::checkpoint::states;
-use crate::model::{Model, model_error};
+use crate::graphs::{Graphs, Wanted, build, everything_bytes};
+use crate::model::Model;
+use crate::planning::Planner;
 use crate::watch::plan_html;
 use crate::weights::{Source, fill_fresh};
 use crate::{Environment, Error, PlanRecord, Result};
 
-/// What a run needs plans for.
-#[derive(Debug, Clone)]
-pub(crate) struct Wanted {
-    /// The training step and its update.
-    pub(crate) train: Option<TrainWanted>,
-    /// Evaluation batches.
-    pub(crate) eval: Option<StepShape>,
-    /// Sample texts of up to this many tokens.
-    pub(crate) sample_tokens: Option<u64>,
-    /// Longest row that rotary frequencies are made for.
-    pub(crate) max_length: u64,
-}
-
-/// What a training step is.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct TrainWanted {
-    pub(crate) shape: StepShape,
-    pub(crate) optimizer: OptimizerKind,
-    pub(crate) clip: bool,
-    pub(crate) dropout: f32,
-}
-
-/// The budget and what it buys it on.
+/// The budget of a run and the threads that it may use.
 pub(crate) struct Limits {
     pub(crate) budget_bytes: u64,
     pub(crate) n_threads: usize,
@@ -86,13 +60,6 @@ pub(crate) struct Session {
     baseline: Baseline,
 }
 
-/// The graphs of a run.
-struct Graphs {
-    train: Option<Graph>,
-    eval: Option<Graph>,
-    sample: Option<Graph>,
-}
-
 /// Builds, differentiates, attaches the optimizer, plans, checks and resolves. Nothing is run, and no
 /// planned memory is touched.
 pub(crate) fn compile(
@@ -102,16 +69,39 @@ pub(crate) fn compile(
     env: &Environment,
 ) -> Result<Session> {
     let graphs = build(model, wanted)?;
-    let baseline = declare(&graphs, model, wanted, limits);
+    let baseline = &declare(&graphs, model, wanted, limits);
+    let budget_bytes = limits.budget_bytes;
     let pool = Arc::new(Pool::new(limits.n_threads));
-    let timing_bytes = limits.budget_bytes.saturating_sub(baseline.bytes());
+    let timing_bytes = budget_bytes.saturating_sub(baseline.bytes());
     let costs = env.cache_dir.join("costs");
     let machine = MeasuredMachine::new(pool.clone(), timing_bytes, baseline.bytes(), Some(costs));
-    let planner = Planner { machine: &machine, pool: &pool, model, wanted, limits, baseline };
-    let session = planner.compile(&graphs)?;
+    let planner = Planner { machine: &machine, model, wanted, budget_bytes, baseline };
+    let mut programs = Vec::with_capacity(3);
+    for (graph, shape, reserved_bytes) in graphs.jobs(wanted) {
+        let plan = planner.plan(graph, shape, reserved_bytes);
+        let plan = plan.ok_or_else(|| planner.does_not_fit(&graphs))?;
+        programs.push(resolve(model, graph, shape, &plan, &machine, &pool)?);
+    }
     // Without the file the costs are only measured again.
     let _ = machine.save();
-    Ok(session)
+    machine.release_memory();
+    check_shared_params(&programs);
+    let arena_bytes = programs.iter().map(|p| p.executor.arena_bytes()).max().unwrap_or(0);
+    let peak_bytes = programs.iter().map(|p| p.certificate.peak_bytes).max().unwrap_or(0);
+    let arena = Arena::reserve(arena_bytes)?;
+    let mut programs = programs.into_iter();
+    // In the order of `Graphs::jobs`.
+    let mut take = |is_there: bool| if is_there { programs.next() } else { None };
+    Ok(Session {
+        train: take(graphs.train.is_some()),
+        eval: take(graphs.eval.is_some()),
+        sample: take(graphs.sample.is_some()),
+        arena,
+        budget_bytes,
+        peak_bytes,
+        arena_bytes,
+        baseline: baseline.clone(),
+    })
 }
 
 /// The declared size of the process that runs these graphs.
@@ -126,227 +116,41 @@ fn declare(graphs: &Graphs, model: &Model, wanted: &Wanted, limits: &Limits) -> 
     Baseline::declare(sizes, limits.budget_bytes)
 }
 
-/// The forward graphs, and from the first of them the training step.
-fn build(model: &Model, wanted: &Wanted) -> Result<Graphs> {
-    let forward = |purpose, dropout| {
-        build_for_length(&model.config, purpose, dropout, wanted.max_length)
-            .map_err(|e| model_error(&model.dir, &e))
+/// Checks a plan and makes it runnable. The plan that is accepted is the plan that runs.
+fn resolve(
+    model: &Model,
+    graph: &Graph,
+    shape: StepShape,
+    plan: &Plan,
+    machine: &MeasuredMachine,
+    pool: &Arc<Pool>,
+) -> Result<Program> {
+    ounce_check::check(graph, plan, machine)
+        .map_err(|e| Error::Bug { message: format!("the checker refuses the plan: {e}") })?;
+    let executor = Executor::new(graph, plan, pool.clone())?;
+    let trains = graph.ops.values().any(|op| op.updates.is_some());
+    let title = format!("{}: one training step", model.dir.display());
+    let output = graph
+        .find_value(ValueKind::Loss)
+        .or_else(|| graph.find_value(ValueKind::Result))
+        .expect("a model ends in a loss or in logits");
+    let place = |p: ParamId| {
+        let buffer = plan.find_buffer(BufferRole::Param(p)).expect("parameters are resident");
+        (plan.buffers[buffer].offset, plan.buffers[buffer].bytes)
     };
-    let train = match &wanted.train {
-        Some(t) => {
-            let loss = forward(Purpose::Loss, t.dropout)?;
-            let gradients = ounce_passes::differentiate(&loss)?;
-            Some(ounce_passes::attach_optimizer(&gradients, t.optimizer, t.clip)?)
-        }
-        None => None,
-    };
-    let eval = wanted.eval.map(|_| forward(Purpose::Loss, 0.0)).transpose()?;
-    let sample = wanted.sample_tokens.map(|_| forward(Purpose::Decode, 0.0)).transpose()?;
-    Ok(Graphs { train, eval, sample })
-}
-
-impl Graphs {
-    fn iter(&self) -> impl Iterator<Item = &Graph> {
-        [&self.train, &self.eval, &self.sample].into_iter().flatten()
-    }
-
-    /// Each graph with the shape it is planned for and the bytes after the parameters that it must
-    /// leave alone: the optimizer's states outlive evaluation and sampling.
-    fn jobs(&self, wanted: &Wanted) -> Vec<(&Graph, StepShape, u64)> {
-        let state_bytes = self.train.as_ref().map_or(0, state_bytes);
-        let sample = |row_tokens| StepShape { n_rows: 1, row_tokens, n_selected: 1 };
-        let train = self.train.as_ref().zip(wanted.train).map(|(g, t)| (g, t.shape, 0));
-        let eval = self.eval.as_ref().zip(wanted.eval).map(|(g, s)| (g, s, state_bytes));
-        let sample = self
-            .sample
-            .as_ref()
-            .zip(wanted.sample_tokens)
-            .map(|(g, n)| (g, sample(n), state_bytes));
-        [train, eval, sample].into_iter().flatten().collect()
-    }
-}
-
-/// What planning needs to know, for every plan of a run.
-struct Planner<'a> {
-    machine: &'a MeasuredMachine,
-    pool: &'a Arc<Pool>,
-    model: &'a Model,
-    wanted: &'a Wanted,
-    limits: &'a Limits,
-    baseline: Baseline,
-}
-
-impl Planner<'_> {
-    fn compile(&self, graphs: &Graphs) -> Result<Session> {
-        let budget_bytes = self.limits.budget_bytes;
-        let mut programs = Vec::with_capacity(3);
-        for (graph, shape, reserved) in graphs.jobs(self.wanted) {
-            match self.plan(graph, shape, budget_bytes, reserved) {
-                Ok(plan) => programs.push(self.resolve(graph, shape, &plan)?),
-                Err(PlanError::DoesNotFit { .. }) => return Err(self.does_not_fit(graphs)),
-            }
-        }
-        check_shared_params(&programs);
-        self.machine.release_memory();
-        let arena_bytes = programs.iter().map(|p| p.executor.arena_bytes()).max().unwrap_or(0);
-        let peak_bytes = programs.iter().map(|p| p.certificate.peak_bytes).max().unwrap_or(0);
-        let arena = Arena::reserve(arena_bytes)?;
-        let mut programs = programs.into_iter();
-        // In the order of `Graphs::jobs`.
-        let mut take = |is_there: bool| if is_there { programs.next() } else { None };
-        Ok(Session {
-            train: take(graphs.train.is_some()),
-            eval: take(graphs.eval.is_some()),
-            sample: take(graphs.sample.is_some()),
-            arena,
-            budget_bytes,
-            peak_bytes,
-            arena_bytes,
-            baseline: self.baseline.clone(),
-        })
-    }
-
-    fn plan(
-        &self,
-        graph: &Graph,
-        shape: StepShape,
-        budget: u64,
-        reserved_bytes: u64,
-    ) -> std::result::Result<Plan, PlanError> {
-        let options = PlanOptions { reserved_bytes, ..PlanOptions::default() };
-        ounce_plan::plan(graph, &shape, budget, self.machine, &options)
-    }
-
-    /// Checks a plan and makes it runnable. The plan that is accepted is the plan that runs.
-    fn resolve(&self, graph: &Graph, shape: StepShape, plan: &Plan) -> Result<Program> {
-        ounce_check::check(graph, plan, self.machine)
-            .map_err(|e| Error::Bug { message: format!("the checker refuses the plan: {e}") })?;
-        let executor = Executor::new(graph, plan, self.pool.clone())?;
-        let trains = graph.ops.values().any(|op| op.updates.is_some());
-        let title = format!("{}: one training step", self.model.dir.display());
-        let output = graph
-            .find_value(ValueKind::Loss)
-            .or_else(|| graph.find_value(ValueKind::Result))
-            .expect("a model ends in a loss or in logits");
-        let place = |p: ParamId| {
-            let buffer = plan.find_buffer(BufferRole::Param(p)).expect("parameters are resident");
-            (plan.buffers[buffer].offset, plan.buffers[buffer].bytes)
-        };
-        Ok(Program {
-            shape,
-            inputs: DataInputs::of(graph),
-            output,
-            executor,
-            vocab_size: self.model.config.vocab_size(),
-            certificate: plan.certificate,
-            choice: plan.choice.clone(),
-            table: ounce_plan::explain(plan),
-            picture: trains.then(|| plan_html(graph, plan, &title)),
-            params: graph.params.ids().map(place).collect(),
-            graph: graph.clone(),
-        })
-    }
-
-    /// The error that names the smallest budget for all plans, what dominates it, and what would fit.
-    fn does_not_fit(&self, graphs: &Graphs) -> Error {
-        let (smallest_bytes, dominating) = self.smallest(graphs, self.wanted);
-        let line = |(category, bytes): &(Category, u64)| {
-            format!("  {:<16} {:>12}\n", category.name(), format_bytes(*bytes))
-        };
-        Error::DoesNotFit {
-            budget_bytes: self.limits.budget_bytes,
-            smallest_bytes,
-            breakdown: dominating.iter().filter(|(_, bytes)| *bytes > 0).map(line).collect(),
-            hint: self.cheapest_change(smallest_bytes),
-        }
-    }
-
-    /// The smallest budget that every plan of a run fits into, and what the largest of them holds.
-    fn smallest(&self, graphs: &Graphs, wanted: &Wanted) -> (u64, Vec<(Category, u64)>) {
-        let mut worst = (0, Vec::new());
-        for (graph, shape, reserved) in graphs.jobs(wanted) {
-            if let Err(PlanError::DoesNotFit { smallest_bytes, dominating, .. }) =
-                self.plan(graph, shape, 0, reserved)
-                && smallest_bytes > worst.0
-            {
-                worst = (smallest_bytes, dominating);
-            }
-        }
-        let arena_bytes = worst.0.saturating_sub(self.baseline.bytes());
-        (self.baseline.smallest_budget(arena_bytes), worst.1)
-    }
-
-    /// The first change, those that cost least first, after which the run fits into the budget.
-    fn cheapest_change(&self, smallest_bytes: u64) -> String {
-        for (flags, changed) in changes(self.wanted) {
-            let Ok(graphs) = build(self.model, &changed) else { continue };
-            let (bytes, _) = self.smallest(&graphs, &changed);
-            if bytes <= self.limits.budget_bytes {
-                return format!("`{flags}` needs {}", format_budget(bytes));
-            }
-        }
-        format!(
-            "give `--memory {}MiB`, or take a smaller model",
-            format_budget(smallest_bytes).trim_end_matches(" MiB")
-        )
-    }
-}
-
-/// Changes to a run that make it smaller, as flags, those that change the result least first.
-fn changes(wanted: &Wanted) -> Vec<(String, Wanted)> {
-    let Some(train) = wanted.train else { return Vec::new() };
-    let mut changes = Vec::new();
-    let with = |train| Wanted { train: Some(train), ..wanted.clone() };
-    if train.clip {
-        changes.push(("--max-grad-norm 0".to_owned(), with(TrainWanted { clip: false, ..train })));
-    }
-    let mut max_length = wanted.max_length;
-    while max_length >= 2 * GRANULE_TOKENS {
-        max_length /= 2;
-        let shape = |s: StepShape| StepShape { row_tokens: max_length, ..s };
-        let shorter = Wanted {
-            train: Some(TrainWanted { shape: shape(train.shape), ..train }),
-            eval: wanted.eval.map(shape),
-            sample_tokens: wanted.sample_tokens.map(|n| n.min(max_length)),
-            max_length,
-        };
-        changes.push((format!("--max-length {max_length}"), shorter));
-    }
-    if train.shape.n_rows > 1 {
-        let shape = |s: StepShape| StepShape { n_rows: 1, ..s };
-        let fewer = Wanted {
-            eval: wanted.eval.map(shape),
-            ..with(TrainWanted { shape: shape(train.shape), ..train })
-        };
-        let flags = "--per-device-train-batch-size 1 --gradient-accumulation-steps 1";
-        changes.push((flags.to_owned(), fewer));
-    }
-    if train.optimizer != OptimizerKind::Sgd {
-        let sgd = TrainWanted { optimizer: OptimizerKind::Sgd, ..train };
-        changes.push(("--optimizer sgd".to_owned(), with(sgd)));
-    }
-    changes
-}
-
-/// Every parameter, state and value of a graph at once, and half as much again for scratch.
-fn everything_bytes(graph: &Graph, shape: StepShape) -> u64 {
-    let lead = |s: &ounce_ir::Shape| match s.lead {
-        Lead::Fixed => 1,
-        Lead::Tokens => shape.n_tokens(),
-        Lead::Selected => shape.n_selected,
-    };
-    let values: u64 = graph.values.values().map(|v| v.bytes(lead(&v.shape))).sum();
-    let params: u64 = graph.params.values().map(ounce_ir::Param::bytes).sum();
-    (values + params + state_bytes(graph)) / 2 * 3
-}
-
-/// Bytes of all optimizer states, each at a multiple of 64.
-fn state_bytes(graph: &Graph) -> u64 {
-    let of = |p: &ounce_ir::Param| -> u64 {
-        let bytes = |s: &ounce_ir::StateSpec| p.shape.bytes(s.dtype, 0).next_multiple_of(64);
-        graph.states.iter().map(bytes).sum()
-    };
-    graph.params.values().filter(|p| p.trainable).map(of).sum()
+    Ok(Program {
+        shape,
+        inputs: DataInputs::of(graph),
+        output,
+        executor,
+        vocab_size: model.config.vocab_size(),
+        certificate: plan.certificate,
+        choice: plan.choice.clone(),
+        table: ounce_plan::explain(plan),
+        picture: trains.then(|| plan_html(graph, plan, &title)),
+        params: graph.params.ids().map(place).collect(),
+        graph: graph.clone(),
+    })
 }
 
 /// Every plan must find the same parameters in the same place.

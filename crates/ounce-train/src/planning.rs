@@ -1,0 +1,167 @@
+//! A plan for each graph of a run; where the budget is too small, the smallest that is not.
+//!
+//! Whether a budget is feasible must not depend on the noise of measured times: the smallest feasible
+//! one is printed, and that very figure has to work in another process, also after the file of costs
+//! is gone. So the least peak is that of a planner with declared costs ([`Declared`]: arithmetic over
+//! a fixed speed), and measured costs choose among the plans above it.
+
+use ounce_exec::MeasuredMachine;
+use ounce_ir::{Graph, OpId, OptimizerKind};
+use ounce_plan::{Frontier, PlanError, PlanOptions};
+use ounce_program::{Category, FixedMachine, GRANULE_TOKENS, Instr, Machine, Plan, StepShape};
+
+use crate::Error;
+use crate::baseline::Baseline;
+use crate::budget::{format_budget, format_bytes};
+use crate::graphs::{Graphs, TrainWanted, Wanted, build};
+use crate::model::Model;
+
+/// What planning needs to know, for every plan of a run.
+pub(crate) struct Planner<'a> {
+    pub(crate) machine: &'a MeasuredMachine,
+    pub(crate) model: &'a Model,
+    pub(crate) wanted: &'a Wanted,
+    pub(crate) budget_bytes: u64,
+    pub(crate) baseline: &'a Baseline,
+}
+
+/// The bytes of a measured machine with times that are the same everywhere.
+struct Declared<'a>(&'a MeasuredMachine);
+
+impl Machine for Declared<'_> {
+    fn n_threads(&self) -> u32 {
+        self.0.n_threads()
+    }
+
+    fn scratch_bytes(&self, graph: &Graph, op: OpId, n_tokens: u64) -> u64 {
+        self.0.scratch_bytes(graph, op, n_tokens)
+    }
+
+    fn cost_s(&self, graph: &Graph, op: OpId, shape: &StepShape, n_tokens: u64) -> f64 {
+        FixedMachine::default().cost_s(graph, op, shape, n_tokens)
+    }
+
+    fn baseline_bytes(&self) -> u64 {
+        self.0.baseline_bytes()
+    }
+}
+
+impl Planner<'_> {
+    /// The plan of a graph that leaves `reserved_bytes` after the parameters alone, if one fits.
+    pub(crate) fn plan(
+        &self,
+        graph: &Graph,
+        shape: StepShape,
+        reserved_bytes: u64,
+    ) -> Option<Plan> {
+        let options = PlanOptions { reserved_bytes, ..PlanOptions::default() };
+        let declared = Declared(self.machine);
+        let least = Frontier::solve(graph, &shape, &declared, &options);
+        if least.smallest_bytes() > self.budget_bytes {
+            return None;
+        }
+        let measured = Frontier::solve(graph, &shape, self.machine, &options);
+        measured.plan(self.budget_bytes).or_else(|_| self.least(graph, &least, &measured)).ok()
+    }
+
+    /// A plan near the least peak that measured costs do not find, with its measured times.
+    fn least(
+        &self,
+        graph: &Graph,
+        least: &Frontier<'_>,
+        measured: &Frontier<'_>,
+    ) -> Result<Plan, PlanError> {
+        let mut plan = least.plan(self.budget_bytes)?;
+        let fastest = measured.plan(u64::MAX)?.certificate;
+        let cost = |instr: &Instr| match instr {
+            Instr::Run { op, tokens, .. } => {
+                self.machine.cost_s(graph, *op, &plan.shape, tokens.end - tokens.start)
+            }
+            Instr::Zero { .. } | Instr::Copy { .. } | Instr::Wait { .. } => 0.0,
+        };
+        plan.certificate.step_s = plan.instrs.iter().map(cost).sum();
+        plan.certificate.step_bound_s = fastest.step_bound_s;
+        plan.certificate.unconstrained_step_s = fastest.unconstrained_step_s;
+        Ok(plan)
+    }
+
+    /// The error that names the smallest budget for all plans, what dominates it, and what would fit.
+    pub(crate) fn does_not_fit(&self, graphs: &Graphs) -> Error {
+        let (smallest_bytes, dominating) = self.smallest(graphs, self.wanted);
+        let line = |(category, bytes): &(Category, u64)| {
+            format!("  {:<16} {:>12}\n", category.name(), format_bytes(*bytes))
+        };
+        Error::DoesNotFit {
+            budget_bytes: self.budget_bytes,
+            smallest_bytes,
+            breakdown: dominating.iter().filter(|(_, bytes)| *bytes > 0).map(line).collect(),
+            hint: self.cheapest_change(smallest_bytes),
+        }
+    }
+
+    /// The smallest budget that every plan of a run fits into, and what the largest of them holds.
+    fn smallest(&self, graphs: &Graphs, wanted: &Wanted) -> (u64, Vec<(Category, u64)>) {
+        let declared = Declared(self.machine);
+        let mut worst = (0, Vec::new());
+        for (graph, shape, reserved_bytes) in graphs.jobs(wanted) {
+            let options = PlanOptions { reserved_bytes, ..PlanOptions::default() };
+            if let Err(PlanError::DoesNotFit { smallest_bytes, dominating, .. }) =
+                ounce_plan::plan(graph, &shape, 0, &declared, &options)
+                && smallest_bytes > worst.0
+            {
+                worst = (smallest_bytes, dominating);
+            }
+        }
+        let arena_bytes = worst.0.saturating_sub(self.baseline.bytes());
+        (self.baseline.smallest_budget(arena_bytes), worst.1)
+    }
+
+    /// The first change, those that cost least first, after which the run fits into the budget.
+    fn cheapest_change(&self, smallest_bytes: u64) -> String {
+        for (flags, changed) in changes(self.wanted) {
+            let Ok(graphs) = build(self.model, &changed) else { continue };
+            let (bytes, _) = self.smallest(&graphs, &changed);
+            if bytes <= self.budget_bytes {
+                return format!("`{flags}` needs {}", format_budget(bytes));
+            }
+        }
+        let enough = format_budget(smallest_bytes).replace(' ', "");
+        format!("give `--memory {enough}`, or take a smaller model")
+    }
+}
+
+/// Changes to a run that make it smaller, as flags, those that change the result least first.
+fn changes(wanted: &Wanted) -> Vec<(String, Wanted)> {
+    let Some(train) = wanted.train else { return Vec::new() };
+    let mut changes = Vec::new();
+    let with = |train| Wanted { train: Some(train), ..wanted.clone() };
+    if train.clip {
+        changes.push(("--max-grad-norm 0".to_owned(), with(TrainWanted { clip: false, ..train })));
+    }
+    let mut max_length = wanted.max_length;
+    while max_length >= 2 * GRANULE_TOKENS {
+        max_length /= 2;
+        let shape = |s: StepShape| StepShape { row_tokens: max_length, ..s };
+        let shorter = Wanted {
+            train: Some(TrainWanted { shape: shape(train.shape), ..train }),
+            eval: wanted.eval.map(shape),
+            sample_tokens: wanted.sample_tokens.map(|n| n.min(max_length)),
+            max_length,
+        };
+        changes.push((format!("--max-length {max_length}"), shorter));
+    }
+    if train.shape.n_rows > 1 {
+        let shape = |s: StepShape| StepShape { n_rows: 1, ..s };
+        let fewer = Wanted {
+            eval: wanted.eval.map(shape),
+            ..with(TrainWanted { shape: shape(train.shape), ..train })
+        };
+        let flags = "--per-device-train-batch-size 1 --gradient-accumulation-steps 1";
+        changes.push((flags.to_owned(), fewer));
+    }
+    if train.optimizer != OptimizerKind::Sgd {
+        let sgd = TrainWanted { optimizer: OptimizerKind::Sgd, ..train };
+        changes.push(("--optimizer sgd".to_owned(), with(sgd)));
+    }
+    changes
+}
