@@ -15,6 +15,7 @@ use serde::Serialize;
 use crate::budget::{Memory, peak_resident_bytes};
 use crate::graphs::{TrainWanted, Wanted};
 use crate::model::{Model, read_config};
+use crate::planning::ONE_ROW_FLAGS;
 use crate::schedule::SchedulerType;
 use crate::session::compile;
 use crate::settings::Optimizer;
@@ -110,7 +111,7 @@ pub fn bench_step(
         max_length: wanted.max_length,
     };
     let limits = limits(&settings);
-    let mut session = compile(&model, &plans, &limits, env)?;
+    let mut session = compile(&model, &plans, &limits, env).map_err(with_own_flags)?;
     session.check_baseline()?;
     let n_steps = wanted.n_warmup_steps + wanted.n_steps;
     let plan = session.record();
@@ -156,6 +157,14 @@ pub fn bench_step(
         budget_mib: mib(plan.budget_bytes),
         profile_table: profile_table(&session, wanted),
     })
+}
+
+/// The hint of a budget that is too small, in the flags of this command.
+fn with_own_flags(mut e: Error) -> Error {
+    if let Error::DoesNotFit { hint, .. } = &mut e {
+        *hint = hint.replace(ONE_ROW_FLAGS, "--batch-size 1");
+    }
+    e
 }
 
 /// A published size by name, else a directory or file with a configuration.

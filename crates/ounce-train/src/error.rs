@@ -47,8 +47,8 @@ pub enum Error {
     },
     /// A loss or a gradient is infinite or not a number.
     #[error(
-        "step {step}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the \
-         update was written\nhint: try a lower --learning-rate, a longer --warmup-steps or \
+        "step {step}: the loss is {loss} and the gradient norm {grad_norm}; nothing of this step was \
+         saved\nhint: try a lower --learning-rate, a longer --warmup-steps or \
          --max-grad-norm 1"
     )]
     NonFinite {

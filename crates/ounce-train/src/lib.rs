@@ -10,7 +10,7 @@
 //! directory that a run starts from), `tokenize`, `text_table` and `data` (tokenizing in a child
 //! process), `weights`, `batch` (rows on the token axis), `graphs`, `planning`, `session`, `output`
 //! (the directory in the making), `checkpoint`, `step`, [`train_loop`], [`mod@evaluate`],
-//! [`mod@generate`], [`bench`], [`mod@init`], [`watch`].
+//! [`mod@generate`], [`mod@bench`], [`mod@init`], [`watch`].
 //!
 //! ```
 //! use ounce_train::{Memory, Settings};

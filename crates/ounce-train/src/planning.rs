@@ -16,6 +16,10 @@ use crate::budget::{format_budget, format_bytes};
 use crate::graphs::{Graphs, TrainWanted, Wanted, build};
 use crate::model::Model;
 
+/// Flags of a step of one row.
+pub(crate) const ONE_ROW_FLAGS: &str =
+    "--per-device-train-batch-size 1 --gradient-accumulation-steps 1";
+
 /// What planning needs to know, for every plan of a run.
 pub(crate) struct Planner<'a> {
     pub(crate) machine: &'a MeasuredMachine,
@@ -156,8 +160,7 @@ fn changes(wanted: &Wanted) -> Vec<(String, Wanted)> {
             eval: wanted.eval.map(shape),
             ..with(TrainWanted { shape: shape(train.shape), ..train })
         };
-        let flags = "--per-device-train-batch-size 1 --gradient-accumulation-steps 1";
-        changes.push((flags.to_owned(), fewer));
+        changes.push((ONE_ROW_FLAGS.to_owned(), fewer));
     }
     if train.optimizer != OptimizerKind::Sgd {
         let sgd = TrainWanted { optimizer: OptimizerKind::Sgd, ..train };
