@@ -59,10 +59,8 @@ pub(crate) fn publish_into(
     write_list(disk, &staging.join(LIST), names).map_err(failed)?;
     disk.sync_dir(staging).and_then(|()| disk.rename(staging, &publishing)).map_err(failed)?;
     let moved = disk.sync_dir(dir).map_err(failed).and_then(|()| move_in(disk, dir, names));
-    if moved.is_ok() {
+    if moved.is_ok() || undo(disk, dir, names).is_ok() {
         end(disk, dir);
-    } else if undo(disk, dir, names).is_ok() {
-        let _ = disk.remove_dir_all(&publishing);
     }
     moved
 }
@@ -139,7 +137,8 @@ fn old_names(dir: &Path, names: &[String]) -> io::Result<Vec<String>> {
     Ok(old)
 }
 
-/// Step 3. A directory that could not be removed is a temporary for a later writer to remove.
+/// Step 3. The name goes first and at once: half of `.publishing` must never be taken for all of it. What could not be
+/// removed is a temporary for a later writer to remove.
 fn end(disk: &dyn Disk, dir: &Path) {
     let temp = temp_path(dir, "staging");
     if disk.rename(&dir.join(PUBLISHING), &temp).is_ok() {

@@ -258,6 +258,33 @@ fn broken_tokenizers_are_errors_that_name_the_file() {
 }
 
 #[test]
+fn what_fuzzing_found_in_tokenizers_stays_mended() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tokenizer.json");
+    let whole = std::fs::read_to_string(data("stories260k/tokenizer.json")).unwrap();
+
+    // One number in the file would have been the size of a table.
+    let id = whole.find("\"</s>\":2,").unwrap() + "\"</s>\":".len();
+    std::fs::write(&path, format!("{}4294967295{}", &whole[..id], &whole[id + 1..])).unwrap();
+    let error = Tokenizer::load(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("tokenizer.json: has the id 4294967295, but at most"), "{error}");
+
+    // The library looks this name up without asking whether it is there.
+    let key = "\"special_tokens\":{\"<s>\"";
+    assert!(whole.contains(key));
+    std::fs::write(&path, whole.replace(key, "\"special_tokens\":{\"<x>\"")).unwrap();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    assert_eq!(tokenizer.decode(&tokenizer.encode("a day").unwrap()).unwrap(), "a day");
+
+    // The library has room for the longest token only, which this merge exceeds.
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(dir.path().join("vocab.json"), r#"{"a": 0, "b": 1, "ab": 2}"#).unwrap();
+    std::fs::write(dir.path().join("merges.txt"), "#version: 0.2\na b\nab a\n").unwrap();
+    let error = Tokenizer::load(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("vocab.json: not a vocabulary that goes with"), "{error}");
+}
+
+#[test]
 fn limits_in_a_tokenizer_file_do_not_cut_the_text() {
     let dir = tempfile::tempdir().unwrap();
     let mut json = read_json(&data("bpe512/tokenizer.json"), 1 << 20).unwrap();

@@ -84,8 +84,9 @@ impl Target {
     /// Bytes of memory that parsing a file of `n_bytes` takes at most.
     pub fn bound_bytes(self, n_bytes: usize) -> usize {
         match self {
-            // The library's tables, several for each token, and the compiled expressions.
-            Self::Tokenizer | Self::VocabMerges => (16 << 20) + 400 * n_bytes,
+            // A table of the most ids accepted, as it grows; the library's tables, several for each token; the
+            // compiled expressions.
+            Self::Tokenizer | Self::VocabMerges => (64 << 20) + 400 * n_bytes,
             _ => (1 << 20) + 64 * n_bytes,
         }
     }

@@ -4,7 +4,7 @@
 //! the same file, and a finding can be kept and tried again. Words that formats like these stumble over are at hand.
 
 /// Words to put into files.
-const WORDS: [&[u8]; 32] = [
+const WORDS: [&[u8]; 34] = [
     b"{",
     b"}",
     b"[",
@@ -23,6 +23,8 @@ const WORDS: [&[u8]; 32] = [
     b"0",
     b"0.5",
     b"1e999",
+    b"4000000",
+    b"4294967295",
     b"4294967296",
     b"9223372036854775808",
     b"18446744073709551615",

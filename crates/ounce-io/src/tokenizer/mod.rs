@@ -30,6 +30,8 @@ use chars::CharTable;
 use pieces::PieceRules;
 use special::SpecialIds;
 
+/// Most ids accepted; the largest published vocabularies have a quarter of it.
+const MAX_IDS: usize = 1 << 22;
 /// Longest tokenizer file accepted.
 const MAX_TOKENIZER_BYTES: u64 = 128 << 20;
 
@@ -77,6 +79,12 @@ impl Tokenizer {
                 library.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1)
             }
         };
+        if vocab_size > MAX_IDS {
+            // A table by id would take its size from one number in the file.
+            let reason =
+                format!("has the id {}, but at most {MAX_IDS} ids are read", vocab_size - 1);
+            return Err(IoError::bad_file(files.main(), reason, "fetch the file again"));
+        }
         let special = match &backend {
             Backend::Chars(_) => SpecialIds::default(),
             Backend::Library(library) => SpecialIds::read(&files.dir, library)?,
@@ -144,10 +152,12 @@ impl Tokenizer {
         }
         match &self.backend {
             Backend::Chars(chars) => Ok(ids.iter().filter_map(|&id| chars.char(id)).collect()),
-            Backend::Library(library) => library.decode(ids, true).map_err(|e| IoError::Token {
-                reason: format!("cannot decode: {e}"),
-                hint: "check the tokenizer's `decoder`".into(),
-            }),
+            Backend::Library(library) => {
+                guard(|| library.decode(ids, true)).map_err(|e| IoError::Token {
+                    reason: format!("cannot decode: {e}"),
+                    hint: "check the tokenizer's `decoder`".into(),
+                })
+            }
         }
     }
 
@@ -194,8 +204,8 @@ impl Tokenizer {
         match &self.backend {
             Backend::Chars(chars) => chars.encode(text, ids),
             Backend::Library(library) => {
-                let encoding = library.encode_fast(text, false);
-                let encoding = encoding.map_err(|e| Fault { at: 0, reason: e.to_string() })?;
+                let encoding = guard(|| library.encode_fast(text, false));
+                let encoding = encoding.map_err(|reason| Fault { at: 0, reason })?;
                 ids.extend_from_slice(encoding.get_ids());
                 Ok(())
             }
@@ -209,7 +219,8 @@ impl Tokenizer {
         };
         self.special.add_bos_token.unwrap_or_else(|| {
             let starts_with_bos = |special| {
-                library.encode_fast("a", special).is_ok_and(|e| e.get_ids().first() == Some(&bos))
+                guard(|| library.encode_fast("a", special))
+                    .is_ok_and(|e| e.get_ids().first() == Some(&bos))
             };
             starts_with_bos(true) && !starts_with_bos(false)
         })
@@ -282,6 +293,13 @@ impl TokenizerFiles {
         }
     }
 
+    /// The file that holds the vocabulary.
+    fn main(&self) -> &Path {
+        match &self.kind {
+            FilesKind::Json(path) | FilesKind::VocabMerges(path, _) => path,
+        }
+    }
+
     fn fingerprint(&self) -> Result<u64, IoError> {
         let mut paths = match &self.kind {
             FilesKind::Json(path) => vec![path.clone()],
@@ -314,11 +332,11 @@ fn load_json(path: &Path, json: Vec<u8>) -> Result<Library, IoError> {
     Ok(library)
 }
 
-/// Runs the library on a file. It panics on some malformed ones; that is the file's fault, and no reason to fall over.
+/// Runs the library. It panics on some malformed tokenizers; that is the file's fault, and no reason to fall over.
 fn guard<T, E: ToString>(read: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)) {
         Ok(result) => result.map_err(|e| e.to_string()),
-        Err(_) => Err("its structure is broken".into()),
+        Err(_) => Err("the tokenizer's structure is broken".into()),
     }
 }
 
