@@ -84,10 +84,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut rows = Vec::new();
     for r in 0..shape.n_rows as usize {
         let start = r * stride;
-        for t in 0..TEXT.len() {
-            let next = (t + 1) % TEXT.len();
-            buffers.session_i32(ids)[start + t] = i32::from(TEXT[t]);
-            buffers.session_i32(targets)[start + t] = i32::from(TEXT[next]);
+        let next = TEXT.iter().cycle().skip(1);
+        for (t, (&byte, &next)) in TEXT.iter().zip(next).enumerate() {
+            buffers.session_i32(ids)[start + t] = i32::from(byte);
+            buffers.session_i32(targets)[start + t] = i32::from(next);
         }
         rows.push(RowSpan { start, len: TEXT.len() });
     }
