@@ -72,7 +72,7 @@ impl<'a> Run<'a> {
         for (v, value) in self.graph.values.iter() {
             match value.kind {
                 ValueKind::Input(InputKind::TokenIds) => {
-                    buffers.session_i32(v).copy_from_slice(&ids)
+                    buffers.session_i32(v).copy_from_slice(&ids);
                 }
                 ValueKind::Input(InputKind::Positions) => {
                     buffers.session_i32(v).copy_from_slice(&positions);

@@ -1,7 +1,8 @@
 //! Damage: a valid file and a string of random bytes become a file that is nearly valid.
 //!
-//! Idea: the random bytes are read as a short program of edits (cut, flip, insert, repeat and more), so the same bytes give
-//! the same file, and a finding can be kept and tried again. Words that formats like these stumble over are at hand.
+//! Idea: the random bytes are read as a short program of edits (cut, flip, insert, repeat and more),
+//! so the same bytes give the same file, and a finding can be kept and tried again. Words that
+//! formats like these stumble over are at hand.
 
 /// Words to put into files.
 const WORDS: [&[u8]; 34] = [
