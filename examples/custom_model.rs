@@ -98,7 +98,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let max_grad_norm = f32::INFINITY;
         let inputs =
             StepInputs { seed: 0, step, grad_scale, lr, hyper, max_grad_norm, rows: &rows };
-        executor.run(&mut arena, &inputs);
+        executor.run(&mut arena, &inputs)?;
         let sum: f32 = executor.buffers(&mut arena).session_f32(loss).iter().sum();
         if step == 1 || step % 20 == 0 {
             println!("step {step}  loss {:.4}", sum / n_tokens);

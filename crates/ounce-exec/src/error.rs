@@ -1,4 +1,4 @@
-//! What can go wrong before the first step; a step itself cannot fail.
+//! What can go wrong before the first step, and the one thing that stops a step.
 
 /// Why a plan cannot be executed, or its memory not be had.
 #[derive(Debug, thiserror::Error)]
@@ -68,4 +68,15 @@ pub enum ExecError {
         /// Index of the instruction.
         instr: usize,
     },
+}
+
+/// Why a step stopped before its first update: a number that is infinite or none at all.
+#[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
+pub enum NonFinite {
+    /// The sum of the step's losses, in token order.
+    #[error("the sum of the losses is {0}\nhint: lower the learning rate")]
+    Loss(f64),
+    /// The norm of the whole gradient, in graphs that clip.
+    #[error("the norm of the gradient is {0}\nhint: lower the learning rate")]
+    GradNorm(f64),
 }

@@ -7,7 +7,7 @@
 //!
 //! Files, in reading order: [`error`], [`arena`] (the reservation, and the only place that turns
 //! offsets into slices), `spec` (an op's operands without the graph), `scratch` (scratch bytes of
-//! every op), `resolve` (plan and graph to tasks), `dispatch` (a task to its kernel), [`step`] (the
+//! every op), `resolve` (plan and graph to tasks), `gate` (where a step stops before its updates), `dispatch` (a task to its kernel), [`step`] (the
 //! executor), [`buffers`] (what the session reads and writes between steps), [`profile`] (time per
 //! op), [`machine`] (costs measured on this machine), `cost_file` (where they are kept).
 //!
@@ -38,6 +38,8 @@ mod scratch;
 
 mod resolve;
 
+mod gate;
+
 mod dispatch;
 
 pub mod step;
@@ -52,7 +54,7 @@ mod cost_file;
 
 pub use arena::Arena;
 pub use buffers::Buffers;
-pub use error::ExecError;
+pub use error::{ExecError, NonFinite};
 pub use machine::{MeasuredMachine, machine_fingerprint};
 pub use ounce_kernels::attention::RowSpan;
 pub use profile::OpTime;

@@ -16,6 +16,7 @@ use ounce_program::{BufferId, BufferRef, BufferRole, Instr, Plan, Tier};
 
 use crate::ExecError;
 use crate::arena::{UNIT_BYTES, check_operands};
+use crate::gate::Gates;
 use crate::scratch::scratch_bytes;
 use crate::spec::{Extent, OpSpec};
 
@@ -65,6 +66,7 @@ pub(crate) struct Program {
     pub(crate) arena_bytes: u64,
     pub(crate) n_tokens: u64,
     pub(crate) n_selected: u64,
+    pub(crate) gates: Gates,
 }
 
 /// Resolves a plan for a pool of `n_threads` threads.
@@ -88,11 +90,13 @@ pub(crate) fn resolve(graph: &Graph, plan: &Plan, n_threads: usize) -> Result<Pr
         arena_bytes: plan.arena_bytes,
         n_tokens,
         n_selected: plan.shape.n_selected,
+        gates: Gates::default(),
     };
     resolve_buffers(graph, plan, &mut program)?;
     for (i, instr) in plan.instrs.iter().enumerate() {
         resolve_instr(graph, plan, n_threads, i, instr, &mut program)?;
     }
+    program.gates = Gates::of(graph, &program);
     Ok(program)
 }
 

@@ -19,7 +19,7 @@ use crate::profile::Profile;
 use crate::resolve::{Program, Task, resolve};
 use crate::scratch::scratch_bytes;
 use crate::spec::Extent;
-use crate::{Arena, Buffers, ExecError, OpTime};
+use crate::{Arena, Buffers, ExecError, NonFinite, OpTime};
 
 /// Constants of the update rule, as in `torch.optim.AdamW` and `torch.optim.SGD`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -130,20 +130,26 @@ impl Executor {
 
     /// Runs one step.
     ///
+    /// # Errors
+    /// [`NonFinite`] if the losses, or in graphs that clip the gradient's norm, are not finite. No
+    /// parameter and no state has been touched then.
+    ///
     /// # Panics
     /// If the arena is smaller than the plan's, if rows overlap or cross a cut of the token axis, or
     /// if a token id or target is not below the vocabulary's size.
-    pub fn run(&self, arena: &mut Arena, inputs: &StepInputs<'_>) {
+    pub fn run(&self, arena: &mut Arena, inputs: &StepInputs<'_>) -> Result<(), NonFinite> {
         self.assert_fits(arena);
         assert_rows(inputs.rows, self.program.n_tokens);
         let mut rows = self.rows.borrow_mut();
-        for &task in &self.program.tasks {
+        for (i, &task) in self.program.tasks.iter().enumerate() {
+            self.program.gates.check(arena, i)?;
             let start = self.profile.is_some().then(Instant::now);
             let op = self.run_task(arena, inputs, &mut rows, task);
             if let (Some(profile), Some(start)) = (&self.profile, start) {
                 profile.add(op, start.elapsed());
             }
         }
+        Ok(())
     }
 
     /// Runs one task and returns its op.

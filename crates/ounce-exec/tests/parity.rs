@@ -98,7 +98,7 @@ impl<'a> Run<'a> {
             max_grad_norm: self.golden.fact("clip") as f32,
             rows: &self.rows,
         };
-        self.executor.run(&mut self.arena, &inputs);
+        self.executor.run(&mut self.arena, &inputs).expect("finite numbers");
     }
 
     fn loss(&mut self) -> f64 {
@@ -169,7 +169,7 @@ fn check_logits(golden: &Golden, shape: StepShape) {
     let n_selected = golden.fact("batch") as u64 * length;
     let shape = StepShape { n_selected, ..shape };
     let mut run = Run::new(golden, &graph, shape, false);
-    run.executor.run(&mut run.arena, &StepInputs::forward(&run.rows));
+    run.executor.run(&mut run.arena, &StepInputs::forward(&run.rows)).expect("finite numbers");
     let v = graph.find_value(ValueKind::Result).unwrap();
     let mut buffers = run.executor.buffers(&mut run.arena);
     let logits: Vec<f64> = buffers.session_f32(v).iter().map(|&x| f64::from(x)).collect();

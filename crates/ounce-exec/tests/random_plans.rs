@@ -50,7 +50,7 @@ fn run(case: &RandomCase, graph: &Graph, plan: &Plan, pool: Arc<Pool>, seed: u64
         let rows = fill_data(case, graph, &executor, &mut arena, &mut rng);
         let hyper = OptimizerHyper { weight_decay: 0.1, ..OptimizerHyper::default() };
         let supervised: u64 = rows.iter().map(|r| r.len as u64 - 1).sum();
-        executor.run(
+        let done = executor.run(
             &mut arena,
             &StepInputs {
                 seed,
@@ -62,6 +62,7 @@ fn run(case: &RandomCase, graph: &Graph, plan: &Plan, pool: Arc<Pool>, seed: u64
                 rows: &rows,
             },
         );
+        done.expect("finite numbers");
         let mut buffers = executor.buffers(&mut arena);
         for (v, value) in graph.values.iter() {
             match value.kind {

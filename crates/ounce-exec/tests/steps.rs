@@ -3,7 +3,7 @@
 
 mod support;
 
-use ounce_exec::StepInputs;
+use ounce_exec::{NonFinite, StepInputs};
 use ounce_ir::{DType, Graph, InputKind, OpKind, OptimizerKind, ValueKind};
 use ounce_oracle::Interpreter;
 use ounce_program::StepShape;
@@ -159,7 +159,7 @@ fn logits_of_selected_tokens_match_the_f64_interpreter() {
         session.set_rows(&graph, shape, &rows);
         let idx = graph.find_value(ValueKind::Input(InputKind::SelectedRows)).expect("an input");
         session.exec.buffers(&mut session.arena).session_i32(idx).copy_from_slice(&selected);
-        session.exec.run(&mut session.arena, &StepInputs::forward(&spans));
+        session.exec.run(&mut session.arena, &StepInputs::forward(&spans)).expect("finite numbers");
         let logits = session.exec.buffers(&mut session.arena).session_f32(result).to_vec();
         assert_close(&vec![("logits".to_owned(), logits)], &want, 1e-4);
     }
@@ -177,7 +177,10 @@ fn a_profile_counts_every_run_of_a_step() {
     assert!(session.exec.profile().is_empty(), "nothing was measured yet");
     session.exec.start_profile();
     for step in 1..=2 {
-        session.exec.run(&mut session.arena, &step_inputs(step, 1.0, &spans));
+        session
+            .exec
+            .run(&mut session.arena, &step_inputs(step, 1.0, &spans))
+            .expect("finite numbers");
     }
     let profile = session.exec.profile();
     let n_runs = |name: &str| profile.iter().find(|t| t.op == name).map_or(0, |t| t.n_runs);
@@ -186,4 +189,50 @@ fn a_profile_counts_every_run_of_a_step() {
     assert_eq!(n_runs("adamw"), 2 * n_ops("adamw"));
     assert!(n_runs("zero") > 0);
     assert!(profile.windows(2).all(|w| w[0].total >= w[1].total), "the longest first");
+}
+
+/// Goal: a step whose losses or gradient norm are not finite changes no parameter and no state.
+/// Method: a huge number in a weight that the loss reads, and a scale that only the gradients see.
+#[test]
+fn a_step_that_is_not_finite_stops_before_its_first_update() {
+    let shape = StepShape::new(2, ROW_TOKENS);
+    for (clip, cut) in [
+        (true, Cut::NONE),
+        (false, Cut::NONE),
+        (true, Cut { micro_batch_rows: 1, ..Cut::NONE }),
+        (false, Cut { micro_batch_rows: 1, ..Cut::NONE }),
+    ] {
+        let graph = training(&gpt2_like(0.0), OptimizerKind::AdamW, clip);
+        let mut session = Session::new(&graph, shape, cut, 2);
+        let rows = rows(2, 1);
+        let spans = spans(shape, &rows);
+        session.set_rows(&graph, shape, &rows);
+        session.exec.run(&mut session.arena, &step_inputs(1, 1.0, &spans)).expect("a fine step");
+        let before = kept(&graph, &mut session);
+        if clip {
+            let outcome = session.exec.run(&mut session.arena, &step_inputs(2, f32::MAX, &spans));
+            assert!(matches!(outcome, Err(NonFinite::GradNorm(_))), "{outcome:?}");
+            assert_same_bits(&before, &kept(&graph, &mut session), "a norm that is not finite");
+        }
+        // The last parameter is the last norm's: behind it there is only the head.
+        let last = graph.params.ids().last().expect("a parameter");
+        session.exec.buffers(&mut session.arena).param(last)[0] = f32::INFINITY;
+        let before = kept(&graph, &mut session);
+        let outcome = session.exec.run(&mut session.arena, &step_inputs(2, 1.0, &spans));
+        assert!(matches!(outcome, Err(NonFinite::Loss(_))), "{outcome:?}");
+        assert_same_bits(&before, &kept(&graph, &mut session), "a loss that is not finite");
+    }
+}
+
+/// Every parameter and every state.
+fn kept(graph: &Graph, session: &mut Session) -> Tensors {
+    let mut buffers = session.exec.buffers(&mut session.arena);
+    let mut all = Tensors::new();
+    for (id, param) in graph.params.iter() {
+        all.push((param.name.clone(), buffers.param(id).to_vec()));
+        for k in 0..graph.states.len() as u32 {
+            all.push((format!("{}.{k}", param.name), buffers.state(id, k).to_vec()));
+        }
+    }
+    all
 }

@@ -218,6 +218,10 @@ impl Rows for RandomRows {
         }
         Ok(ids.len())
     }
+
+    fn name(&self, _step: u64, n_rows: u64) -> String {
+        format!("the {n_rows} random rows")
+    }
 }
 
 fn median(times: &[f64]) -> f64 {

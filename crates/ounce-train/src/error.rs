@@ -47,17 +47,21 @@ pub enum Error {
     },
     /// A loss or a gradient is infinite or not a number.
     #[error(
-        "step {step}: the loss is {loss} and the gradient norm {grad_norm}; nothing of this step was \
-         saved\nhint: try a lower --learning-rate, a longer --warmup-steps or \
-         --max-grad-norm 1"
+        "step {step}: {what} (learning rate {learning_rate:?}, {rows}); {kept}\n\
+         hint: try a lower --learning-rate, a longer --warmup-steps or --max-grad-norm 1; \
+         `--resume-from-checkpoint auto` goes on from the last checkpoint"
     )]
     NonFinite {
         /// The step, counted from 1.
         step: u64,
-        /// Its loss.
-        loss: f64,
-        /// Its gradient norm.
-        grad_norm: f64,
+        /// Which number is not finite.
+        what: String,
+        /// Learning rate of the step.
+        learning_rate: f64,
+        /// The rows of the step.
+        rows: String,
+        /// What became of the parameters.
+        kept: &'static str,
     },
     /// Reading or writing failed.
     #[error("{message}\nhint: {hint}")]

@@ -99,7 +99,8 @@ pub(crate) fn evaluate_in(
             text.cache.read(start, &mut ids[..len])?;
             Ok(len)
         })?;
-        program.executor.run(arena, &StepInputs::forward(batch.spans()));
+        let done = program.executor.run(arena, &StepInputs::forward(batch.spans()));
+        done.expect("a plan without updates is never stopped");
         let mut buffers = program.executor.buffers(arena);
         let losses = buffers.session_f32(program.output);
         // One sum in the order of the text: the same whatever the number of rows.

@@ -132,7 +132,8 @@ pub(crate) fn sample_text(
             }
             Ok(context.len())
         })?;
-        program.executor.run(arena, &StepInputs::forward(batch.spans()));
+        let done = program.executor.run(arena, &StepInputs::forward(batch.spans()));
+        done.expect("a plan without updates is never stopped");
         let mut buffers = program.executor.buffers(arena);
         let logits = buffers.session_f32(program.output);
         let known = &logits[..table.vocab_size().clamp(1, logits.len())];

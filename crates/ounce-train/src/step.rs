@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use ounce_exec::{OptimizerHyper, StepInputs};
+use ounce_exec::{NonFinite, OptimizerHyper, StepInputs};
 use ounce_io::BlockSampler;
 use ounce_ir::{ValueId, ValueKind};
 
@@ -16,6 +16,9 @@ use crate::{Error, Result, Settings, StepRecord};
 pub(crate) trait Rows {
     /// Writes row `row` of step `step` (counted from 1) and returns its length.
     fn read(&self, step: u64, n_rows: u64, row: u64, ids: &mut [i32]) -> Result<usize>;
+
+    /// Which rows a step has, in words.
+    fn name(&self, step: u64, n_rows: u64) -> String;
 }
 
 impl Rows for BlockSampler {
@@ -23,6 +26,15 @@ impl Rows for BlockSampler {
         let row = row as usize;
         self.fill_row_range(step - 1, n_rows as usize, row..row + 1, ids)?;
         Ok(ids.len())
+    }
+
+    fn name(&self, step: u64, n_rows: u64) -> String {
+        // Enough to find the text; a large batch is not listed whole.
+        let listed = n_rows.min(16);
+        let blocks = (0..listed).map(|r| self.block(step - 1, n_rows as usize, r as usize));
+        let blocks: Vec<String> = blocks.map(|b| b.to_string()).collect();
+        let more = if listed < n_rows { ", ..." } else { "" };
+        format!("blocks {}{more} of the data", blocks.join(", "))
     }
 }
 
@@ -63,7 +75,8 @@ impl Trainer {
     /// One step: data, run, loss and norm.
     ///
     /// # Errors
-    /// Reading the data, or [`Error::NonFinite`].
+    /// Reading the data; [`Error::NonFinite`], in which case parameters and states are those before
+    /// the step, unless the gradient is not finite while the loss is and nothing is clipped.
     pub(crate) fn step(
         &mut self,
         session: &mut Session,
@@ -79,7 +92,14 @@ impl Trainer {
         self.batch.fill(&mut buffers, program.inputs, n_rows, read)?;
         let n_predictions = self.batch.n_predictions() as f64;
         let learning_rate = self.schedule.learning_rate(step);
-        program.executor.run(
+        let non_finite = |what: String, kept| Error::NonFinite {
+            step,
+            what,
+            learning_rate,
+            rows: rows.name(step, n_rows),
+            kept,
+        };
+        let done = program.executor.run(
             arena,
             &StepInputs {
                 seed: self.seed,
@@ -91,14 +111,20 @@ impl Trainer {
                 rows: self.batch.spans(),
             },
         );
+        done.map_err(|e| match e {
+            NonFinite::Loss(sum) => format!("the loss is {}", sum / n_predictions),
+            NonFinite::GradNorm(norm) => format!("the gradient norm is {norm}"),
+        })
+        .map_err(|what| non_finite(what, "the weights are those before the step"))?;
         let mut buffers = program.executor.buffers(arena);
         // In token order; gaps and unsupervised tokens hold exact zeros.
         let losses = buffers.session_f32(program.output).iter();
         let loss = losses.map(|&x| f64::from(x)).sum::<f64>() / n_predictions;
         let parts = self.norm_parts.iter().map(|&v| buffers.session_f64(v)[0]);
         let grad_norm = parts.sum::<f64>().sqrt();
-        if !(loss.is_finite() && grad_norm.is_finite()) {
-            return Err(Error::NonFinite { step, loss, grad_norm });
+        if !grad_norm.is_finite() {
+            let what = format!("the loss is {loss}, the gradient norm {grad_norm}");
+            return Err(non_finite(what, "nothing of the step is saved"));
         }
         let (tokens, step_s) = (self.batch.n_tokens(), start.elapsed().as_secs_f64());
         Ok(StepRecord {

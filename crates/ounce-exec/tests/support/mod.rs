@@ -542,7 +542,10 @@ pub(crate) fn run(graph: &Graph, shape: StepShape, mut session: Session) -> Tens
         let spans = spans(shape, &rows);
         session.set_rows(graph, shape, &rows);
         let grad_scale = 1.0 / n_supervised(&rows) as f32;
-        session.exec.run(&mut session.arena, &step_inputs(step, grad_scale, &spans));
+        session
+            .exec
+            .run(&mut session.arena, &step_inputs(step, grad_scale, &spans))
+            .expect("finite numbers");
     }
     session.everything(graph)
 }
