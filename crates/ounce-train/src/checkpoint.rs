@@ -4,7 +4,7 @@
 //! the checkpoint or is a function of the step's number: parameters and optimizer states are stored,
 //! data order, dropout and learning rate are functions of (seed, step). Budget, threads, micro-batches
 //! and how rows are split into batch and accumulation may change; what else would change the run is
-//! refused by name. Tensors stream from their planned places; nothing is copied in memory.
+//! refused by name unless the user insists. Tensors stream from their planned places; nothing is copied in memory.
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +17,7 @@ use ounce_ir::{Graph, Param, ParamId};
 use ounce_kernels::tier::tier;
 use serde_json::{Map, Value};
 
-use crate::model::Model;
+use crate::model::{Model, missing};
 use crate::schedule::Schedule;
 use crate::session::Session;
 use crate::{Error, Observer, Result, Settings, weights};
@@ -50,13 +50,14 @@ const FREE: [&str; 19] = [
 /// there is one.
 ///
 /// # Errors
-/// A path that is no whole checkpoint.
+/// A path that is no whole checkpoint; settings to override where there is none.
 pub(crate) fn find(
     settings: &Settings,
     output_dir: &Path,
     observer: &mut dyn Observer,
 ) -> Result<Option<Checkpoint>> {
     match settings.resume_from_checkpoint.as_deref() {
+        None if settings.override_begun => Err(missing("--resume-from-checkpoint auto|PATH")),
         None => Ok(None),
         Some("auto") => {
             let newest = newest_valid(output_dir)?;
@@ -96,7 +97,8 @@ pub(crate) fn state(
 /// Checks that the run which goes on is the run that was begun.
 ///
 /// # Errors
-/// [`Error::Usage`] with the names of the settings that differ.
+/// [`Error::Usage`] with the names of the settings that differ, unless they are to override those that
+/// the run was begun with.
 pub(crate) fn check_settings(
     checkpoint: &Checkpoint,
     settings: &Settings,
@@ -128,11 +130,17 @@ pub(crate) fn check_settings(
         names.push("max_steps");
     }
     if !names.is_empty() {
-        let path = checkpoint.path().display();
-        return Err(Error::Usage {
-            message: format!("{path}: the run was begun with other settings: {}", names.join(", ")),
-            hint: "give the same values; its trainer_state.json holds them".to_owned(),
-        });
+        let message = format!(
+            "{}: the run was begun with other settings: {}",
+            checkpoint.path().display(),
+            names.join(", ")
+        );
+        if !settings.override_begun {
+            let hint = "give the same values (its trainer_state.json holds them), or `--override` to \
+                        go on with the new ones";
+            return Err(Error::Usage { message, hint: hint.to_owned() });
+        }
+        observer.note(&format!("warning: {message}; it goes on with the new ones"));
     }
     if state.kernel_tier != tier().to_string() {
         let (then, now) = (&state.kernel_tier, tier());

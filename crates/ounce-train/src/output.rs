@@ -1,8 +1,12 @@
-//! The output directory in the making: nothing of it is visible before [`Output::publish`].
+//! The output directory of a run.
 //!
 //! It is a Hugging Face directory with the run's own files beside: `run.yaml` (every setting),
-//! `metrics.jsonl`, TensorBoard events, `plan.html` and `loss.svg`. What is kept in memory for the
-//! curve is bounded: when it is full, every other point goes.
+//! `metrics.jsonl` and TensorBoard events, which are there from step 1 on for whoever watches, and
+//! `plan.html` and `loss.svg`. What makes it a model comes at the end, all at once
+//! ([`Output::publish`]): after a failure the directory does not look like a finished model. Where it
+//! holds a model already, nothing of that may change before the new one is complete, so there all
+//! files wait in a hidden directory. What is kept in memory for the curve is bounded: when it is full,
+//! every other point goes.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -16,17 +20,36 @@ use serde::{Deserialize, Serialize};
 use crate::model::Model;
 use crate::session::Program;
 use crate::watch::{EventWriter, MetricsWriter, loss_svg};
-use crate::{Error, EvalRecord, Result, Settings, StepRecord, weights};
+use crate::{Error, EvalRecord, Observer, Result, Settings, StepRecord, weights};
 
 /// Points of the loss curve that are kept.
 const MAX_POINTS: usize = 4096;
 /// The file of the numbers of every step.
 const METRICS: &str = "metrics.jsonl";
 
+/// The output directory before step 1: nothing is in it yet.
+pub(crate) struct Staged {
+    dir: PathBuf,
+    // Removed before the directory that it may be in.
+    staging: StagingDir,
+    _made: Made,
+}
+
+/// An output directory that we made. Removed when dropped, unless something is in it.
+struct Made(Option<PathBuf>);
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        if let Some(dir) = &self.0 {
+            // A directory that is not empty stays, which is what is wanted.
+            let _ = std::fs::remove_dir(dir);
+        }
+    }
+}
+
 /// The files of a run.
 pub(crate) struct Output {
-    dir: PathBuf,
-    staging: StagingDir,
+    staged: Staged,
     metrics: MetricsWriter,
     events: EventWriter,
     losses: Curve,
@@ -49,44 +72,66 @@ struct AnyLine {
     eval_loss: Option<f64>,
 }
 
-/// The metrics of a run that begins at `first_step`: those of the steps before it, if it goes on in the
-/// directory where it was begun.
-fn open_metrics(dir: &Path, path: &Path, first_step: u64) -> Result<MetricsWriter> {
-    let before = dir.join(METRICS);
-    if first_step > 1 && before.is_file() {
-        std::fs::copy(&before, path).map_err(|e| Error::file(&before, &e))?;
-    }
-    MetricsWriter::resume(path, first_step - 1).map_err(|e| Error::file(path, &e))
-}
-
-impl Output {
-    /// Makes the directory beside (or within) its final place and writes what is known before step 1.
+impl Staged {
+    /// Makes the directory and a hidden one in it for what is published at the end.
     ///
     /// # Errors
     /// A failed write.
-    pub(crate) fn create(
-        dir: &Path,
-        model: &Model,
-        settings: &Settings,
-        plan_html: &str,
-        first_step: u64,
-    ) -> Result<Self> {
+    pub(crate) fn create(dir: &Path, model: &Model, plan_html: &str) -> Result<Self> {
+        let is_new = !dir.exists();
+        // A failure is told by what follows.
+        let made = Made((is_new && std::fs::create_dir_all(dir).is_ok()).then(|| dir.to_owned()));
         let staging = StagingDir::create(dir)?;
-        let path = staging.path().to_path_buf();
-        ounce_io::copy_side_files(&model.dir, &path)?;
-        write_file(&path.join("run.yaml"), settings.to_yaml().as_bytes())?;
-        write_file(&path.join("plan.html"), plan_html.as_bytes())?;
+        ounce_io::copy_side_files(&model.dir, staging.path())?;
+        write_file(&staging.path().join("plan.html"), plan_html.as_bytes())?;
+        Ok(Self { dir: dir.to_path_buf(), staging, _made: made })
+    }
+
+    /// Opens the files that grow from step to step, for a run that begins at `first_step`.
+    ///
+    /// # Errors
+    /// A failed write.
+    pub(crate) fn begin(
+        self,
+        settings: &Settings,
+        first_step: u64,
+        observer: &mut dyn Observer,
+    ) -> Result<Output> {
+        let mut place = self.dir.as_path();
+        if holds_model(place) {
+            place = self.staging.path();
+            observer.note(&format!(
+                "{} holds a model, which stays until this run is done; its metrics are in {}",
+                self.dir.display(),
+                place.join(METRICS).display()
+            ));
+        }
+        write_file(&place.join("run.yaml"), settings.to_yaml().as_bytes())?;
+        let (before, path) = (self.dir.join(METRICS), place.join(METRICS));
+        if first_step > 1 && before.is_file() && before != path {
+            std::fs::copy(&before, &path).map_err(|e| Error::file(&before, &e))?;
+        }
+        // Those of the steps before, if the run goes on in the directory where it was begun.
+        let metrics = MetricsWriter::resume(&path, first_step - 1);
+        let metrics = metrics.map_err(|e| Error::file(&path, &e))?;
+        let events = EventWriter::create(place).map_err(|e| Error::file(place, &e))?;
         let (losses, eval_losses) = (Curve::default(), Curve::default());
-        let events = EventWriter::create(&path).map_err(|e| Error::file(&path, &e))?;
-        let metrics = open_metrics(dir, &path.join(METRICS), first_step)?;
-        let mut output =
-            Self { dir: dir.to_path_buf(), staging, metrics, events, losses, eval_losses };
+        let mut output = Output { staged: self, metrics, events, losses, eval_losses };
         if first_step > 1 {
             output.read_curves()?;
         }
         Ok(output)
     }
+}
 
+/// Whether a loader would take the directory for a model.
+fn holds_model(dir: &Path) -> bool {
+    ["config.json", "model.safetensors", "model.safetensors.index.json"]
+        .iter()
+        .any(|name| dir.join(name).exists())
+}
+
+impl Output {
     /// Records a step.
     ///
     /// # Errors
@@ -116,12 +161,16 @@ impl Output {
         self.scalar(step, "eval/loss", r.loss)
     }
 
-    /// Copies the metrics so far to where a run that goes on finds them.
+    /// Copies the metrics so far to where a run that goes on finds them, if they are not there.
     ///
     /// # Errors
     /// A failed write.
     pub(crate) fn keep_metrics(&self) -> Result<()> {
-        let (path, hidden) = (self.dir.join(METRICS), self.dir.join(".metrics.tmp"));
+        let dir = &self.staged.dir;
+        let (path, hidden) = (dir.join(METRICS), dir.join(".metrics.tmp"));
+        if self.metrics.path() == path {
+            return Ok(());
+        }
         let copied = std::fs::copy(self.metrics.path(), &hidden);
         copied.and_then(|_| std::fs::rename(&hidden, &path)).map_err(|e| Error::file(&path, &e))
     }
@@ -149,14 +198,14 @@ impl Output {
     /// Writes the weights and the curve, and moves everything into place.
     ///
     /// # Errors
-    /// A failed write; the final directory is then as it was.
+    /// A failed write; no model appears then, and one that was there is as it was.
     pub(crate) fn publish(mut self, program: &Program, arena: &mut Arena) -> Result<()> {
-        let path: PathBuf = self.staging.path().to_path_buf();
+        let path = self.staged.staging.path().to_path_buf();
         weights::write(&path, &program.graph, &mut program.executor.buffers(arena))?;
         let curve = loss_svg(&self.losses.points, &self.eval_losses.points);
         write_file(&path.join("loss.svg"), curve.as_bytes())?;
         self.events.flush().map_err(|e| Error::file(self.events.path(), &e))?;
-        Ok(self.staging.publish()?)
+        Ok(self.staged.staging.publish()?)
     }
 }
 

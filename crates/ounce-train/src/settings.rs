@@ -108,6 +108,9 @@ pub struct Settings {
     pub save_total_limit: Option<u64>,
     /// Checkpoint to go on from; `auto` is the newest in the output directory, if there is one.
     pub resume_from_checkpoint: Option<String>,
+    /// Go on from a checkpoint even if that changes the run. A flag only: `run.yaml` does not keep it.
+    #[serde(rename = "override", skip_serializing)]
+    pub override_begun: bool,
     /// First loss scale of f16. Not built yet.
     pub init_loss_scale: Option<f64>,
     /// Several samples per row. Not built yet.
@@ -163,6 +166,7 @@ impl Default for Settings {
             save_steps: None,
             save_total_limit: None,
             resume_from_checkpoint: None,
+            override_begun: false,
             init_loss_scale: None,
             packing: false,
             use_peft: false,

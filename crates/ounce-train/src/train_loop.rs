@@ -12,7 +12,7 @@ use crate::evaluate::evaluate_in;
 use crate::generate::{Sampler, sample_text};
 use crate::graphs::{TrainWanted, Wanted};
 use crate::model::{Model, missing};
-use crate::output::Output;
+use crate::output::{Output, Staged};
 use crate::session::{Limits, Session, compile};
 use crate::settings::Optimizer;
 use crate::step::Trainer;
@@ -57,7 +57,7 @@ pub fn train(
     let weights = session.open_weights(&model)?;
     let plan_html = session.take_picture();
     let first_step = from.as_ref().map_or(0, |c| c.state().step) + 1;
-    let output = Output::create(output_dir, &model, settings, &plan_html, first_step)?;
+    let staged = Staged::create(output_dir, &model, &plan_html)?;
     drop(plan_html);
     let saver = Saver::new(settings, output_dir, &model, &session, from.as_ref())?;
     session.check_baseline()?;
@@ -69,6 +69,7 @@ pub fn train(
     if let Some(checkpoint) = from {
         session.load_states(&checkpoint)?;
     }
+    let output = staged.begin(settings, first_step, observer)?;
     let vocab_size = model.config.vocab_size();
     let health = Health::new(vocab_size, is_fresh);
     let place = Place { step: first_step - 1, tokens_seen, eval_loss: None };

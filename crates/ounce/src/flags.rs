@@ -62,6 +62,7 @@ pub(crate) struct NotBuiltFlags {
 }
 
 #[derive(Debug, Default, Args, Serialize)]
+#[expect(clippy::struct_excessive_bools, reason = "a bare flag is a bool")]
 pub(crate) struct RunFlags {
     /// YAML file of settings; flags win
     #[arg(long, value_name = "FILE")]
@@ -172,6 +173,10 @@ pub(crate) struct RunFlags {
     /// Go on from a checkpoint: a path, or auto (the newest, if there is one)
     #[arg(long, value_name = "auto|PATH", help_heading = "Checkpoints")]
     resume_from_checkpoint: Option<String>,
+    /// Go on even if other settings change the run
+    #[arg(long = "override", help_heading = "Checkpoints")]
+    #[serde(rename = "override")]
+    override_begun: bool,
     // Named by the contract and refused by `Settings::resolve`.
     #[arg(long, hide = true)]
     init_loss_scale: Option<f64>,
@@ -352,7 +357,7 @@ mod tests {
         let flags: Vec<String> = command
             .get_arguments()
             .map(|a| a.get_id().to_string())
-            .filter(|id| !matches!(id.as_str(), "config" | "json" | "help"))
+            .filter(|id| !matches!(id.as_str(), "config" | "json" | "help" | "override_begun"))
             .collect();
         assert_eq!(flags.len(), known.len());
         assert!(flags.iter().all(|f| known.contains_key(f)), "{flags:?}");

@@ -59,6 +59,10 @@ fn an_interrupted_run_ends_with_the_signal_s_code_and_goes_on_by_itself() {
         let mut first = String::new();
         lines.read_line(&mut first).unwrap();
         assert!(first.contains("\"step\":"), "{first}");
+        // Who watches sees the run, and nobody takes it for a model.
+        let metrics = std::fs::read_to_string(lab.path("out/metrics.jsonl")).unwrap();
+        assert!(metrics.contains(first.trim_end()), "{metrics}");
+        assert!(lab.path("out/run.yaml").exists() && !lab.path("out/config.json").exists());
         let kill = Command::new("kill").args(["-s", signal, &child.id().to_string()]).status();
         assert!(kill.unwrap().success());
         std::io::copy(&mut lines, &mut std::io::sink()).unwrap();
@@ -134,6 +138,16 @@ fn settings_that_would_change_the_run_are_refused_by_name() {
         let error = lab.fail(2, &words(&format!("{RUN} {from} {flag}")));
         assert!(error.contains(&format!("other settings: {name}\n")), "{error}");
     }
+    // Who insists goes on, with a warning, and ends elsewhere.
+    let on = lab.run(&words(&format!("{RUN} {from} --seed 7 --override --json")));
+    assert!(on.status.success());
+    let error = String::from_utf8(on.stderr).unwrap();
+    assert!(error.contains("other settings: seed; it goes on with the new ones"), "{error}");
+    assert!(weights(&lab, "o") != weights(&lab, "out"));
+    assert!(
+        lab.fail(2, &words(&format!("{RUN} --output-dir p --override")))
+            .contains("--resume-from-checkpoint")
+    );
     // A constant rate does not depend on the length of the run.
     let constant = RUN.replace("train ", "train --lr-scheduler-type constant ");
     lab.succeed(&words(&format!("{constant} --output-dir c --save-steps 4 --max-steps 4")));
