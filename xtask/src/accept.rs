@@ -9,11 +9,10 @@ use serde_json::{Value, json};
 
 use crate::Result;
 use crate::bench::{StepRun, last_object};
-use crate::killed::{Killed, kill_often};
 use crate::record::{Record, keep};
 use crate::shell::{capture, flag, json_lines, output, release_binary, root, scratch_folder};
 
-const FLAGS: &[&str] = &["--python", "--threads", "--times"];
+const FLAGS: &[&str] = &["--python", "--threads"];
 
 const MIB: f64 = 1024.0 * 1024.0;
 
@@ -28,7 +27,6 @@ const DEMONSTRATIONS: &[Demonstration] = &[
         "GPT-2 124M, 4 x 1024, from unconstrained to the smallest budget",
         gpt2_budgets,
     ),
-    ("killed", "kill -9 at random moments of a run that saves, then the same bytes", killed),
 ];
 
 /// What a demonstration runs with.
@@ -37,8 +35,6 @@ struct Setting<'a> {
     /// A Python with torch, for the other side.
     python: Option<&'a str>,
     threads: Option<&'a str>,
-    /// How often, in a demonstration that repeats.
-    times: Option<u64>,
 }
 
 /// What a demonstration found.
@@ -72,10 +68,6 @@ pub(crate) fn accept(args: &[&str]) -> Result {
     let setting = Setting {
         python: flag(flags, "--python", FLAGS)?,
         threads: flag(flags, "--threads", FLAGS)?,
-        times: match flag(flags, "--times", FLAGS)? {
-            None => None,
-            Some(n) => Some(n.parse().map_err(|_| format!("--times takes a number, not {n}"))?),
-        },
         binary: release_binary()?,
     };
     println!("{name}: {what}");
@@ -218,34 +210,6 @@ fn smallest_budget(stderr: &str) -> Option<String> {
     let has_unit = amount.ends_with('B');
     let unit = unit.trim_end_matches(|c: char| !c.is_ascii_alphabetic());
     Some(if has_unit { amount.to_owned() } else { format!("{amount}{unit}") })
-}
-
-// ---- killed --------------------------------------------------------------------------------
-
-/// Kills of the whole demonstration.
-const N_KILLS: u64 = 300;
-
-/// Runs that save every step, killed at random moments and resumed.
-fn killed(s: &Setting<'_>) -> Result<Outcome> {
-    let mut outcome = Outcome { is_kept: s.times.is_none(), ..Outcome::default() };
-    let folder = scratch_folder("accept-killed")?;
-    let (train, _) = shakespeare(&folder)?;
-    let fresh = folder.join("fresh");
-    let sizes = ["--n-layers", "1", "--hidden-size", "32", "--context-length", "64"];
-    let init = ["init", "--arch", "gpt2", "--tokenizer", "char", "--data", path(&train)];
-    s.ounce(&[&init[..], &sizes, &["--output-dir", path(&fresh)]].concat())?;
-    let files = ["train", "--model", path(&fresh), "--data", path(&train)];
-    let steps = ["--max-steps", "100", "--max-length", "64", "--sample-steps", "0"];
-    let rest =
-        ["--per-device-train-batch-size", "4", "--learning-rate", "1e-2", "--dropout", "0.1"];
-    let run = [&files[..], &steps, &rest, &s.thread_args()].concat();
-    let n_kills = s.times.unwrap_or(N_KILLS);
-    let found = kill_often(&s.binary, &run, &folder, n_kills)?;
-    let Killed { n_kills, n_runs, n_different } = found;
-    let what =
-        format!("{n_kills} kills over {n_runs} runs: {n_different} ended with other weights");
-    outcome.claim(n_different == 0, what);
-    Ok(outcome)
 }
 
 // ---- nanogpt -------------------------------------------------------------------------------
