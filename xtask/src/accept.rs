@@ -345,7 +345,7 @@ fn gpt2_budgets(s: &Setting<'_>) -> Result<Outcome> {
         outcome
             .claim(same, format!("{memory}: losses {} are those unconstrained", tight["losses"]));
         let over = |key: &str| -> Result<f64> {
-            Ok(100.0 * (number(&tight, key)? / number(&free, key)? - 1.0))
+            Ok(100.0 * (number(tight, key)? / number(&free, key)? - 1.0))
         };
         let (measured, predicted) = (over("step_s_median")?, over("predicted_step_s")?);
         outcome.claim(
@@ -354,7 +354,7 @@ fn gpt2_budgets(s: &Setting<'_>) -> Result<Outcome> {
                 "{memory}: overhead {measured:.1} %, predicted {predicted:.1} %, within 5 points"
             ),
         );
-        let (plan, peak) = (number(&tight, "plan_peak_mib")?, number(&tight, "peak_rss_mib")?);
+        let (plan, peak) = (number(tight, "plan_peak_mib")?, number(tight, "peak_rss_mib")?);
         let budget = mib(memory)?;
         outcome.claim(peak <= budget, format!("{memory}: peak {peak:.1} MiB within the budget"));
         let slack = 100.0 * (plan - peak) / budget;

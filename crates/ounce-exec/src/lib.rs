@@ -7,9 +7,10 @@
 //!
 //! Files, in reading order: [`error`], [`arena`] (the reservation, and the only place that turns
 //! offsets into slices), `spec` (an op's operands without the graph), `scratch` (scratch bytes of
-//! every op), `resolve` (plan and graph to tasks), `gate` (where a step stops before its updates), `dispatch` (a task to its kernel), [`step`] (the
-//! executor), [`buffers`] (what the session reads and writes between steps), [`profile`] (time per
-//! op), [`machine`] (costs measured on this machine), `cost_file` (where they are kept).
+//! every op), `resolve` (plan and graph to tasks), `gate` (where a step stops before its updates),
+//! `dispatch` (a task to its kernel), [`step`] (the executor), [`buffers`] (what the session reads
+//! and writes between steps), [`profile`] (time per op), [`machine`] (costs measured on this
+//! machine), `cost_file` (where they are kept).
 //!
 //! ```
 //! use std::sync::Arc;
