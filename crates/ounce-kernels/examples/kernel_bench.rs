@@ -66,7 +66,7 @@ impl Bench {
     fn peak(&self) -> f64 {
         const STEPS: usize = 1_000_000;
         let lanes = match tier() {
-            Tier::Avx512 => 16,
+            Tier::Avx512 | Tier::Avx512Bf16 => 16,
             Tier::Avx2 => 8,
             Tier::Portable => return f64::NAN,
         };
@@ -311,7 +311,7 @@ fn fma_loop(steps: usize) -> f32 {
         sums.iter().map(|&s| _mm256_cvtss_f32(s)).sum()
     }
     // SAFETY: `tier()` returns only tiers that this machine has.
-    unsafe { if tier() == Tier::Avx512 { wide(steps) } else { narrow(steps) } }
+    unsafe { if tier() >= Tier::Avx512 { wide(steps) } else { narrow(steps) } }
 }
 
 #[cfg(not(target_arch = "x86_64"))]

@@ -72,7 +72,7 @@ impl Tile {
     pub(crate) fn current() -> Self {
         match tier() {
             #[cfg(target_arch = "x86_64")]
-            Tier::Avx512 => tile!(avx512, 12, 2, 16),
+            Tier::Avx512 | Tier::Avx512Bf16 => tile!(avx512, 12, 2, 16),
             #[cfg(target_arch = "x86_64")]
             Tier::Avx2 => tile!(avx2, 6, 2, 8),
             _ => tile!(portable, 4, 16, 1),
@@ -83,7 +83,7 @@ impl Tile {
     pub(crate) fn dividing_64() -> Self {
         match tier() {
             #[cfg(target_arch = "x86_64")]
-            Tier::Avx512 => tile!(avx512, 8, 2, 16),
+            Tier::Avx512 | Tier::Avx512Bf16 => tile!(avx512, 8, 2, 16),
             #[cfg(target_arch = "x86_64")]
             Tier::Avx2 => tile!(avx2, 4, 2, 8),
             _ => tile!(portable, 4, 16, 1),
