@@ -25,15 +25,20 @@
 //! ```
 //!
 //! Files, in reading order: [`pool`] (threads, disjoint writes), [`tier`] (instruction sets),
-//! [`inout`] (in-place calls), [`math`] (exp and friends), [`gemm`] (products), [`norm`],
-//! [`activation`], [`elementwise`], [`philox`] (random bits), [`rope`], [`attention`], [`head`]
-//! (linear and cross entropy without all logits), [`embed`], [`optim`].
+//! [`convert`] (bf16 and f16 to f32 and back), [`view`] (operands of any of these types),
+//! [`master`] (exact weights in two halves), [`inout`] (in-place calls), [`math`] (exp and
+//! friends), [`gemm`] (products), [`norm`], [`activation`], [`elementwise`], [`philox`] (random
+//! bits), [`rope`], [`attention`], [`head`] (linear and cross entropy without all logits),
+//! [`embed`], [`optim`].
 
 pub mod pool;
 #[macro_use]
 pub mod tier;
+pub mod convert;
 pub mod inout;
+pub mod master;
 pub mod math;
+pub mod view;
 
 pub mod gemm;
 
