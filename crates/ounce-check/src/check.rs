@@ -32,7 +32,7 @@
 //! * every backward and update op runs exactly once per token or step; forward ops and backward ops
 //!   read parameters from before the update, and afterwards parameters, states, loss, results and
 //!   scalars lie where the session looks for them;
-//! * an op writes over its own operands only where `OpKind::in_place` lists the pair;
+//! * an op writes over its own operands only where `Graph::in_place` lists the pair;
 //! * a transfer's source stays as it is and its destination is left alone until the wait, and every
 //!   transfer is waited for;
 //! * the peak is arena plus baseline, it fits the budget, and no placement of these buffers at these
@@ -306,9 +306,9 @@ impl<'a> Replay<'a> {
             }
             for (other, other_place) in places.iter().enumerate() {
                 let in_place = place == other_place
-                    && written
-                        .checked_sub(first_output)
-                        .is_some_and(|output| op.kind.in_place().contains(&(other, output)));
+                    && written.checked_sub(first_output).is_some_and(|output| {
+                        self.graph.in_place(op).any(|pair| pair == (other, output))
+                    });
                 if other != written && place.overlaps(other_place) && !in_place {
                     return Err(CheckError::OperandsOverlap { at: self.at, written, other });
                 }

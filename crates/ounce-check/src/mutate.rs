@@ -337,7 +337,7 @@ impl<'a> Mutants<'a> {
                 let written = &run.operands[first_output + output];
                 let alias = (0..n_inputs).find(|&input| {
                     run.operands[input].bytes == written.bytes
-                        && !run.op.kind.in_place().contains(&(input, output))
+                        && !self.graph.in_place(run.op).any(|pair| pair == (input, output))
                 });
                 aliases.extend(alias.map(|input| (run.instr, first_output + output, input)));
             }

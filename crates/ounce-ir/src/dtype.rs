@@ -13,6 +13,8 @@ pub enum DType {
     F64,
     /// 32-bit signed integers: token ids, positions, targets.
     I32,
+    /// 16-bit signed integers: the lower halves of split masters.
+    I16,
     /// GGML Q8_0: blocks of 32 elements, one f16 scale and 32 bytes.
     Q8_0,
     /// GGML Q4_0: blocks of 32 elements, one f16 scale and 16 bytes.
@@ -23,12 +25,13 @@ pub enum DType {
 
 impl DType {
     /// All dtypes, in declaration order.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::F32,
         Self::Bf16,
         Self::F16,
         Self::F64,
         Self::I32,
+        Self::I16,
         Self::Q8_0,
         Self::Q4_0,
         Self::Q4_1,
@@ -38,7 +41,7 @@ impl DType {
     pub const fn block_elems(self) -> u64 {
         match self {
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 => 32,
-            Self::F32 | Self::Bf16 | Self::F16 | Self::F64 | Self::I32 => 1,
+            Self::F32 | Self::Bf16 | Self::F16 | Self::F64 | Self::I32 | Self::I16 => 1,
         }
     }
 
@@ -46,7 +49,7 @@ impl DType {
     pub const fn block_bytes(self) -> u64 {
         match self {
             Self::F32 | Self::I32 => 4,
-            Self::Bf16 | Self::F16 => 2,
+            Self::Bf16 | Self::F16 | Self::I16 => 2,
             Self::F64 => 8,
             Self::Q8_0 => 34,
             Self::Q4_0 => 18,
@@ -59,6 +62,12 @@ impl DType {
         n_elems.div_ceil(self.block_elems()) * self.block_bytes()
     }
 
+    /// Whether activations and gradients may be stored in it. Ops read any of these, compute in f32
+    /// and round what they write once, to nearest even.
+    pub const fn is_float(self) -> bool {
+        matches!(self, Self::F32 | Self::Bf16 | Self::F16)
+    }
+
     /// The name in the textual form.
     pub const fn name(self) -> &'static str {
         match self {
@@ -67,6 +76,7 @@ impl DType {
             Self::F16 => "f16",
             Self::F64 => "f64",
             Self::I32 => "i32",
+            Self::I16 => "i16",
             Self::Q8_0 => "q8_0",
             Self::Q4_0 => "q4_0",
             Self::Q4_1 => "q4_1",

@@ -66,8 +66,8 @@ pub enum ValueKind {
     Activation,
     /// Written by a backward op.
     Gradient,
-    /// A gradient sum over the tokens of the step, starting at zero. Shape of the parameter, or
-    /// `[N, C]` over the whole step for the rows of an embedding's gradient.
+    /// A gradient sum over the tokens of the step, starting at zero: f32, of the parameter's shape;
+    /// or `[N, C]` over the whole step for the rows of an embedding's gradient, of its dtype.
     Sum(UseId),
     /// A few numbers of the update: norm parts, the clip scale. Resident through the update.
     Scalar,
@@ -174,6 +174,11 @@ pub struct StateSpec {
     pub dtype: DType,
 }
 
+/// The name of the optimizer state that completes a bf16 parameter to its f32 master: with `bits`
+/// the master's, the parameter is `hi = (bits + 0x8000) >> 16` and the state `bits - (hi << 16)` as
+/// i16. Ties go away from zero, so that the split can be undone.
+pub const MASTER_LO: &str = "master_lo";
+
 /// Which update rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OptimizerKind {
@@ -184,13 +189,18 @@ pub enum OptimizerKind {
 }
 
 impl OptimizerKind {
-    /// The state it keeps per trained parameter.
-    pub fn states(self) -> Vec<StateSpec> {
-        let state = |name: &str| StateSpec { name: name.to_owned(), dtype: DType::F32 };
-        match self {
-            Self::AdamW => vec![state("exp_avg"), state("exp_avg_sq")],
+    /// The state it keeps per trained parameter that is stored in `dtype`: its moments, and of a
+    /// bf16 parameter the lower half of the f32 master ([`MASTER_LO`]).
+    pub fn states(self, dtype: DType) -> Vec<StateSpec> {
+        let state = |name: &str, dtype| StateSpec { name: name.to_owned(), dtype };
+        let mut states = match self {
+            Self::AdamW => vec![state("exp_avg", DType::F32), state("exp_avg_sq", DType::F32)],
             Self::Sgd => Vec::new(),
+        };
+        if dtype == DType::Bf16 {
+            states.push(state(MASTER_LO, DType::I16));
         }
+        states
     }
 }
 
@@ -246,6 +256,21 @@ impl Graph {
     /// The parameter that a use reads.
     pub fn param_of(&self, u: UseId) -> ParamId {
         self.uses[u].param
+    }
+
+    /// Pairs (input, output) of `op` whose buffers may be the same: those of [`in_place`](crate::OpKind::in_place)
+    /// whose elements are stored alike.
+    pub fn in_place<'a>(&'a self, op: &'a Op) -> impl Iterator<Item = (usize, usize)> + 'a {
+        let dtype = |v: ValueId| self.values[v].dtype;
+        let pairs = op.kind.in_place().iter().copied();
+        pairs.filter(move |&(i, o)| dtype(op.inputs[i]) == dtype(op.outputs[o]))
+    }
+
+    /// The dtype that trained parameters are stored in (f32 if none is trained). `verify` sees to it
+    /// that they all have the same.
+    pub fn trained_dtype(&self) -> DType {
+        let mut trained = self.params.values().filter(|p| p.trainable);
+        trained.next().map_or(DType::F32, |p| p.dtype)
     }
 
     /// Ops of one stage and phase, in program order.

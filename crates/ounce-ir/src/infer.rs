@@ -1,4 +1,7 @@
 //! One shape rule per op: from operands to output shapes, or what does not fit.
+//!
+//! Float inputs may be f32, bf16 or f16, each on its own. What an op writes has no dtype of its own
+//! (`OpKind::may_round`): an output that exists keeps that of its value, a new one is f32.
 
 use crate::{AttentionSpec, DType, Graph, Lead, Op, OpKind, Shape, WeightLayout};
 
@@ -18,12 +21,20 @@ struct Rule<'a> {
     op: &'a Op,
 }
 
-/// Shapes and dtypes of the op's outputs, after checking every operand.
+/// Shapes and dtypes of the op's outputs, after checking every operand. Outputs that the op names
+/// already keep their dtype, where it may be chosen.
 ///
 /// # Errors
 /// [`InferError`] if the number, shape or dtype of an operand is not what the op needs.
 pub fn infer_outputs(graph: &Graph, op: &Op) -> Result<Vec<(Shape, DType)>, InferError> {
-    Rule { graph, op }.outputs()
+    let mut outputs = Rule { graph, op }.outputs()?;
+    for (i, (&v, (_, dtype))) in op.outputs.iter().zip(&mut outputs).enumerate() {
+        let stored = graph.values[v].dtype;
+        if op.kind.may_round(i) && stored.is_float() {
+            *dtype = stored;
+        }
+    }
+    Ok(outputs)
 }
 
 impl Rule<'_> {
@@ -59,6 +70,12 @@ impl Rule<'_> {
         Ok(())
     }
 
+    /// A float input of that shape.
+    fn want_float(&self, input: usize, shape: &Shape) -> Result<(), InferError> {
+        let dtype = self.graph.values[self.op.inputs[input]].dtype;
+        self.want(input, shape, if dtype.is_float() { dtype } else { DType::F32 })
+    }
+
     fn want_use(&self, index: usize, dims: &[u64]) -> Result<(), InferError> {
         let p = &self.graph.params[self.graph.param_of(self.op.uses[index])];
         if p.shape != Shape::fixed(dims) {
@@ -69,23 +86,27 @@ impl Rule<'_> {
     }
 
     fn want_sum(&self, index: usize, shape: &Shape) -> Result<(), InferError> {
+        self.want_sum_of(index, shape, DType::F32)
+    }
+
+    fn want_sum_of(&self, index: usize, shape: &Shape, dtype: DType) -> Result<(), InferError> {
         let v = &self.graph.values[self.op.sums[index]];
-        if v.shape != *shape || v.dtype != DType::F32 {
+        if v.shape != *shape || v.dtype != dtype {
             return self.fail(format!(
-                "sum {index} ({}) is {}{}, needs f32{shape}",
+                "sum {index} ({}) is {}{}, needs {dtype}{shape}",
                 v.name, v.dtype, v.shape
             ));
         }
         Ok(())
     }
 
-    /// A `[N, c]` (or `[R, c]`) f32 input; returns its shape.
+    /// A `[N, c]` (or `[R, c]`) float input; returns its shape.
     fn matrix(&self, input: usize) -> Result<Shape, InferError> {
         let s = self.shape(input).clone();
         if s.lead == Lead::Fixed || s.dims.len() != 1 {
             return self.fail(format!("input {input} is {s}, needs [N,C]"));
         }
-        self.want(input, &s, DType::F32)?;
+        self.want_float(input, &s)?;
         Ok(s)
     }
 
@@ -116,7 +137,7 @@ impl Rule<'_> {
             OpKind::Swiglu | OpKind::Add => {
                 self.arity(2, 0, &[0])?;
                 let s = self.matrix(0)?;
-                self.want(1, &s, DType::F32)?;
+                self.want_float(1, &s)?;
                 same(s)
             }
             OpKind::TakeRows => {
@@ -141,20 +162,20 @@ impl Rule<'_> {
             OpKind::GeluGrad(_) => {
                 self.arity(2, 0, &[0])?;
                 let s = self.matrix(0)?;
-                self.want(1, &s, DType::F32)?;
+                self.want_float(1, &s)?;
                 same(s)
             }
             OpKind::SwigluGrad => {
                 self.arity(3, 0, &[0])?;
                 let s = self.matrix(0)?;
-                self.want(1, &s, DType::F32)?;
-                self.want(2, &s, DType::F32)?;
+                self.want_float(1, &s)?;
+                self.want_float(2, &s)?;
                 Ok(vec![(s.clone(), DType::F32), (s, DType::F32)])
             }
             OpKind::EmbedGradRows => {
                 self.arity(1, 0, &[1])?;
                 let s = self.matrix(0)?;
-                self.want_sum(0, &s)?;
+                self.want_sum_of(0, &s, self.graph.values[self.op.inputs[0]].dtype)?;
                 Ok(Vec::new())
             }
             OpKind::EmbedScatter => self.embed_scatter(),
@@ -183,7 +204,7 @@ impl Rule<'_> {
         self.arity(1, 1 + usize::from(bias), &[0])?;
         let x = self.matrix(0)?;
         let (k, m) = self.in_out(layout)?;
-        self.want(0, &Shape { lead: x.lead, dims: vec![k] }, DType::F32)?;
+        self.want_float(0, &Shape { lead: x.lead, dims: vec![k] })?;
         if bias {
             self.want_use(1, &[m])?;
         }
@@ -210,7 +231,7 @@ impl Rule<'_> {
     fn norm_grad(&self, n_sums: usize) -> Result<Vec<(Shape, DType)>, InferError> {
         self.arity(2, 1, &[0, n_sums])?;
         let x = self.matrix(0)?;
-        self.want(1, &x, DType::F32)?;
+        self.want_float(1, &x)?;
         self.want_use(0, &x.dims)?;
         for i in 0..self.op.sums.len() {
             self.want_sum(i, &Shape::fixed(&x.dims))?;
@@ -225,7 +246,7 @@ impl Rule<'_> {
         table: crate::RopeTableId,
     ) -> Result<Vec<(Shape, DType)>, InferError> {
         self.arity(2, 0, &[0])?;
-        self.want(0, &Shape::tokens(&[width]), DType::F32)?;
+        self.want_float(0, &Shape::tokens(&[width]))?;
         self.want(1, &Shape::tokens(&[]), DType::I32)?;
         match self.graph.rope_tables.get(table) {
             Some(t) if 2 * t.inv_freq.len() <= head_dim as usize => same(Shape::tokens(&[width])),
@@ -253,7 +274,7 @@ impl Rule<'_> {
         };
         for (i, s) in shapes.iter().enumerate() {
             if i < self.op.inputs.len() {
-                self.want(i, s, DType::F32)?;
+                self.want_float(i, s)?;
             }
         }
         Ok(shapes)
@@ -273,9 +294,9 @@ impl Rule<'_> {
         let n = shapes.len();
         self.arity(n + 3, 0, &[0])?;
         let o = Shape::tokens(&[spec.q_width()]);
-        self.want(n, &o, DType::F32)?;
+        self.want_float(n, &o)?;
         self.want(n + 1, &Shape::tokens(&[u64::from(spec.n_heads)]), DType::F32)?;
-        self.want(n + 2, &o, DType::F32)?;
+        self.want_float(n + 2, &o)?;
         Ok(shapes.into_iter().map(|s| (s, DType::F32)).collect())
     }
 
@@ -298,7 +319,7 @@ impl Rule<'_> {
         self.arity(1, 1, &[0])?;
         let dy = self.matrix(0)?;
         let (k, m) = self.in_out(layout)?;
-        self.want(0, &Shape { lead: dy.lead, dims: vec![m] }, DType::F32)?;
+        self.want_float(0, &Shape { lead: dy.lead, dims: vec![m] })?;
         same(Shape { lead: dy.lead, dims: vec![k] })
     }
 
@@ -341,7 +362,7 @@ impl Rule<'_> {
     }
 }
 
-/// One f32 output of that shape.
+/// One output of that shape, f32 if it is new.
 #[expect(clippy::unnecessary_wraps, reason = "the last line of a rule reads better without Ok")]
 fn same(shape: Shape) -> Result<Vec<(Shape, DType)>, InferError> {
     Ok(vec![(shape, DType::F32)])

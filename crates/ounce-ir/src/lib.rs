@@ -51,7 +51,7 @@ pub use builder::GraphBuilder;
 pub use dtype::DType;
 pub use entity::{Arena, EntityId};
 pub use graph::{
-    Graph, Init, InputKind, OptimizerKind, Param, ParamId, Phase, RandomSite, RopeTable,
+    Graph, Init, InputKind, MASTER_LO, OptimizerKind, Param, ParamId, Phase, RandomSite, RopeTable,
     RopeTableId, Stage, StageId, StateSpec, Use, UseId, Value, ValueId, ValueKind,
 };
 pub use infer::{InferError, infer_outputs};

@@ -26,11 +26,15 @@
 //! | `attention_grad` | q, k, v (or qkv), o, lse, d_o | | | dq, dk, dv (or dqkv) |
 //! | `gelu_grad` | x, dy | | | dx |
 //! | `swiglu_grad` | gate, up, dy | | | dgate, dup |
-//! | `embed_grad_rows` | dy `[N,C]` | | rows `[N,C]` | (copies dy into its place on the step's token axis) |
+//! | `embed_grad_rows` | dy `[N,C]` | | rows `[N,C]`, of dy's dtype | (copies dy into its place on the token axis) |
 //! | `embed_scatter` | idx `[N]`, rows `[N,C]` | | dw `[V,C]` | runs once, over the whole step |
 //! | `sum_squares` | dw | | | part `[1]` f64 |
 //! | `clip_scale` | all parts | | | scale `[1]` f32 |
 //! | `adamw`, `sgd` | dw, (scale) | | | | updates the parameter and its states
+//!
+//! An input or output without a dtype is f32, bf16 or f16, each on its own: an op widens what it
+//! reads, computes in f32 and rounds each output once, to nearest even, to the dtype of its value.
+//! The loss, lse, sums and scalars are not rounded: f32, or as the table says.
 
 use crate::entity;
 use crate::graph::{ParamId, Phase, RandomSite, RopeTableId, StageId, UseId, ValueId};
@@ -157,8 +161,42 @@ impl OpKind {
         matches!(self, Self::Attention(_) | Self::AttentionGrad(_))
     }
 
-    /// Pairs (input, output) whose buffers may be the same: the op reads each element of the input
-    /// before it writes that element of the output, and reads it no more afterwards.
+    /// Whether output `output` may be stored in 16 bits: activations and gradients may, the loss,
+    /// attention's lse and scalars may not.
+    pub const fn may_round(&self, output: usize) -> bool {
+        match self {
+            Self::Attention(_) => output == 0,
+            Self::CrossEntropyTrain => output == 1,
+            Self::CrossEntropy | Self::SumSquares | Self::ClipScale => false,
+            Self::Embed
+            | Self::Linear { .. }
+            | Self::LayerNorm { .. }
+            | Self::RmsNorm { .. }
+            | Self::Rope { .. }
+            | Self::Gelu(_)
+            | Self::Swiglu
+            | Self::Add
+            | Self::Dropout { .. }
+            | Self::TakeRows
+            | Self::LinearGradInput { .. }
+            | Self::LayerNormGrad { .. }
+            | Self::RmsNormGrad { .. }
+            | Self::AttentionGrad(_)
+            | Self::GeluGrad(_)
+            | Self::SwigluGrad => true,
+            // No outputs.
+            Self::LinearGradWeight { .. }
+            | Self::BiasGrad
+            | Self::EmbedGradRows
+            | Self::EmbedScatter
+            | Self::AdamW
+            | Self::Sgd => false,
+        }
+    }
+
+    /// Pairs (input, output) whose buffers may be the same, if their dtypes are
+    /// ([`crate::Graph::in_place`]): the op reads each element of the input before it writes that
+    /// element of the output, and reads it no more afterwards.
     pub const fn in_place(&self) -> &'static [(usize, usize)] {
         match self {
             Self::Gelu(_) | Self::Rope { .. } | Self::Dropout { .. } => &[(0, 0)],

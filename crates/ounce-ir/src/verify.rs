@@ -9,7 +9,8 @@
 //!
 //! **Storage**
 //! 3. Parameters have names, all different; their shapes are fixed, without a zero, and their rows
-//!    are whole storage blocks. So are the rows of values.
+//!    are whole storage blocks. So are the rows of values. Trained parameters are all f32 or all
+//!    bf16.
 //! 4. Rotary frequencies and scales are finite.
 //! 5. A use is read by one op of the forward pass (or by the head, which runs with the backward), and
 //!    besides by backward ops only.
@@ -19,8 +20,8 @@
 //!    one loss. Nothing writes data inputs and sums; every other value is written by exactly one op.
 //! 7. A value is read after it is written. A sum is read as an input by update ops only, after
 //!    something was added to it, and nothing is added to it afterwards.
-//! 8. A sum is f32 and of a trained parameter: the parameter's shape, or rows `[N, C]` of an
-//!    embedding's gradient. A parameter has at most one sum of its shape, and all ops that add to it
+//! 8. A sum is of a trained parameter: f32 of the parameter's shape, or rows `[N, C]` of an
+//!    embedding's gradient, of its dtype. A parameter has at most one sum of its shape, and all ops that add to it
 //!    add gradients of that parameter. Rows are written by one op.
 //!
 //! **Ops**
@@ -43,14 +44,15 @@
 //!
 //! **Update**
 //! 17. If one parameter is updated, every trained one is, exactly once, from the sum of its shape,
-//!     by the same rule, and no frozen one. Optimizer states are those of the rule.
+//!     by the same rule, and no frozen one. Optimizer states are those of the rule
+//!    for the dtype of trained parameters.
 //! 18. The clip scale, if there is one, reads the norm parts of all trained parameters in order, and
 //!     every update takes it.
 
 use crate::text::{op_line, param_line, stage_line, table_line, use_line, value_line};
 use crate::{
-    EntityId, Graph, InputKind, Lead, Op, OpId, OpKind, OptimizerKind, ParamId, Phase, Shape,
-    StageId, ValueId, ValueKind, infer_outputs,
+    DType, EntityId, Graph, InputKind, Lead, Op, OpId, OpKind, OptimizerKind, ParamId, Phase,
+    Shape, StageId, ValueId, ValueKind, infer_outputs,
 };
 
 /// A broken invariant.
@@ -154,6 +156,12 @@ impl Verifier<'_> {
             if let Some((other, _)) = same_name {
                 self.fail_param(id, format!("{other} has the same name"));
             }
+            let dtype = g.trained_dtype();
+            if p.trainable && !matches!(p.dtype, DType::F32 | DType::Bf16) {
+                self.fail_param(id, "a trained parameter is f32 or bf16".to_owned());
+            } else if p.trainable && p.dtype != dtype {
+                self.fail_param(id, format!("other trained parameters are {dtype}"));
+            }
             if p.name.is_empty() {
                 self.fail_param(id, "the name is empty".to_owned());
             }
@@ -216,7 +224,7 @@ impl Verifier<'_> {
                             Shape::tokens(&[])
                         }
                     };
-                    if v.shape != shape || v.dtype != crate::DType::I32 {
+                    if v.shape != shape || v.dtype != DType::I32 {
                         self.fail_value(id, format!("data is i32{shape}"));
                     }
                     if n_inputs[kind as usize] == 2 {
@@ -286,7 +294,12 @@ impl Verifier<'_> {
             if !p.trainable {
                 self.fail_value(id, format!("{param} is frozen and has no gradient"));
             }
-            if v.dtype != crate::DType::F32 || (v.shape != p.shape && !is_rows) {
+            let fits = if is_rows {
+                v.dtype.is_float()
+            } else {
+                v.dtype == DType::F32 && v.shape == p.shape
+            };
+            if !fits {
                 self.fail_value(
                     id,
                     format!("a sum of {param} is f32{}, or rows if it is a table", p.shape),
@@ -561,7 +574,7 @@ impl Verifier<'_> {
                 self.fail_param(id, "it is trained and no op updates it".to_owned());
             }
         }
-        if g.states != rule.states() {
+        if g.states != rule.states(g.trained_dtype()) {
             let text = format!("graph lanes {} sites {}", g.reduction_lanes, g.n_random_sites);
             self.fail(&"graph", text, format!("optimizer states are not those of {rule:?}"));
         }

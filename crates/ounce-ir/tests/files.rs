@@ -73,6 +73,8 @@ fn every_invariant_is_broken_by_some_file() {
         "does not exist",
         "no reduction lanes",
         "has the same name",
+        "a trained parameter is f32 or bf16",
+        "other trained parameters are",
         "the name is empty",
         "not fixed, or empty",
         "not whole blocks",

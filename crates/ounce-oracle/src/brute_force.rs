@@ -16,7 +16,7 @@
 //!   to the last update op that reads it (to the end of the step, if none does).
 //! - An op may run if everything resident, its outputs and its scratch are at most the cap. An
 //!   output may take the bytes of an input that dies with the op, for the pairs of
-//!   [`OpKind::in_place`](ounce_ir::OpKind::in_place).
+//!   [`Graph::in_place`](ounce_ir::Graph::in_place).
 //! - Resident all the time: parameters, optimizer states, data, scalars, losses, results, and the
 //!   process's baseline. Bytes are rounded up to 64 per value. Where bytes lie is not asked: a
 //!   placement may need more.
@@ -280,17 +280,16 @@ impl<'a> Game<'a> {
 
     /// Every choice of inputs whose bytes go to an output, none included.
     fn in_place(&self, op: OpId, state: State) -> Vec<InPlace> {
-        let op_kind = self.graph.ops[op].kind;
         let inputs = &self.graph.ops[op].inputs;
         let mut choices = vec![InPlace::default()];
         for (o, &output) in self.graph.ops[op].outputs.iter().enumerate() {
             if self.set(&[output]) & state.resident != 0 {
                 continue; // It has bytes already.
             }
-            let pairs = op_kind.in_place().iter().filter(|&&(_, to)| to == o);
+            let pairs = self.graph.in_place(&self.graph.ops[op]).filter(|&(_, to)| to == o);
             let with_pairs: Vec<InPlace> = pairs
-                .filter(|&&(i, _)| self.dies(op, inputs[i], state))
-                .flat_map(|&(i, _)| choices.iter().map(move |c| (i, *c)))
+                .filter(|&(i, _)| self.dies(op, inputs[i], state))
+                .flat_map(|(i, _)| choices.iter().map(move |c| (i, *c)))
                 .filter(|(i, choice)| choice.overwritten & self.set(&[inputs[*i]]) == 0)
                 .map(|(i, choice)| InPlace {
                     overwritten: choice.overwritten | self.set(&[inputs[i]]),

@@ -4,20 +4,25 @@
 //! that "as if": one pass over the ops in program order, each by its definition in [`ops`], with a
 //! buffer per value. Complexity: the arithmetic of the step, in plain loops.
 //!
+//! Precision. Arithmetic is f64 in all dtypes; what a value stored in 16 bits keeps is rounded once,
+//! where it is written ([`round_to`]). Ops read the rounded half of a bf16 parameter, its update the
+//! whole master ([`split`]).
+//!
 //! Misuse (a length that does not fit, a value that was not computed) panics: it is a mistake in the
 //! test that asks.
 
 use std::ops::Range;
 
 use ounce_ir::{
-    AttentionSpec, EntityId, Graph, InputKind, Lead, Op, OpId, OpKind, ParamId, Phase, ValueId,
-    ValueKind, WeightLayout,
+    AttentionSpec, DType, EntityId, Graph, InputKind, Lead, MASTER_LO, Op, OpId, OpKind, ParamId,
+    Phase, ValueId, ValueKind, WeightLayout,
 };
 use ounce_program::StepShape;
 
 pub use crate::ops::Hyper;
 use crate::ops::{self, Qkv, Rotation, Weight};
 use crate::philox;
+use crate::round::{round_to, split};
 
 /// One sequence of a step: what it reads and what it should predict.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,14 +42,19 @@ pub struct Interpreter<'g> {
     pub seed: u64,
     /// The step that runs next, counted from 1; random ops and AdamW read it.
     pub step: u64,
+    /// What the gradients of the step are multiplied with, a power of two: 1 but for f16. Norms and
+    /// updates divide by it again.
+    pub loss_scale: f64,
     /// Rows as spans of the token axis.
     spans: Vec<Range<usize>>,
     /// Per [`InputKind`], in declaration order.
     inputs: [Vec<i32>; 4],
     /// Per value; empty until it is computed.
     values: Vec<Vec<f64>>,
-    /// Per parameter.
+    /// Per parameter: what ops read.
     params: Vec<Vec<f64>>,
+    /// Per parameter: what the update reads and writes.
+    masters: Vec<Vec<f64>>,
     /// Per parameter and optimizer state.
     states: Vec<Vec<Vec<f64>>>,
 }
@@ -63,6 +73,7 @@ impl<'g> Interpreter<'g> {
             shape,
             seed: 0,
             step: 1,
+            loss_scale: 1.0,
             spans: (0..shape.n_rows).map(|r| row(r)..row(r) + shape.row_tokens as usize).collect(),
             inputs: InputKind::ALL.map(|kind| match kind {
                 InputKind::TokenIds | InputKind::Positions => vec![0; n],
@@ -70,6 +81,7 @@ impl<'g> Interpreter<'g> {
                 InputKind::SelectedRows => vec![0; shape.n_selected as usize],
             }),
             values: vec![Vec::new(); graph.values.len()],
+            masters: params.clone(),
             params,
             states,
         }
@@ -116,16 +128,39 @@ impl<'g> Interpreter<'g> {
         found.unwrap_or_else(|| panic!("the graph has no parameter {name}")).0
     }
 
-    /// A parameter's elements.
+    /// A parameter's elements as ops read them.
     pub fn param(&self, param: ParamId) -> &[f64] {
         &self.params[param.index()]
     }
 
-    /// Sets a parameter.
+    /// A parameter's elements as the update reads them.
+    pub fn master(&self, param: ParamId) -> &[f64] {
+        &self.masters[param.index()]
+    }
+
+    /// Sets a parameter; one that is stored in bf16 is split.
     pub fn set_param(&mut self, param: ParamId, data: &[f64]) {
-        let place = &mut self.params[param.index()];
+        let place = &mut self.masters[param.index()];
         assert_eq!(place.len(), data.len(), "elements of {}", self.graph.params[param].name);
         place.copy_from_slice(data);
+        self.store(param);
+    }
+
+    /// Writes what is stored of a master: all of it, or the rounded half and the rest.
+    fn store(&mut self, param: ParamId) {
+        let i = param.index();
+        if self.graph.params[param].dtype != DType::Bf16 {
+            self.params[i].clone_from(&self.masters[i]);
+            return;
+        }
+        let rest = self.graph.states.iter().position(|s| s.name == MASTER_LO);
+        for (j, &master) in self.masters[i].iter().enumerate() {
+            let (hi, lo) = split(master as f32);
+            self.params[i][j] = hi.into();
+            if let Some(rest) = rest {
+                self.states[i][rest][j] = lo.into();
+            }
+        }
     }
 
     /// An optimizer state of a parameter.
@@ -140,7 +175,8 @@ impl<'g> Interpreter<'g> {
         data
     }
 
-    /// The gradient of the mean loss by a trained parameter, as of the last run.
+    /// The gradient of the mean loss by a trained parameter, as of the last run, times
+    /// [`Interpreter::loss_scale`].
     pub fn gradient(&self, param: ParamId) -> &[f64] {
         let sum = self.graph.values.iter().find(|(_, v)| {
             matches!(v.kind, ValueKind::Sum(u) if self.graph.param_of(u) == param)
@@ -159,10 +195,10 @@ impl<'g> Interpreter<'g> {
         self.losses().iter().sum::<f64>() * self.grad_scale()
     }
 
-    /// The global norm of the gradients before clipping.
+    /// The global norm of the gradients before clipping, without the loss scale.
     pub fn grad_norm(&self) -> f64 {
         let ops = self.graph.ops.values().filter(|op| op.kind == OpKind::SumSquares);
-        ops.map(|op| self.value(op.outputs[0])[0]).sum::<f64>().sqrt()
+        ops.map(|op| self.value(op.outputs[0])[0]).sum::<f64>().sqrt() / self.loss_scale
     }
 
     /// 1 / supervised tokens: what every token's loss is weighed with.
@@ -235,7 +271,7 @@ impl<'g> Interpreter<'g> {
                 Lead::Selected => self.shape.n_selected,
             };
             assert_eq!(data.len() as u64, value.shape.elems(n), "{id} made {}", value.name);
-            self.values[v.index()] = data;
+            self.values[v.index()] = data.into_iter().map(|x| round_to(value.dtype, x)).collect();
         }
     }
 
@@ -282,7 +318,8 @@ impl<'g> Interpreter<'g> {
             OpKind::CrossEntropyTrain => {
                 let w = self.weight(op, WeightLayout::OutIn);
                 let dw = sums.first_mut().map(Vec::as_mut_slice);
-                let (loss, dx) = ops::cross_entropy_train(x(0), ints(1), w, self.grad_scale(), dw);
+                let scale = self.grad_scale() * self.loss_scale;
+                let (loss, dx) = ops::cross_entropy_train(x(0), ints(1), w, scale, dw);
                 vec![loss, dx]
             }
             OpKind::LinearGradInput { layout } => {
@@ -332,11 +369,13 @@ impl<'g> Interpreter<'g> {
     /// The ops of the update that need its settings.
     fn update(&mut self, op: &Op, hyper: &Hyper) {
         let scale = op.inputs.get(1).filter(|_| op.updates.is_some());
-        let scale = scale.map_or(1.0, |&v| self.value(v)[0]);
+        let scale = scale.map_or(1.0, |&v| self.value(v)[0]) / self.loss_scale;
         let scalar = match op.kind {
             OpKind::SumSquares => ops::sum_squares(self.value(op.inputs[0])),
             OpKind::ClipScale => {
-                let parts: Vec<f64> = op.inputs.iter().map(|&v| self.value(v)[0]).collect();
+                let squared = self.loss_scale * self.loss_scale;
+                let parts: Vec<f64> =
+                    op.inputs.iter().map(|&v| self.value(v)[0] / squared).collect();
                 ops::clip_scale(&parts, hyper.max_grad_norm)
             }
             OpKind::AdamW | OpKind::Sgd => {
@@ -344,11 +383,12 @@ impl<'g> Interpreter<'g> {
                 let decay = self.graph.params[param].decay;
                 let weight_decay = if decay { hyper.weight_decay } else { 0.0 };
                 let hyper = Hyper { weight_decay, ..*hyper };
-                let (w, g) = (&mut self.params[param.index()], &self.values[op.inputs[0].index()]);
+                let (w, g) = (&mut self.masters[param.index()], &self.values[op.inputs[0].index()]);
                 match &mut self.states[param.index()][..] {
-                    [m, v] => ops::adamw(w, m, v, g, scale, self.step, &hyper),
+                    [m, v, ..] => ops::adamw(w, m, v, g, scale, self.step, &hyper),
                     _ => ops::sgd(w, g, scale, &hyper),
                 }
+                self.store(param);
                 return;
             }
             kind => unreachable!("{} has run before the update", kind.name()),

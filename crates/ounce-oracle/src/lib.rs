@@ -24,7 +24,8 @@
 //! assert!((step.loss() - 4.0_f64.ln()).abs() < 1e-15, "all weights are zero: every id is as likely");
 //! ```
 //!
-//! Files, in reading order: [`ops`] (every op's definition, on slices), [`philox`] (random bits),
+//! Files, in reading order: [`ops`] (every op's definition, on slices), [`round`] (what
+//! 16 bits keep), [`philox`] (random bits),
 //! [`interpret`] (a graph on a step), [`finite_difference`] (gradients without a backward),
 //! [`mod@brute_force`] (the fastest schedule in a number of bytes), [`random_graph`] (models for
 //! property tests).
@@ -33,6 +34,8 @@
 #![forbid(unsafe_code)]
 
 pub mod ops;
+
+pub mod round;
 
 pub mod philox;
 

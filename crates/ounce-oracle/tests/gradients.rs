@@ -7,12 +7,13 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot build its graph should panic")]
 
 use ounce_ir::{
-    AttentionSpec, EntityId, GeluKind, Graph, GraphBuilder, Init, InputKind, OpKind, ParamId,
-    Shape, ValueId, WeightLayout,
+    AttentionSpec, DType, EntityId, GeluKind, Graph, GraphBuilder, Init, InputKind, MASTER_LO,
+    OpKind, OptimizerKind, ParamId, Shape, ValueId, WeightLayout,
 };
 use ounce_oracle::philox::word;
-use ounce_oracle::{Interpreter, Row, TestRng, check_gradients, random_case};
-use ounce_passes::differentiate;
+use ounce_oracle::round::{join, round_to};
+use ounce_oracle::{Hyper, Interpreter, RandomCase, Row, TestRng, check_gradients, random_case};
+use ounce_passes::{Precision, PrecisionPolicy, attach_optimizer, differentiate, lower_precision};
 use ounce_program::StepShape;
 
 const VOCAB: u64 = 7;
@@ -258,29 +259,94 @@ fn gradients_are_of_the_mean_over_supervised_tokens_wherever_rows_stand() {
     }
 }
 
+/// A random model's data and parameters in (-0.5, 0.5).
+fn random_step<'g>(graph: &'g Graph, case: &RandomCase, seed: u64) -> Interpreter<'g> {
+    let mut step = Interpreter::new(graph, case.shape);
+    let mut rng = TestRng::new(seed);
+    step.seed = seed;
+    let mut row = |_| {
+        let len = 1 + rng.below(case.shape.row_tokens) as usize;
+        let mut ids = || (0..len).map(|_| rng.below(case.vocab) as i32).collect();
+        Row { token_ids: ids(), targets: ids() }
+    };
+    step.set_rows(&(0..case.shape.n_rows).map(&mut row).collect::<Vec<_>>());
+    for (p, param) in graph.params.iter() {
+        let data: Vec<f64> = (0..param.shape.row_elems()).map(|_| 0.5 * rng.symmetric()).collect();
+        step.set_param(p, &data);
+    }
+    step
+}
+
 #[test]
 fn random_models_of_several_stages() {
     for seed in 0..20 {
         let case = random_case(seed, 3);
         let graph = differentiate(&case.graph).unwrap();
-        let mut step = Interpreter::new(&graph, case.shape);
-        let mut rng = TestRng::new(seed);
-        step.seed = seed;
-        let mut row = |_| {
-            let len = 1 + rng.below(case.shape.row_tokens) as usize;
-            let mut ids = || (0..len).map(|_| rng.below(case.vocab) as i32).collect();
-            Row { token_ids: ids(), targets: ids() }
-        };
-        step.set_rows(&(0..case.shape.n_rows).map(&mut row).collect::<Vec<_>>());
-        for (p, param) in graph.params.iter() {
-            let data: Vec<f64> =
-                (0..param.shape.row_elems()).map(|_| 0.5 * rng.symmetric()).collect();
-            step.set_param(p, &data);
-        }
-        for check in check_gradients(&mut step, seed) {
+        for check in check_gradients(&mut random_step(&graph, &case, seed), seed) {
             let name = check.param.map_or("all", |p| &graph.params[p].name);
             assert!(check.error < TOLERANCE, "seed {seed}, {name}: {check:?}");
         }
+    }
+}
+
+/// Distance of `b` from `a`, relative to the norm of `a`.
+fn distance(a: &[f64], b: &[f64]) -> f64 {
+    let squares = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>();
+    let apart = squares(&mut a.iter().zip(b).map(|(a, b)| a - b));
+    (apart / squares(&mut a.iter().copied()).max(f64::MIN_POSITIVE)).sqrt()
+}
+
+#[test]
+fn gradients_of_random_models_in_16_bits_are_near_those_in_f32() {
+    for seed in 0..10 {
+        let case = random_case(seed, 3);
+        let graph = differentiate(&case.graph).unwrap();
+        let mut full = random_step(&graph, &case, seed);
+        full.run_backward();
+        let all = |step: &Interpreter<'_>| -> Vec<f64> {
+            graph.params.ids().flat_map(|p| step.gradient(p).to_vec()).collect()
+        };
+        let (exact, loss) = (all(&full), full.loss());
+        // Half a unit in the last place is 2^-9 and 2^-12; a few dozen roundings lie one behind the
+        // other, and where values cancel each counts more: 2^4 of them.
+        for (precision, near) in [(Precision::Bf16, 1.0 / 32.0), (Precision::F16, 1.0 / 256.0)] {
+            let lowered = lower_precision(&graph, &PrecisionPolicy::new(precision));
+            let mut step = random_step(&lowered, &case, seed);
+            step.loss_scale = 1024.0;
+            step.run_backward();
+            let gradient: Vec<f64> = all(&step).iter().map(|g| g / 1024.0).collect();
+            let apart = distance(&exact, &gradient);
+            assert!(0.0 < apart && apart < near, "seed {seed}, {precision}: {apart:e}");
+            assert!((step.loss() - loss).abs() < near * loss, "seed {seed}, {precision}");
+        }
+    }
+}
+
+#[test]
+fn a_bf16_parameter_is_read_rounded_and_updated_whole() {
+    let graph = differentiate(&random_case(3, 2).graph).unwrap();
+    let bf16 = lower_precision(&graph, &PrecisionPolicy::new(Precision::Bf16));
+    let graph = attach_optimizer(&bf16, OptimizerKind::AdamW, true).unwrap();
+    let mut step = random_step(&graph, &random_case(3, 2), 3);
+    let before: Vec<Vec<f64>> = graph.params.ids().map(|p| step.master(p).to_vec()).collect();
+    // Far below what bf16 can tell apart.
+    step.run_step(&Hyper {
+        lr: 1e-6,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        max_grad_norm: 1.0,
+    });
+    let rest = graph.states.iter().position(|s| s.name == MASTER_LO).unwrap();
+    for (p, before) in graph.params.ids().zip(before) {
+        for (i, &master) in step.master(p).iter().enumerate() {
+            let (hi, lo) = (step.param(p)[i] as f32, step.state(p, rest)[i] as i16);
+            assert_eq!(round_to(DType::Bf16, hi.into()), f64::from(hi));
+            assert_eq!(join(hi, lo), master as f32);
+            assert!(master == before[i] || (master - before[i]).abs() < 1e-5);
+        }
+        assert_ne!(step.master(p), before, "the update moves masters that bf16 would not");
     }
 }
 

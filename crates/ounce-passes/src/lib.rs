@@ -4,8 +4,8 @@
 //! does decide is every order of additions: where gradients meet, and in which order parts of a
 //! norm are added. A plan may cut, repeat and interleave, but never change that.
 //!
-//! Files, in reading order: [`mod@differentiate`] (adds the backward, one rule per op), [`optimizer`]
-//! (adds the update), `error` (what a pass may refuse).
+//! Files, in reading order: [`mod@differentiate`] (adds the backward, one rule per op), [`precision`]
+//! (chooses dtypes, by a table), [`optimizer`] (adds the update), `error` (what a pass may refuse).
 //!
 //! ```
 //! use ounce_ir::{GraphBuilder, InputKind, OptimizerKind, Shape};
@@ -31,6 +31,8 @@
 
 pub mod differentiate;
 
+pub mod precision;
+
 pub mod optimizer;
 
 mod error;
@@ -38,3 +40,4 @@ mod error;
 pub use differentiate::differentiate;
 pub use error::PassError;
 pub use optimizer::attach_optimizer;
+pub use precision::{ClassPrecision, OpClass, Precision, PrecisionPolicy, TABLE, lower_precision};

@@ -19,8 +19,9 @@ use ounce_ir::{
 
 use crate::PassError;
 
-/// Appends the update to a differentiated graph: optimizer state per trained parameter, norms, the
-/// clip scale if `clip`, and one update op per trained parameter.
+/// Appends the update to a differentiated graph: optimizer state per trained parameter (with the
+/// lower halves of the masters, if parameters are bf16), norms, the clip scale if `clip`, and one
+/// update op per trained parameter.
 ///
 /// # Errors
 /// [`PassError`] if the graph has no gradients, has an update already, or trains a parameter that
@@ -33,7 +34,7 @@ pub fn attach_optimizer(
     let dense_sums = dense_sums(graph)?;
     let mut update = Update { graph: graph.clone(), rule: kind, scatters: Vec::new() };
     update.take_scatters()?;
-    update.graph.states = kind.states();
+    update.graph.states = kind.states(graph.trained_dtype());
     if clip {
         let mut parts = Vec::new();
         for &(param, sum) in &dense_sums {

@@ -6,10 +6,13 @@ use std::fmt::Write as _;
 
 use expect_test::{Expect, expect};
 use ounce_ir::{
-    AttentionSpec, GeluKind, Graph, GraphBuilder, Init, InputKind, OptimizerKind, ParamId, Phase,
-    Shape, ValueId, ValueKind, WeightLayout, verify,
+    AttentionSpec, DType, GeluKind, Graph, GraphBuilder, Init, InputKind, OptimizerKind, ParamId,
+    Phase, Shape, ValueId, ValueKind, WeightLayout, verify,
 };
-use ounce_passes::{PassError, attach_optimizer, differentiate};
+use ounce_passes::{
+    OpClass, PassError, Precision, PrecisionPolicy, TABLE, attach_optimizer, differentiate,
+    lower_precision,
+};
 
 /// One line per op that is not forward: stage, outputs, name, inputs, uses, sums.
 fn print(graph: &Graph) -> String {
@@ -385,4 +388,107 @@ fn a_trained_parameter_that_the_loss_ignores_is_refused() {
         attach_optimizer(&graph, OptimizerKind::AdamW, false),
         Err(PassError::NoGradient { param: "unused".to_owned() })
     );
+}
+
+/// The dtypes of all values that are not f32, and of parameters and states, one line each.
+fn dtypes(graph: &Graph) -> String {
+    let mut text = String::new();
+    for v in graph.values.values().filter(|v| v.dtype.is_float() && v.dtype != DType::F32) {
+        writeln!(text, "{} {}", v.dtype, v.name).unwrap();
+    }
+    writeln!(text, "parameters {}", graph.trained_dtype()).unwrap();
+    for state in &graph.states {
+        writeln!(text, "{} {}", state.dtype, state.name).unwrap();
+    }
+    text
+}
+
+/// The embedding, attention and head of a Llama, a whole step in that precision.
+fn lowered(policy: &PrecisionPolicy) -> Graph {
+    let graph = lower_precision(&differentiate(&llama_attention()).unwrap(), policy);
+    let graph = attach_optimizer(&graph, OptimizerKind::AdamW, true).unwrap();
+    verify(&graph).unwrap();
+    graph
+}
+
+#[test]
+fn bf16_stores_what_flows_and_half_of_every_master() {
+    let expected = expect![[r#"
+        bf16 embed.embed
+        bf16 attn.0.norm
+        bf16 attn.0.q
+        bf16 attn.0.k
+        bf16 attn.0.v
+        bf16 attn.0.rope
+        bf16 attn.0.rope
+        bf16 attn.0.attention
+        bf16 attn.0.o
+        bf16 attn.0.add
+        bf16 d.attn.0.add
+        bf16 d.attn.0.attention
+        bf16 d.attn.0.rope
+        bf16 d.attn.0.rope
+        bf16 d.attn.0.v
+        bf16 d.attn.0.k
+        bf16 d.attn.0.q
+        bf16 d.attn.0.norm
+        bf16 d.attn.0.norm
+        bf16 d.attn.0.norm
+        bf16 d.attn.0.norm
+        bf16 d.attn.0.norm
+        bf16 d.embed.embed
+        bf16 d.embed.embed
+        bf16 d.embed.rows
+        parameters bf16
+        f32 exp_avg
+        f32 exp_avg_sq
+        i16 master_lo
+    "#]];
+    expected.assert_eq(&dtypes(&lowered(&PrecisionPolicy::new(Precision::Bf16))));
+}
+
+#[test]
+fn f16_leaves_parameters_alone_and_a_class_can_keep_f32() {
+    let keep_f32 = vec![OpClass::Linear, OpClass::Residual, OpClass::Embed];
+    let policy = PrecisionPolicy { precision: Precision::F16, keep_f32 };
+    let expected = expect![[r#"
+        f16 attn.0.norm
+        f16 attn.0.rope
+        f16 attn.0.rope
+        f16 attn.0.attention
+        f16 d.attn.0.add
+        f16 d.attn.0.rope
+        f16 d.attn.0.rope
+        f16 d.attn.0.v
+        f16 d.attn.0.k
+        f16 d.attn.0.q
+        f16 d.embed.embed
+        parameters f32
+        f32 exp_avg
+        f32 exp_avg_sq
+    "#]];
+    expected.assert_eq(&dtypes(&lowered(&policy)));
+}
+
+#[test]
+fn f32_and_all_classes_kept_in_f32_change_no_value() {
+    let graph = differentiate(&gpt2(false).finish().unwrap()).unwrap();
+    assert_eq!(lower_precision(&graph, &PrecisionPolicy::default()), graph);
+    for precision in Precision::ALL {
+        let policy = PrecisionPolicy { precision, keep_f32: OpClass::CHOSEN.to_vec() };
+        assert_eq!(lower_precision(&graph, &policy).values, graph.values, "{precision}");
+    }
+}
+
+#[test]
+fn every_class_has_a_line_in_the_table_and_reads_back_from_its_name() {
+    let classes: Vec<OpClass> = TABLE.iter().map(|line| line.class).collect();
+    assert_eq!(classes, [&OpClass::CHOSEN[..], &[OpClass::Update]].concat());
+    for class in OpClass::CHOSEN {
+        assert_eq!(OpClass::from_name(class.name()), Some(class));
+    }
+    assert_eq!(OpClass::from_name("update"), None, "the update's dtype is not chosen");
+    for precision in Precision::ALL {
+        assert_eq!(Precision::from_name(precision.name()), Some(precision));
+    }
 }

@@ -352,7 +352,7 @@ impl<'a> Emitter<'a> {
         let cx = self.cx;
         let op = &cx.graph.ops[id];
         let row = cx.row_bytes(v);
-        for &(i, out) in op.kind.in_place() {
+        for (i, out) in cx.graph.in_place(op) {
             let from = op.inputs[i];
             let twice = op.inputs.iter().filter(|&&x| x == from).count() > 1;
             if out != o || twice || cx.is_session(from) || cx.row_bytes(from) != row {

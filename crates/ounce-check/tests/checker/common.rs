@@ -351,7 +351,11 @@ impl Naive<'_> {
             self.graph.ops.values().flat_map(|op| &op.inputs).filter(|&&i| i == v).count()
         };
         let pair = kind.in_place().iter().find(|&&(i, o)| {
-            o == output && transient(inputs[i]) && transient(v) && n_readers(inputs[i]) == 1
+            self.graph.values[inputs[i]].dtype == self.graph.values[v].dtype
+                && o == output
+                && transient(inputs[i])
+                && transient(v)
+                && n_readers(inputs[i]) == 1
         });
         match pair {
             Some(&(i, _)) if self.style.in_place => {

@@ -346,14 +346,14 @@ impl Naive<'_> {
             if self.sums.contains_key(&v) {
                 continue;
             }
-            let taken = op.kind.in_place().iter().find(|&&(i, out)| {
+            let taken = self.graph.in_place(op).find(|&(i, out)| {
                 let input = op.inputs[i];
                 self.cut.in_place
                     && out == o
                     && self.last_reader[&input] == id
                     && !op.inputs.iter().enumerate().any(|(j, &x)| j != i && self.same(x, input))
             });
-            let handed_on = taken.and_then(|&(i, _)| self.values.get(&op.inputs[i]).copied());
+            let handed_on = taken.and_then(|(i, _)| self.values.get(&op.inputs[i]).copied());
             let buffer = handed_on.unwrap_or_else(|| {
                 let n = match self.graph.values[v].shape.lead {
                     Lead::Selected => self.shape.n_selected,
