@@ -9,10 +9,13 @@ use serde_json::{Value, json};
 
 use crate::Result;
 use crate::bench::{StepRun, last_object};
+use crate::cgroup::Cgroup;
+use crate::cgroup_runs::cgroup_runs;
+use crate::killed::killed;
 use crate::record::{Record, keep};
 use crate::shell::{capture, flag, json_lines, output, release_binary, root, scratch_folder};
 
-const FLAGS: &[&str] = &["--python", "--threads"];
+const FLAGS: &[&str] = &["--python", "--threads", "--times", "--seed"];
 
 const MIB: f64 = 1024.0 * 1024.0;
 
@@ -27,29 +30,43 @@ const DEMONSTRATIONS: &[Demonstration] = &[
         "GPT-2 124M, 4 x 1024, from unconstrained to the smallest budget",
         gpt2_budgets,
     ),
+    ("killed", "kill -9 at random moments of a run that saves, then the same bits", killed),
+    ("cgroup-runs", "random models in memory cgroups of their budgets' sizes", cgroup_runs),
 ];
 
 /// What a demonstration runs with.
-struct Setting<'a> {
-    binary: String,
+pub(crate) struct Setting<'a> {
+    pub(crate) binary: String,
     /// A Python with torch, for the other side.
     python: Option<&'a str>,
     threads: Option<&'a str>,
+    /// How often, in a demonstration that repeats; a whole one where it is not given.
+    pub(crate) times: Option<u64>,
+    /// Of random choices; from the clock where it is not given.
+    pub(crate) seed: Option<u64>,
 }
 
 /// What a demonstration found.
 #[derive(Default)]
-struct Outcome {
+pub(crate) struct Outcome {
     /// What was claimed, with numbers, and whether it held.
-    claims: Vec<(String, bool)>,
+    pub(crate) claims: Vec<(String, bool)>,
     /// Engine, setting and result of each run.
-    runs: Vec<(&'static str, String, Value)>,
+    pub(crate) runs: Vec<(&'static str, String, Value)>,
     /// Whether the runs are worth keeping.
-    is_kept: bool,
+    pub(crate) is_kept: bool,
 }
 
 impl Outcome {
-    fn claim(&mut self, holds: bool, what: String) {
+    /// Claims that something never happened; `cases` are those where it did.
+    pub(crate) fn claim_none(&mut self, what: &str, cases: &[String]) {
+        let shown = &cases[..cases.len().min(3)];
+        let shown =
+            if shown.is_empty() { String::new() } else { format!(" ({})", shown.join("; ")) };
+        self.claim(cases.is_empty(), format!("{what}: {}{shown}", cases.len()));
+    }
+
+    pub(crate) fn claim(&mut self, holds: bool, what: String) {
         println!("{} {what}", if holds { "holds:" } else { "DOES NOT HOLD:" });
         self.claims.push((what, holds));
     }
@@ -68,6 +85,8 @@ pub(crate) fn accept(args: &[&str]) -> Result {
     let setting = Setting {
         python: flag(flags, "--python", FLAGS)?,
         threads: flag(flags, "--threads", FLAGS)?,
+        times: whole(flag(flags, "--times", FLAGS)?)?,
+        seed: whole(flag(flags, "--seed", FLAGS)?)?,
         binary: release_binary()?,
     };
     println!("{name}: {what}");
@@ -96,23 +115,29 @@ pub(crate) fn accept(args: &[&str]) -> Result {
     if broken.is_empty() { Ok(()) } else { Err(format!("does not hold: {}", broken.join("; "))) }
 }
 
+/// A flag's whole number.
+fn whole(text: Option<&str>) -> Result<Option<u64>> {
+    let parse = |text: &str| text.parse().map_err(|_| format!("{text:?} is no whole number"));
+    text.map(parse).transpose()
+}
+
 impl Setting<'_> {
     /// Runs `ounce` with these arguments; it must succeed. Returns standard output.
-    fn ounce(&self, args: &[&str]) -> Result<String> {
+    pub(crate) fn ounce(&self, args: &[&str]) -> Result<String> {
         capture(&self.binary, args)
     }
 
     /// `--threads N`, if N was given.
-    fn thread_args(&self) -> Vec<&str> {
+    pub(crate) fn thread_args(&self) -> Vec<&str> {
         self.threads.into_iter().flat_map(|n| ["--threads", n]).collect()
     }
 }
 
-fn number(value: &Value, key: &str) -> Result<f64> {
+pub(crate) fn number(value: &Value, key: &str) -> Result<f64> {
     value[key].as_f64().ok_or_else(|| format!("no number {key:?} in {value}"))
 }
 
-fn path(p: &Path) -> &str {
+pub(crate) fn path(p: &Path) -> &str {
     p.to_str().expect("the path of a scratch folder is UTF-8")
 }
 
@@ -128,6 +153,15 @@ pub(crate) fn shakespeare(folder: &Path) -> Result<(PathBuf, PathBuf)> {
         std::fs::write(file, part).map_err(|e| format!("{}: {e}", file.display()))?;
     }
     Ok((train, validation))
+}
+
+/// A small GPT-2 with random weights and a character tokenizer of that text.
+pub(crate) fn fresh_model(s: &Setting<'_>, folder: &Path, text: &Path) -> Result<PathBuf> {
+    let fresh = folder.join("fresh");
+    let sizes = ["--n-layers", "1", "--hidden-size", "32", "--context-length", "64"];
+    let init = ["init", "--arch", "gpt2", "--tokenizer", "char", "--data", path(text)];
+    s.ounce(&[&init[..], &sizes, &["--output-dir", path(&fresh)]].concat())?;
+    Ok(fresh)
 }
 
 // ---- smoke ---------------------------------------------------------------------------------
@@ -172,6 +206,13 @@ fn smoke(s: &Setting<'_>) -> Result<Outcome> {
     let text = s.ounce(&[&["generate", "--model", path(&trained)], &prompt[..]].concat())?;
     let chars = text.strip_suffix('\n').unwrap_or(&text).chars().count();
     outcome.claim(chars == 20, format!("a continuation of {chars} characters, 20 asked for"));
+    let doctor = last_object(&s.ounce(&["doctor", "--json"])?)?;
+    let speeds: Vec<f64> = doctor["models"]
+        .as_array()
+        .map(|models| models.iter().filter_map(|m| m["tokens_per_s"].as_f64()).collect())
+        .unwrap_or_default();
+    let what = format!("doctor expects {speeds:.0?} tokens/s of known models");
+    outcome.claim(!speeds.is_empty() && speeds.iter().all(|&x| x > 0.0), what);
     smoke_smallest(s, &mut outcome, &[&recipe[..6], &recipe[6..8], &steps[2..]].concat(), &losses)?;
     Ok(outcome)
 }
@@ -201,7 +242,7 @@ fn smoke_smallest(s: &Setting<'_>, o: &mut Outcome, recipe: &[&str], losses: &[f
 }
 
 /// The figure after `smallest feasible budget: ` as an argument of `--memory`.
-fn smallest_budget(stderr: &str) -> Option<String> {
+pub(crate) fn smallest_budget(stderr: &str) -> Option<String> {
     let (_, rest) = stderr.split_once("smallest feasible budget: ")?;
     let mut words = rest.split_whitespace();
     let amount = words.next()?.trim_end_matches([',', ';', '.']);
@@ -391,9 +432,7 @@ fn measure(
     let group = if in_cgroup { Cgroup::new((mib(memory)? * MIB) as u64) } else { None };
     let text = match &group {
         Some(group) => {
-            let enter = format!("echo $$ > {} && exec \"$@\"", path(&group.procs));
-            let shell = ["-c", &enter, "sh", &s.binary];
-            let run = output("sh", &[&shell[..], &args].concat())?;
+            let run = group.run(&s.binary, &args)?;
             let survived = run.status.success();
             outcome.claim(survived, format!("{memory}: survives a memory cgroup of that size"));
             String::from_utf8_lossy(&run.stdout).into_owned()
@@ -420,7 +459,7 @@ fn smallest_of(s: &Setting<'_>, run: &StepRun<'_>) -> Result<String> {
 }
 
 /// A figure such as `1800MiB` or `2GiB` in MiB.
-fn mib(memory: &str) -> Result<f64> {
+pub(crate) fn mib(memory: &str) -> Result<f64> {
     let digits = memory.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let amount: f64 = digits.trim().parse().map_err(|_| format!("{memory:?} is no amount"))?;
     match &memory[digits.len()..] {
@@ -429,35 +468,6 @@ fn mib(memory: &str) -> Result<f64> {
         "KiB" => Ok(amount / 1024.0),
         "B" => Ok(amount / MIB),
         unit => Err(format!("{unit:?} is no unit")),
-    }
-}
-
-/// A memory cgroup (version 1 or 2), removed when dropped.
-struct Cgroup {
-    folder: PathBuf,
-    procs: PathBuf,
-}
-
-impl Cgroup {
-    /// `None` where this process may not make one.
-    fn new(bytes: u64) -> Option<Self> {
-        let name = format!("ounce-accept-{}", std::process::id());
-        let places =
-            [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")];
-        places.into_iter().find_map(|(parent, limit)| {
-            let folder = Path::new(parent).join(&name);
-            std::fs::create_dir(&folder).ok()?;
-            let group = Self { procs: folder.join("cgroup.procs"), folder };
-            std::fs::write(group.folder.join(limit), bytes.to_string()).ok()?;
-            Some(group)
-        })
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        // An empty group that stays behind does no harm; the next run has another name.
-        let _ = std::fs::remove_dir(&self.folder);
     }
 }
 

@@ -20,6 +20,8 @@ const CHECKS: &[Check] = &[
     ("release build", release_build),
     ("examples", examples),
     ("acceptance", || accept::accept(&["smoke"])),
+    ("kills", || accept::accept(&["killed", "--times", "6"])),
+    ("cgroups", || accept::accept(&["cgroup-runs", "--times", "6"])),
     ("doctests", || run(&cargo(), &["test", "--workspace", "--locked", "--doc"])),
     ("tests", || test_targets(&[])),
 ];

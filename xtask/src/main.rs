@@ -2,8 +2,9 @@
 //!
 //! Files, in reading order: `shell` (running programs), `ci` (the list of checks), `tidy` (what
 //! the compiler does not check), `golden` (making golden data anew), `record` (results kept under
-//! `bench/runs`), `bench` (speed, side by side with PyTorch), `accept` (demonstrations), `quickstart`
-//! (the README's first command).
+//! `bench/runs`), `bench` (speed, side by side with PyTorch), `accept` (demonstrations; those that are
+//! longer than a page in `killed` and `cgroup_runs`, with `random` and `cgroup`), `quickstart` (the
+//! README's first command).
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "chores speak to people")]
 
@@ -16,8 +17,14 @@ mod golden;
 
 mod record;
 
+mod random;
+
+mod cgroup;
+
 mod accept;
 mod bench;
+mod cgroup_runs;
+mod killed;
 mod quickstart;
 
 use std::process::ExitCode;
@@ -40,7 +47,7 @@ cargo xtask COMMAND
 
 Flags of bench step: --model M --batch-size B --max-length T --steps N --rounds R --memory BYTES
   --threads N --python PROGRAM
-Flags of accept: --python PROGRAM --threads N
+Flags of accept: --python PROGRAM --threads N --times N --seed N
 ";
 
 fn main() -> ExitCode {

@@ -25,7 +25,7 @@
 //! Files in reading order: `error.rs`; `json.rs` (strict, bounded), `hash.rs`, `half.rs`; `disk.rs` (the seam below all
 //! writing), `temp.rs`, `atomic.rs` (one file), `staging.rs` and `publication.rs` (a model directory); `safetensors/`;
 //! `hf_dir.rs` (a model directory's side files); `checkpoint/`; `tokenizer/`; `text.rs` (training text in pieces),
-//! `token_cache.rs`, `shuffle.rs`, `batches.rs`; `testing/` (faults and fuzzing, for tests).
+//! `token_cache.rs`, `shuffle.rs`, `batches.rs`; `disk_speed.rs`; `testing/` (faults and fuzzing, for tests).
 
 #![forbid(unsafe_code)]
 
@@ -33,6 +33,7 @@ mod atomic;
 mod batches;
 pub mod checkpoint;
 mod disk;
+mod disk_speed;
 mod error;
 mod half;
 mod hash;
@@ -51,6 +52,7 @@ mod tokenizer;
 pub use atomic::{AtomicFile, write_file};
 pub use batches::{BlockSampler, EvalBlocks};
 pub use disk::Disk;
+pub use disk_speed::{DiskSpeed, disk_speed};
 pub use error::{ErrorKind, IoError};
 pub use hf_dir::{
     MAX_CONFIG_BYTES, copy_side_files, copy_tokenizer_files, read_config, write_json,

@@ -14,6 +14,7 @@ use ounce_kernels::head::{head_forward, head_scratch_elems, head_train};
 use ounce_kernels::inout::InOut;
 use ounce_kernels::norm::{layer_norm_backward, layer_norm_forward};
 use ounce_kernels::optim::{AdamwHyper, adamw, sum_squares, sum_squares_scratch_f64};
+use ounce_kernels::peak::{Unit, multiply_adds};
 use ounce_kernels::philox::PhiloxKey;
 use ounce_kernels::pool::Pool;
 use ounce_kernels::rope::rope;
@@ -65,17 +66,13 @@ impl Bench {
     /// GFLOP/s of fused multiply-adds that never leave registers, all threads together.
     fn peak(&self) -> f64 {
         const STEPS: usize = 1_000_000;
-        let lanes = match tier() {
-            Tier::Avx512 | Tier::Avx512Bf16 => 16,
-            Tier::Avx2 => 8,
-            Tier::Portable => return f64::NAN,
-        };
+        let Some(flop) = multiply_adds(Unit::F32, STEPS) else { return f64::NAN };
         let seconds = self.seconds(|pool| {
             pool.run(&|_| {
-                std::hint::black_box(fma_loop(STEPS));
+                multiply_adds(Unit::F32, STEPS);
             });
         });
-        2.0 * (STEPS * 12 * lanes * self.pool.n_threads()) as f64 / seconds / 1e9
+        flop * self.pool.n_threads() as f64 / seconds / 1e9
     }
 
     /// A kernel bound by arithmetic: GFLOP/s, and its share of the peak measured just before and
@@ -282,39 +279,4 @@ fn thread_cpu_time() -> Option<Duration> {
 /// Small varied numbers, no subnormals.
 fn filled(n: usize) -> Vec<f32> {
     (0..n).map(|i| ((i * 7919) % 1013) as f32 / 1013.0 - 0.5).collect()
-}
-
-#[cfg(target_arch = "x86_64")]
-fn fma_loop(steps: usize) -> f32 {
-    use std::arch::x86_64::{
-        _mm256_cvtss_f32, _mm256_fmadd_ps, _mm256_set1_ps, _mm512_cvtss_f32, _mm512_fmadd_ps,
-        _mm512_set1_ps,
-    };
-    #[target_feature(enable = "avx512f")]
-    fn wide(steps: usize) -> f32 {
-        let (x, mut sums) = (_mm512_set1_ps(0.999), [_mm512_set1_ps(0.5); 12]);
-        for _ in 0..steps {
-            for sum in &mut sums {
-                *sum = _mm512_fmadd_ps(*sum, x, x);
-            }
-        }
-        sums.iter().map(|&s| _mm512_cvtss_f32(s)).sum()
-    }
-    #[target_feature(enable = "avx2,fma")]
-    fn narrow(steps: usize) -> f32 {
-        let (x, mut sums) = (_mm256_set1_ps(0.999), [_mm256_set1_ps(0.5); 12]);
-        for _ in 0..steps {
-            for sum in &mut sums {
-                *sum = _mm256_fmadd_ps(*sum, x, x);
-            }
-        }
-        sums.iter().map(|&s| _mm256_cvtss_f32(s)).sum()
-    }
-    // SAFETY: `tier()` returns only tiers that this machine has.
-    unsafe { if tier() >= Tier::Avx512 { wide(steps) } else { narrow(steps) } }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn fma_loop(_steps: usize) -> f32 {
-    0.0
 }

@@ -29,7 +29,7 @@
 //! [`master`] (exact weights in two halves), [`inout`] (in-place calls), [`math`] (exp and
 //! friends), [`gemm`] (products), [`norm`], [`activation`], [`elementwise`], [`philox`] (random
 //! bits), [`rope`], [`attention`], [`head`] (linear and cross entropy without all logits),
-//! [`embed`], [`optim`].
+//! [`embed`], [`optim`], [`peak`] (what no kernel can exceed).
 
 pub mod pool;
 #[macro_use]
@@ -49,6 +49,7 @@ pub mod embed;
 pub mod head;
 pub mod norm;
 pub mod optim;
+pub mod peak;
 pub mod philox;
 pub mod rope;
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 pub const BUDGET_QUANTUM_BYTES: u64 = 64 << 10;
 
 /// Share of the free memory that `auto` takes, in percent: the rest is for what other programs do next.
-const AUTO_PERCENT: u64 = 90;
+pub(crate) const AUTO_PERCENT: u64 = 90;
 
 /// What `--memory` says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,6 +95,34 @@ fn free_bytes() -> u64 {
     cgroup_dirs().iter().filter_map(|dir| cgroup_free_bytes(dir)).fold(machine, u64::min)
 }
 
+/// Memory of this machine and of the cgroups that this process is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct MemoryOfMachine {
+    /// What the machine has.
+    pub total_bytes: u64,
+    /// What it has free (`MemAvailable`).
+    pub available_bytes: u64,
+    /// The tightest limit of a cgroup, version 1 or 2; `None` without one.
+    pub cgroup_limit_bytes: Option<u64>,
+    /// What this process may still take, cgroups counted.
+    pub free_bytes: u64,
+}
+
+/// Asks the machine.
+pub(crate) fn memory_of_machine() -> MemoryOfMachine {
+    let field = |key| read_kib("/proc/meminfo", key).unwrap_or(0);
+    let (total_bytes, available_bytes) = (field("MemTotal:"), field("MemAvailable:"));
+    let dirs = cgroup_dirs();
+    let limits = dirs.iter().filter_map(|dir| cgroup_limit_bytes(dir));
+    MemoryOfMachine {
+        total_bytes,
+        available_bytes,
+        // Version 1 says "no limit" with a number beyond any memory.
+        cgroup_limit_bytes: limits.filter(|&limit| limit <= total_bytes).min(),
+        free_bytes: free_bytes().min(available_bytes),
+    }
+}
+
 /// Folders of the memory cgroups that this process is in, versions 1 and 2, ancestors included.
 fn cgroup_dirs() -> Vec<PathBuf> {
     let table = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
@@ -118,12 +146,18 @@ fn cgroup_dirs() -> Vec<PathBuf> {
     dirs
 }
 
+/// The limit of one cgroup.
+fn cgroup_limit_bytes(dir: &Path) -> Option<u64> {
+    let number = |name: &str| std::fs::read_to_string(dir.join(name)).ok()?.trim().parse().ok();
+    number("memory.max").or_else(|| number("memory.limit_in_bytes"))
+}
+
 /// Limit minus use of one cgroup, page cache that can be dropped not counted as use.
 fn cgroup_free_bytes(dir: &Path) -> Option<u64> {
     let number = |name: &str| -> Option<u64> {
         std::fs::read_to_string(dir.join(name)).ok()?.trim().parse().ok()
     };
-    let limit = number("memory.max").or_else(|| number("memory.limit_in_bytes"))?;
+    let limit = cgroup_limit_bytes(dir)?;
     let used = number("memory.current").or_else(|| number("memory.usage_in_bytes"))?;
     let stat = std::fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
     let droppable = stat

@@ -10,7 +10,7 @@
 //! directory that a run starts from), `tokenize`, `text_table` and `data` (tokenizing in a child
 //! process), `weights`, `batch` (rows on the token axis), `graphs`, `planning`, `session`, `output`
 //! (the directory in the making), `checkpoint`, `step`, [`train_loop`], [`mod@evaluate`],
-//! [`mod@generate`], [`mod@bench`], [`mod@init`], [`watch`].
+//! [`mod@generate`], [`mod@bench`], [`mod@init`], [`mod@doctor`], [`watch`].
 //!
 //! ```
 //! use ounce_train::{Memory, Settings};
@@ -68,12 +68,15 @@ pub mod bench;
 
 pub mod init;
 
+pub mod doctor;
+
 pub mod watch;
 
 use std::path::PathBuf;
 
 pub use bench::{BenchRecord, BenchSettings, bench_step};
 pub use budget::{Memory, format_bytes};
+pub use doctor::{DiskRecord, DoctorRecord, ModelRecord, PeakRecord, doctor};
 pub use error::{Error, ErrorClass, Result};
 pub use evaluate::evaluate;
 pub use generate::{GenerateRecord, GenerateSettings, generate};

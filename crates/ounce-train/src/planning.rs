@@ -104,7 +104,7 @@ impl Planner<'_> {
     }
 
     /// The smallest budget that every plan of a run fits into, and what the largest of them holds.
-    fn smallest(&self, graphs: &Graphs, wanted: &Wanted) -> (u64, Vec<(Category, u64)>) {
+    pub(crate) fn smallest(&self, graphs: &Graphs, wanted: &Wanted) -> (u64, Vec<(Category, u64)>) {
         let declared = Declared(self.machine);
         let mut worst = (0, Vec::new());
         for (graph, shape, reserved_bytes) in graphs.jobs(wanted) {

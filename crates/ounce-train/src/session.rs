@@ -104,6 +104,30 @@ pub(crate) fn compile(
     })
 }
 
+/// The smallest budget of a run, and the predicted seconds of its training step if it fits into the
+/// limits. Nothing is made that could run.
+pub(crate) fn estimate(
+    model: &Model,
+    wanted: &Wanted,
+    limits: &Limits,
+    env: &Environment,
+) -> Result<(u64, Option<f64>)> {
+    let graphs = build(model, wanted)?;
+    let baseline = &declare(&graphs, model, wanted, limits);
+    let budget_bytes = limits.budget_bytes;
+    let timing_bytes = budget_bytes.saturating_sub(baseline.bytes());
+    let (pool, costs) = (Arc::new(Pool::new(limits.n_threads)), env.cache_dir.join("costs"));
+    let machine = MeasuredMachine::new(pool, timing_bytes, baseline.bytes(), Some(costs));
+    let planner = Planner { machine: &machine, model, wanted, budget_bytes, baseline };
+    let (smallest_bytes, _) = planner.smallest(&graphs, wanted);
+    let first = graphs.jobs(wanted).into_iter().next();
+    let fits = smallest_bytes <= budget_bytes;
+    let plan = first.filter(|_| fits).and_then(|(g, shape, n)| planner.plan(g, shape, n));
+    // Without the file the costs are only measured again.
+    let _ = machine.save();
+    Ok((smallest_bytes, plan.map(|plan| plan.certificate.step_s)))
+}
+
 /// The declared size of the process that runs these graphs.
 fn declare(graphs: &Graphs, model: &Model, wanted: &Wanted, limits: &Limits) -> Baseline {
     let jobs = graphs.jobs(wanted).into_iter();

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
 use ounce_train::{
-    Architecture, BenchSettings, Environment, Error, GenerateSettings, InitSettings, ModelShape,
-    Optimizer, Result, Settings, format_bytes,
+    Architecture, BenchSettings, DoctorRecord, Environment, Error, GenerateSettings, InitSettings,
+    ModelShape, Optimizer, Result, Settings, format_bytes,
 };
 
 use crate::console::{Console, print_err, print_json, print_out};
 use crate::flags::{
-    BenchFlags, BenchStepFlags, BenchWhat, Command, GenerateFlags, InitFlags, RunFlags,
+    BenchFlags, BenchStepFlags, BenchWhat, Command, DoctorFlags, GenerateFlags, InitFlags, RunFlags,
 };
 
 /// Runs a command; `signal` holds the number of a signal that arrived.
@@ -30,7 +30,7 @@ pub(crate) fn run(command: Command, signal: &Arc<AtomicUsize>) -> Result<()> {
         Command::Prune(_) => not_built("prune"),
         Command::Export(_) => not_built("export"),
         Command::Data(_) => not_built("data"),
-        Command::Doctor(_) => not_built("doctor"),
+        Command::Doctor(flags) => doctor(&flags),
         Command::Tokenize => tokenize(),
     }
 }
@@ -204,6 +204,60 @@ fn bench_step(flags: BenchStepFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
         print_err(&record.profile_table);
     }
     Ok(())
+}
+
+fn doctor(flags: &DoctorFlags) -> Result<()> {
+    let record = ounce_train::doctor(&environment()?)?;
+    if flags.json {
+        print_json(&record);
+    } else {
+        print_out(&doctor_text(&record));
+    }
+    Ok(())
+}
+
+/// What doctor found, for people.
+fn doctor_text(r: &DoctorRecord) -> String {
+    let rate = |x: f64| format!("{}/s", format_bytes(x as u64));
+    let gflop = |x: Option<f64>| {
+        x.map_or_else(|| "no vector unit".to_owned(), |x| format!("{:.0} GFLOP/s", x / 1e9))
+    };
+    let mut lines = vec![format!("{:<9}{}", "machine", r.machine)];
+    let mut line = |name: &str, what: String| lines.push(format!("{name:<9}{what}"));
+    line("cores", format!("{}, kernels for {}", r.cores, r.kernel_tier));
+    let bf16 = match r.peak.bf16_flop_per_s {
+        Some(x) => format!("{} by its bf16 instruction", gflop(Some(x))),
+        None => "no bf16 instruction".to_owned(),
+    };
+    let f32 = gflop(r.peak.f32_flop_per_s);
+    line("peak", format!("{f32} in f32, {bf16}: all cores, in registers"));
+    line("copies", format!("{}, read and written", rate(r.peak.copy_bytes_per_s)));
+    let m = r.memory;
+    let (total, free) = (format_bytes(m.total_bytes), format_bytes(m.available_bytes));
+    line("memory", format!("{total}, {free} of it available"));
+    let limit = m.cgroup_limit_bytes.map_or_else(|| "no limit".to_owned(), format_bytes);
+    line("cgroup", limit);
+    let auto = format_bytes(r.auto_budget_bytes);
+    line("auto", format!("`--memory auto` is {auto} now: {} % of what is free", r.auto_percent));
+    let disk = &r.disk;
+    let (write, read) = (rate(disk.write_bytes_per_s), rate(disk.read_bytes_per_s));
+    let how = if disk.is_direct { "past the page cache" } else { "through the page cache" };
+    line("disk", format!("{write} written, {read} read, {how}"));
+    let (file, free) = (format_bytes(disk.file_bytes), format_bytes(disk.free_bytes));
+    line("", format!("(a file of {file} in {}; {free} free)", disk.dir.display()));
+    lines.push("\nWhat to expect of full AdamW steps in f32".to_owned());
+    lines.push("model         rows x tokens  smallest budget  in `auto`".to_owned());
+    for m in &r.models {
+        let shape = format!("{} x {}", m.batch_size, m.max_length);
+        let smallest = format_bytes(m.smallest_budget_bytes);
+        let speed = m.tokens_per_s.map_or_else(
+            || "does not fit".to_owned(),
+            |speed| format!("about {speed:.0} tokens/s"),
+        );
+        lines.push(format!("{:<13} {shape:>13}  {smallest:>15}  {speed}", m.model));
+    }
+    lines.push("An estimate: the plan's prediction, from kernels measured here.\n".to_owned());
+    lines.join("\n")
 }
 
 /// The child process: one request on stdin, one answer on stdout.

@@ -47,8 +47,8 @@ pub(crate) enum Command {
     Export(NotBuiltFlags),
     /// (not built yet)
     Data(NotBuiltFlags),
-    /// (not built yet)
-    Doctor(NotBuiltFlags),
+    /// What this machine has, and what to expect of it
+    Doctor(DoctorFlags),
     /// Turns text into ids for the process that started this one
     #[command(name = "__tokenize", hide = true)]
     Tokenize,
@@ -211,6 +211,13 @@ impl RunFlags {
         });
         flags
     }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorFlags {
+    /// Print one JSON line on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

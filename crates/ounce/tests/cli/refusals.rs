@@ -12,7 +12,6 @@ fn what_is_not_built_is_refused_as_such() {
         "prune",
         "export --model x --format gguf",
         "data inspect",
-        "doctor",
         "train --precision bf16",
         "train --use-peft --lora-r 8",
         "train --packing",
