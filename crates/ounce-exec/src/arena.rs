@@ -102,6 +102,10 @@ unsafe impl Plain for f64 {}
 unsafe impl Plain for i32 {}
 // SAFETY: plain numbers.
 unsafe impl Plain for u64 {}
+// SAFETY: plain numbers.
+unsafe impl Plain for i16 {}
+// SAFETY: 16 bits of which every pattern is valid.
+unsafe impl Plain for half::bf16 {}
 
 /// The Rust type of a stored element type.
 pub(crate) trait Element: Plain {
@@ -115,6 +119,12 @@ impl Element for f64 {
 }
 impl Element for i32 {
     const DTYPE: DType = DType::I32;
+}
+impl Element for i16 {
+    const DTYPE: DType = DType::I16;
+}
+impl Element for half::bf16 {
+    const DTYPE: DType = DType::Bf16;
 }
 
 /// What is wrong with a task's operands, or nothing.

@@ -103,7 +103,8 @@ pub(crate) fn dispatch(op: &OpSpec, mut o: Operands<'_>, cx: &Context<'_>) {
         OpKind::CrossEntropyTrain => {
             let (loss, dx, dw, scratch) = (o.output(0), o.output(1), o.sum_if_any(0), o.scratch());
             let (x, targets, w) = (o.input(0), o.input(1), o.weight(0));
-            let (scale, chunk) = (cx.inputs.grad_scale, cx.n_tokens as usize);
+            let scale = cx.inputs.grad_scale * cx.inputs.loss_scale;
+            let chunk = cx.n_tokens as usize;
             head::head_train(pool, loss, dx, dw, x, w, targets, scale, chunk, scratch);
         }
         OpKind::EmbedGradRows => elementwise::copy(pool, o.sum(), o.input(0)),
@@ -117,7 +118,7 @@ pub(crate) fn dispatch(op: &OpSpec, mut o: Operands<'_>, cx: &Context<'_>) {
         }
         OpKind::ClipScale => {
             let parts = (0..op.n_inputs).map(|i| o.input::<f64>(i)[0]);
-            let scale = clip_scale(parts, cx.inputs.max_grad_norm);
+            let scale = clip_scale(parts, cx.inputs);
             o.output::<f32>(0)[0] = scale;
         }
         OpKind::AdamW => {
@@ -244,12 +245,15 @@ fn gelu(kind: GeluKind) -> activation::GeluKind {
     }
 }
 
-/// The factor of `torch.nn.utils.clip_grad_norm_`: `min(1, max_norm / (norm + 1e-6))`.
-fn clip_scale(parts: impl Iterator<Item = f64>, max_grad_norm: f32) -> f32 {
-    let norm = parts.sum::<f64>().sqrt();
-    let factor = f64::from(max_grad_norm) / (norm + 1e-6);
+/// `min(1, max_norm / (norm + 1e-6))` as PyTorch clips, over the loss scale: what the update
+/// multiplies the scaled gradient with. The loss scale is a power of two, so it leaves no trace.
+fn clip_scale(parts: impl Iterator<Item = f64>, inputs: &StepInputs<'_>) -> f32 {
+    let loss_scale = f64::from(inputs.loss_scale);
+    let norm = parts.sum::<f64>().sqrt() / loss_scale;
+    let factor = f64::from(inputs.max_grad_norm) / (norm + 1e-6);
     // `f64::min` would turn a gradient that is not a number into a factor of 1.
-    if factor > 1.0 { 1.0 } else { factor as f32 }
+    let clip = if factor > 1.0 { 1.0 } else { factor as f32 };
+    (f64::from(clip) / loss_scale) as f32
 }
 
 /// What the update multiplies the gradient with: the clip scale, if the op reads one.
@@ -270,5 +274,26 @@ fn adamw_hyper(inputs: &StepInputs<'_>, decay: bool, grad_scale: f32) -> AdamwHy
         bias_correction1: correction(hyper.beta1),
         bias_correction2: correction(hyper.beta2),
         grad_scale,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loss_scale_leaves_no_trace_in_the_scaled_gradient() {
+        for (norm, max_grad_norm) in [(3.7_f64, 1.0), (0.2, 1.0), (5.1, f32::INFINITY)] {
+            let scale = |loss_scale: f32| {
+                let inputs = StepInputs { loss_scale, max_grad_norm, ..StepInputs::forward(&[]) };
+                let part = norm * f64::from(loss_scale);
+                clip_scale(std::iter::once(part * part), &inputs)
+            };
+            let plain = scale(1.0);
+            for power in [-20, -1, 3, 24] {
+                let loss_scale = 2.0_f32.powi(power);
+                assert_eq!(scale(loss_scale) * loss_scale, plain, "2^{power}, {norm}");
+            }
+        }
     }
 }

@@ -11,7 +11,9 @@
 
 use std::ops::Range;
 
-use ounce_ir::{Arena as Table, DType, EntityId, Graph, OpId, ParamId, RopeTable, ValueId};
+use ounce_ir::{
+    Arena as Table, DType, EntityId, Graph, MASTER_LO, OpId, ParamId, RopeTable, ValueId,
+};
 use ounce_program::{BufferId, BufferRef, BufferRole, Instr, Plan, Tier};
 
 use crate::ExecError;
@@ -62,6 +64,8 @@ pub(crate) struct Program {
     /// State `k` of parameter `p` at `p * n_states + k`.
     pub(crate) states: Vec<Option<Place>>,
     pub(crate) n_states: usize,
+    /// The state that completes bf16 parameters to their masters.
+    pub(crate) master_lo: Option<u32>,
     pub(crate) session: Vec<Option<Place>>,
     pub(crate) arena_bytes: u64,
     pub(crate) n_tokens: u64,
@@ -86,6 +90,7 @@ pub(crate) fn resolve(graph: &Graph, plan: &Plan, n_threads: usize) -> Result<Pr
         params: vec![None; graph.params.len()],
         states: vec![None; graph.params.len() * graph.states.len()],
         n_states: graph.states.len(),
+        master_lo: (0..).zip(&graph.states).find(|(_, s)| s.name == MASTER_LO).map(|(k, _)| k),
         session: vec![None; graph.values.len()],
         arena_bytes: plan.arena_bytes,
         n_tokens,

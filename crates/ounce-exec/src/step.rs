@@ -49,6 +49,9 @@ pub struct StepInputs<'a> {
     pub step: u64,
     /// Multiplies every token's loss before it is differentiated: 1 / supervised tokens of the step.
     pub grad_scale: f32,
+    /// What gradients are multiplied with on the way back, a power of two: 1 but for f16. The clip
+    /// scale divides by it, so graphs without one take 1.
+    pub loss_scale: f32,
     /// Learning rate.
     pub lr: f32,
     /// Constants of the update rule.
@@ -66,6 +69,7 @@ impl<'a> StepInputs<'a> {
             seed: 0,
             step: 1,
             grad_scale: 1.0,
+            loss_scale: 1.0,
             lr: 0.0,
             hyper: OptimizerHyper::default(),
             max_grad_norm: f32::INFINITY,

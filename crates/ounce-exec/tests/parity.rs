@@ -93,6 +93,7 @@ impl<'a> Run<'a> {
             seed: 0,
             step,
             grad_scale: (1.0 / self.n_supervised) as f32,
+            loss_scale: 1.0,
             lr,
             hyper,
             max_grad_norm: self.golden.fact("clip") as f32,

@@ -56,6 +56,7 @@ fn run(case: &RandomCase, graph: &Graph, plan: &Plan, pool: Arc<Pool>, seed: u64
                 seed,
                 step,
                 grad_scale: 1.0 / supervised as f32,
+                loss_scale: 1.0,
                 lr: 0.01,
                 hyper,
                 max_grad_norm: 0.5,

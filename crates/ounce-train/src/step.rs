@@ -105,6 +105,7 @@ impl Trainer {
                 seed: self.seed,
                 step,
                 grad_scale: (1.0 / n_predictions) as f32,
+                loss_scale: 1.0,
                 lr: learning_rate as f32,
                 hyper: self.hyper,
                 max_grad_norm: self.max_grad_norm,

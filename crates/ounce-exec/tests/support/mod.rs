@@ -520,6 +520,7 @@ pub(crate) fn step_inputs(step: u64, grad_scale: f32, rows: &[RowSpan]) -> StepI
         seed: SEED,
         step,
         grad_scale,
+        loss_scale: 1.0,
         lr: HYPER.lr as f32,
         hyper: OptimizerHyper {
             beta1: HYPER.beta1 as f32,
