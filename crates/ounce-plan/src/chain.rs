@@ -7,6 +7,10 @@
 //!   stages again as a run of their own; or
 //! * (one stage) runs it backward, recomputing lazily what it needs.
 //!
+//! The first stage, which reads data only, may also run *again*: it runs forward keeping nothing, the
+//! second stage runs keeping some values but not its input, then the rest of the chain, and the
+//! first stage makes that input again for the second one's backward. An embedding is cheap to repeat.
+//!
 //! Instead of a table over a memory grid, each run has the list of its non-dominated
 //! (bytes, seconds) points, bytes exact. Lists of equal runs are shared: `C(i, n)`, the run of `n`
 //! interior stages from `i`, depends only on the types of its stages, so a model of alike layers
@@ -43,6 +47,8 @@ enum How {
     Now { option: u32, tail: u32 },
     /// Forward without keeping through `n_forward` stages; points of the rest and of their rerun.
     Later { n_forward: u32, tail: u32, inner: u32 },
+    /// The first stage without keeping, the second keeping; the first again, both backward.
+    Again { option: u32, backward: u32, tail: u32 },
     /// Forward only: option of the first stage, and the point of the rest.
     Forward { option: u32, tail: u32 },
     /// The empty run.
@@ -194,6 +200,9 @@ impl Chain {
                 let around = [0, grown(i + j)];
                 self.later(i, j, around, &forward, &self.suffix[i + j], &mut best);
             }
+            if i == 0 && last > 1 {
+                self.again(&mut best);
+            }
             self.suffix[i] = thin(best, self.max_points);
         }
     }
@@ -279,6 +288,32 @@ impl Chain {
         merge(best, points);
     }
 
+    /// The first stage runs twice, so that its output need not wait for the second one's backward.
+    fn again(&self, best: &mut Vec<Point>) {
+        let first = self.thrifty(0);
+        let (input, second) = (self.stages[0].output_bytes, &self.stages[1]);
+        let n_stages = self.stages.len();
+        let (after_second, after_third) =
+            (self.grown(1, n_stages - 1), self.grown(2, n_stages - 2));
+        for (b, backward) in self.options(0).backward.iter().enumerate() {
+            let ends = after_second + backward.bytes;
+            for (o, option) in self.options(1).keep.iter().enumerate() {
+                let forward = first.retain_bytes.max(input + option.forward_bytes);
+                let again = option.saved_bytes + second.d_output_bytes + first.retain_bytes;
+                let returns = after_third + again.max(input + option.backward_bytes);
+                let peak = forward.max(returns).max(ends);
+                let held = option.saved_bytes + second.output_bytes;
+                let time_s = 2.0 * first.time_s + option.time_s + backward.time_s;
+                let tail = self.suffix[2].iter().enumerate().map(|(t, x)| Point {
+                    bytes: peak.max(held + x.bytes),
+                    time_s: time_s + x.time_s,
+                    how: How::Again { option: o as u32, backward: b as u32, tail: t as u32 },
+                });
+                merge(best, tail);
+            }
+        }
+    }
+
     /// The schedule of a point of the whole chain.
     pub(crate) fn actions(&self, point: usize) -> Vec<Action> {
         let mut actions = Vec::new();
@@ -301,6 +336,15 @@ impl Chain {
                 self.walk_interior(i, n_forward as usize, inner as usize, out);
             }
             How::Backward(option) => out.push(self.backward_pass(i, option)),
+            How::Again { option, backward, tail } => {
+                let chunk_tokens = self.thrifty(0).chunk_tokens;
+                let first = Pass { stage: 0, chunk_tokens, keep: 0, retain_input: false };
+                let second = Pass { retain_input: false, ..self.keep_pass(1, option) };
+                out.extend([Action::Forward(first), Action::Forward(second)]);
+                self.walk_suffix(2, tail as usize, out);
+                out.extend([Action::Forward(first), Action::Backward(second)]);
+                out.push(self.backward_pass(0, backward));
+            }
             How::Forward { option, tail } => {
                 let chunk_tokens = self.options(i).forward[option as usize].chunk_tokens;
                 let pass = Pass { stage: i, chunk_tokens, keep: 0, retain_input: false };
@@ -326,7 +370,9 @@ impl Chain {
                 self.walk_interior(i, j, inner as usize, out);
             }
             How::Backward(option) => out.push(self.backward_pass(i, option)),
-            How::Forward { .. } | How::End => unreachable!("interior runs go backward"),
+            How::Again { .. } | How::Forward { .. } | How::End => {
+                unreachable!("interior runs go backward and start behind the first stage")
+            }
         }
     }
 

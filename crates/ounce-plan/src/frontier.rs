@@ -8,7 +8,8 @@
 //! really reach are within the budget.
 //!
 //! Because the points do not depend on the budget, the step time never grows with the budget, and the
-//! smallest feasible budget is the least of their needs: that very figure works, less is refused.
+//! smallest feasible budget is the least need among the lowest of them: that very figure works, less is
+//! refused.
 //!
 //! The two loop orders: *token-major* runs `n` micro-batches through all stages, holding gradient
 //! sums; *layer-major* is one micro-batch whose stages run in chunks of tokens, so that weights are
@@ -16,6 +17,7 @@
 //!
 //! Complexity: one chain DP per divisor of the rows.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 
 use ounce_ir::{Graph, OpId};
@@ -43,6 +45,8 @@ pub struct PlanOptions {
     pub max_points: usize,
     /// How often a micro-batch may be halved into chunks.
     pub n_halvings: u32,
+    /// How much slower than the fastest plan the unconstrained one may be, in thousandths.
+    pub unconstrained_permille: u32,
 }
 
 impl Default for PlanOptions {
@@ -53,6 +57,7 @@ impl Default for PlanOptions {
             reserved_bytes: 0,
             max_points: 1024,
             n_halvings: 8,
+            unconstrained_permille: 10,
         }
     }
 }
@@ -89,7 +94,13 @@ pub struct Frontier<'a> {
     entries: Vec<Entry>,
     options: PlanOptions,
     machine: &'a dyn Machine,
+    /// Found when it is first asked for.
+    smallest: OnceCell<Plan>,
 }
+
+/// Placed buffers reach a little higher than modelled, by how much is known only once they are placed:
+/// so many of the plans with the least modelled peaks compete for the smallest budget.
+const N_LOWEST: usize = 8;
 
 impl<'a> Frontier<'a> {
     /// Solves for all budgets.
@@ -104,7 +115,7 @@ impl<'a> Frontier<'a> {
             candidates.push(Candidate::solve(graph, *shape, machine, n_micro, options));
         }
         let entries = merge_candidates(&candidates, machine.baseline_bytes());
-        Self { candidates, entries, options: *options, machine }
+        Self { candidates, entries, options: *options, machine, smallest: OnceCell::new() }
     }
 
     /// Modelled (peak bytes, step seconds) of the plan for a budget, without unrolling it.
@@ -144,41 +155,45 @@ impl<'a> Frontier<'a> {
                 return Ok(plan);
             }
         }
-        for entry in self.entries[..self.n_modelled(budget_bytes)].iter().rev() {
-            let plan = self.realize(entry, budget_bytes);
-            if need(entry, &plan) <= budget_bytes {
-                return Ok(plan);
-            }
-        }
         let smallest = self.smallest();
-        let mut dominating = category_bytes_at_peak(&smallest);
-        dominating.sort_by_key(|&(_, bytes)| std::cmp::Reverse(bytes));
         let smallest_bytes = smallest.certificate.peak_bytes;
-        Err(PlanError::DoesNotFit { budget_bytes, smallest_bytes, dominating })
-    }
-
-    /// The plan with the least need; its peak is stated as that need.
-    fn smallest(&self) -> Plan {
-        let mut best: Option<(u64, Plan)> = None;
-        for entry in &self.entries {
-            if best.as_ref().is_some_and(|(bytes, _)| *bytes <= entry.bytes) {
-                break;
-            }
-            let plan = self.realize(entry, u64::MAX);
-            let bytes = need(entry, &plan);
-            if best.as_ref().is_none_or(|(b, _)| bytes < *b) {
-                best = Some((bytes, plan));
-            }
+        if budget_bytes < smallest_bytes {
+            let mut dominating = category_bytes_at_peak(smallest);
+            dominating.sort_by_key(|&(_, bytes)| std::cmp::Reverse(bytes));
+            return Err(PlanError::DoesNotFit { budget_bytes, smallest_bytes, dominating });
         }
-        let (bytes, mut plan) = best.expect("a chain has at least one plan");
-        plan.certificate.peak_bytes = bytes;
-        plan
+        let fits = |entry: &Entry| {
+            let plan = self.realize(entry, budget_bytes);
+            (need(entry, &plan) <= budget_bytes).then_some(plan)
+        };
+        let mut modelled = self.entries[..self.n_modelled(budget_bytes)].iter().rev();
+        Ok(modelled.find_map(fits).expect("the smallest plan is among them"))
     }
 
-    /// The entry with the least peak within 1 % of the fastest.
+    /// The plan with the least need among the lowest few; its peak is stated as that need.
+    fn smallest(&self) -> &Plan {
+        self.smallest.get_or_init(|| {
+            let mut least: Option<Plan> = None;
+            let known = |least: &Option<Plan>| least.as_ref().map(|p| p.certificate.peak_bytes);
+            for entry in self.entries.iter().take(N_LOWEST) {
+                if known(&least).is_some_and(|bytes| bytes <= entry.bytes) {
+                    break;
+                }
+                let mut plan = self.realize(entry, u64::MAX);
+                plan.certificate.peak_bytes = need(entry, &plan);
+                if known(&least).is_none_or(|bytes| plan.certificate.peak_bytes < bytes) {
+                    least = Some(plan);
+                }
+            }
+            least.expect("a chain has at least one plan")
+        })
+    }
+
+    /// The entry with the least peak that is as good as the fastest (by default within 1 %).
     fn unconstrained(&self) -> Option<&Entry> {
-        let fastest = self.entries.last()?;
-        self.entries.iter().find(|e| e.time_s <= 1.01 * fastest.time_s)
+        let slack = 1.0 + f64::from(self.options.unconstrained_permille) / 1000.0;
+        let most_s = self.entries.last()?.time_s * slack;
+        self.entries.iter().find(|e| e.time_s <= most_s)
     }
 
     /// How many entries the model lets into a budget.
@@ -383,9 +398,9 @@ fn choice(cx: &Context, actions: &[Action], n_recomputed: u64) -> Choice {
     let mut head_chunk_tokens = cx.micro_tokens();
     for action in actions {
         let (Action::Forward(pass) | Action::Backward(pass)) = action;
-        chunked |= pass.chunk_tokens < cx.micro_tokens();
-        if matches!(action, Action::Forward(_)) {
-            n_kept += u64::from(pass.keep.count_ones());
+        match action {
+            Action::Forward(_) => n_kept += u64::from(pass.keep.count_ones()),
+            Action::Backward(_) => chunked |= pass.chunk_tokens < cx.micro_tokens(),
         }
         if pass.stage + 1 == cx.n_stages() {
             head_chunk_tokens = pass.chunk_tokens;

@@ -10,7 +10,7 @@ use ounce_oracle::{brute_force, least_bytes, random_case};
 use ounce_plan::{Frontier, PlanOptions};
 use ounce_program::{FixedMachine, StepShape};
 
-const N_CASES: u64 = 150;
+const N_CASES: u64 = 400;
 const N_FORWARD_MAX: usize = 10;
 
 fn tiny_graph(seed: u64) -> Option<Graph> {
@@ -28,11 +28,14 @@ fn plans_are_never_better_than_brute_force_and_soon_as_good() {
     // Times that are mostly arithmetic, as on a real machine, so that recomputation has a price.
     let machine = FixedMachine { flop_per_s: 1e9, bytes_per_s: 1e9, ..FixedMachine::default() };
     let shape = StepShape::new(1, 50);
-    let (mut n_graphs, mut n_equal, mut n_compared) = (0, 0, 0);
+    let (mut n_graphs, mut n_roomy, mut n_tight) = (0, 0, 0);
+    let mut n_tight_equal = 0;
     for seed in 0..N_CASES {
         let Some(graph) = tiny_graph(seed) else { continue };
         n_graphs += 1;
-        let frontier = Frontier::solve(&graph, &shape, &machine, &PlanOptions::default());
+        // Nothing given away: by default the unconstrained plan may be 1 % slower than the fastest.
+        let options = PlanOptions { unconstrained_permille: 0, ..PlanOptions::default() };
+        let frontier = Frontier::solve(&graph, &shape, &machine, &options);
         let smallest = frontier.smallest_bytes();
         let least = least_bytes(&graph, shape, &machine);
         assert!(least <= smallest, "seed {seed}: {smallest} bytes, brute force needs {least}");
@@ -42,18 +45,19 @@ fn plans_are_never_better_than_brute_force_and_soon_as_good() {
             let exact_s = brute_force(&graph, shape, &machine, budget).expect("fits");
             let (_, plan_s) = frontier.peak_and_time(budget).expect("fits");
             assert!(plan_s >= exact_s * (1.0 - 1e-9), "seed {seed}: {plan_s} s beats {exact_s} s");
-            // The planner may choose a smaller plan within 1 % of the fastest.
-            let equal = plan_s <= exact_s * 1.01 + 1e-12;
-            n_compared += 1;
-            n_equal += u32::from(equal);
             if budget * 4 >= smallest * 5 {
+                n_roomy += 1;
                 assert!(
-                    equal,
+                    plan_s <= exact_s * (1.0 + 1e-9),
                     "seed {seed}, {budget} of {smallest} bytes: {plan_s} s, exact {exact_s} s"
                 );
+            } else {
+                n_tight += 1;
+                n_tight_equal += u32::from(plan_s <= exact_s * (1.0 + 1e-9));
             }
         }
     }
     assert!(n_graphs >= 20, "only {n_graphs} graphs are tiny enough");
-    assert!(n_equal * 10 >= n_compared * 8, "{n_equal} of {n_compared} plans are as fast");
+    assert!(n_roomy >= 150, "only {n_roomy} comparisons");
+    assert!(n_tight_equal * 10 >= n_tight * 6, "{n_tight_equal} of {n_tight} tight ones are");
 }
