@@ -8,16 +8,16 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::bench::{StepRun, last_object};
-use crate::cgroup::Cgroup;
+use crate::bench::last_object;
+use crate::budgets::gpt2_budgets;
 use crate::cgroup_runs::cgroup_runs;
 use crate::killed::killed;
 use crate::record::{Record, keep};
 use crate::shell::{capture, flag, json_lines, output, release_binary, root, scratch_folder};
 
-const FLAGS: &[&str] = &["--python", "--threads", "--times", "--seed"];
+const FLAGS: &[&str] = &["--python", "--threads", "--times", "--seed", "--precision"];
 
-const MIB: f64 = 1024.0 * 1024.0;
+pub(crate) const MIB: f64 = 1024.0 * 1024.0;
 
 /// Name, what it shows, and the function.
 type Demonstration = (&'static str, &'static str, fn(&Setting<'_>) -> Result<Outcome>);
@@ -38,8 +38,10 @@ const DEMONSTRATIONS: &[Demonstration] = &[
 pub(crate) struct Setting<'a> {
     pub(crate) binary: String,
     /// A Python with torch, for the other side.
-    python: Option<&'a str>,
-    threads: Option<&'a str>,
+    pub(crate) python: Option<&'a str>,
+    pub(crate) threads: Option<&'a str>,
+    /// Of training, where a demonstration has more than one.
+    pub(crate) precision: Option<&'a str>,
     /// How often, in a demonstration that repeats; a whole one where it is not given.
     pub(crate) times: Option<u64>,
     /// Of random choices; from the clock where it is not given.
@@ -85,6 +87,7 @@ pub(crate) fn accept(args: &[&str]) -> Result {
     let setting = Setting {
         python: flag(flags, "--python", FLAGS)?,
         threads: flag(flags, "--threads", FLAGS)?,
+        precision: flag(flags, "--precision", FLAGS)?,
         times: whole(flag(flags, "--times", FLAGS)?)?,
         seed: whole(flag(flags, "--seed", FLAGS)?)?,
         binary: release_binary()?,
@@ -346,116 +349,13 @@ fn nanogpt_init(s: &Setting<'_>, fresh: &Path, data: &Path, seed: &str) -> Resul
     s.ounce(&[&args[..], &["--output-dir", path(fresh), "--seed", seed]].concat()).map(|_| ())
 }
 
-fn median(mut numbers: Vec<f64>) -> f64 {
+pub(crate) fn median(mut numbers: Vec<f64>) -> f64 {
     numbers.sort_by(f64::total_cmp);
     match numbers.len() {
         0 => f64::NAN,
         n if n % 2 == 1 => numbers[n / 2],
         n => f64::midpoint(numbers[n / 2 - 1], numbers[n / 2]),
     }
-}
-
-// ---- gpt2-budgets --------------------------------------------------------------------------
-
-/// GPT-2 124M at four budgets: same losses, predicted overhead, peaks, survival in a cgroup.
-fn gpt2_budgets(s: &Setting<'_>) -> Result<Outcome> {
-    let mut outcome = Outcome { is_kept: true, ..Outcome::default() };
-    let run = StepRun {
-        model: "gpt2",
-        batch_size: "4",
-        max_length: "1024",
-        steps: "3",
-        threads: s.threads,
-    };
-    let free = measure(s, &run, &mut outcome, "20GiB", false)?;
-    let unconstrained = number(&free, "plan_peak_mib")?;
-    let smallest = smallest_of(s, &run)?;
-    let mut budgets: Vec<String> =
-        [0.75, 0.55].iter().map(|share| format!("{:.0}MiB", unconstrained * share)).collect();
-    budgets.push(smallest);
-    let mut runs = Vec::new();
-    for memory in &budgets {
-        runs.push(measure(s, &run, &mut outcome, memory, true)?);
-    }
-    // Machines are shared: of the two unconstrained runs around the others, the less disturbed one.
-    let again = measure(s, &run, &mut outcome, "20GiB", false)?;
-    let is_faster = number(&again, "step_s_median")? < number(&free, "step_s_median")?;
-    let free = if is_faster { again } else { free };
-    for (memory, tight) in budgets.iter().zip(&runs) {
-        let same = tight["losses"] == free["losses"];
-        outcome
-            .claim(same, format!("{memory}: losses {} are those unconstrained", tight["losses"]));
-        let over = |key: &str| -> Result<f64> {
-            Ok(100.0 * (number(tight, key)? / number(&free, key)? - 1.0))
-        };
-        let (measured, predicted) = (over("step_s_median")?, over("predicted_step_s")?);
-        outcome.claim(
-            (measured - predicted).abs() <= 5.0,
-            format!(
-                "{memory}: overhead {measured:.1} %, predicted {predicted:.1} %, within 5 points"
-            ),
-        );
-        let (plan, peak) = (number(tight, "plan_peak_mib")?, number(tight, "peak_rss_mib")?);
-        let budget = mib(memory)?;
-        outcome.claim(peak <= budget, format!("{memory}: peak {peak:.1} MiB within the budget"));
-        let slack = 100.0 * (plan - peak) / budget;
-        outcome
-            .claim(slack < 3.0, format!("{memory}: slack {slack:.2} % of the budget, under 3 %"));
-    }
-    let smallest = mib(budgets.last().expect("three budgets"))?;
-    outcome.claim(
-        smallest <= 1.9 * 1024.0,
-        format!("smallest budget {smallest:.0} MiB, at most 1,946"),
-    );
-    if let Some(python) = s.python {
-        let peer = run.peer(python)?;
-        let (ours, theirs) = (number(&free, "tok_per_s")?, number(&peer, "tok_per_s")?);
-        outcome.runs.push(("torch", run.setting(), peer));
-        outcome
-            .claim(ours >= theirs, format!("{ours:.1} tok/s unconstrained, PyTorch {theirs:.1}"));
-    } else {
-        println!("speed is not judged against PyTorch: no --python with torch was given");
-    }
-    Ok(outcome)
-}
-
-/// Runs one budget, in a memory cgroup of exactly its size if asked for and possible.
-fn measure(
-    s: &Setting<'_>,
-    run: &StepRun<'_>,
-    outcome: &mut Outcome,
-    memory: &str,
-    in_cgroup: bool,
-) -> Result<Value> {
-    let args = run.ounce_args(Some(memory));
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    let group = if in_cgroup { Cgroup::new((mib(memory)? * MIB) as u64) } else { None };
-    let text = match &group {
-        Some(group) => {
-            let run = group.run(&s.binary, &args)?;
-            let survived = run.status.success();
-            outcome.claim(survived, format!("{memory}: survives a memory cgroup of that size"));
-            String::from_utf8_lossy(&run.stdout).into_owned()
-        }
-        None => s.ounce(&args)?,
-    };
-    if in_cgroup && group.is_none() {
-        println!("{memory}: no memory cgroup could be made; survival in one is not judged");
-    }
-    let mut result = last_object(&text)?;
-    result["budget_mib"] = json!(mib(memory)?);
-    println!("{memory}: {} tok/s, peak {} MiB", result["tok_per_s"], result["peak_rss_mib"]);
-    outcome.runs.push(("ounce", format!("{} in {memory}", run.setting()), result.clone()));
-    Ok(result)
-}
-
-/// The smallest budget that Ounce names when it refuses a far too small one.
-fn smallest_of(s: &Setting<'_>, run: &StepRun<'_>) -> Result<String> {
-    let args = run.ounce_args(Some("64MiB"));
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    let refused = output(&s.binary, &args)?;
-    let stderr = String::from_utf8_lossy(&refused.stderr);
-    smallest_budget(&stderr).ok_or_else(|| format!("no smallest feasible budget in {stderr:?}"))
 }
 
 /// A figure such as `1800MiB` or `2GiB` in MiB.

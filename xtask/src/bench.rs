@@ -5,6 +5,7 @@
 use serde_json::{Value, json};
 
 use crate::Result;
+use crate::accept::{median, number};
 use crate::record::{Record, keep};
 use crate::shell::{capture, cargo, flag, json_lines, release_binary};
 
@@ -17,6 +18,8 @@ const FLAGS: &[&str] = &[
     "--memory",
     "--threads",
     "--python",
+    "--precision",
+    "--peers",
 ];
 
 /// Ounce's presets and their names in `bench/peer_torch.py`.
@@ -27,12 +30,21 @@ const PEER_MODELS: &[(&str, &str)] = &[
     ("tinyllama-1.1b", "tinyllama"),
 ];
 
+/// Ways to run PyTorch, with their flags.
+const PEERS: &[(&str, &[&str])] = &[
+    ("eager", &[]),
+    ("compiled", &["--compile"]),
+    ("eager-checkpointed", &["--checkpoint", "full"]),
+    ("compiled-checkpointed", &["--compile", "--checkpoint", "full"]),
+];
+
 /// A step to measure.
 pub(crate) struct StepRun<'a> {
     pub(crate) model: &'a str,
     pub(crate) batch_size: &'a str,
     pub(crate) max_length: &'a str,
     pub(crate) steps: &'a str,
+    pub(crate) precision: &'a str,
     pub(crate) threads: Option<&'a str>,
 }
 
@@ -40,7 +52,8 @@ impl StepRun<'_> {
     /// In words, for the table.
     pub(crate) fn setting(&self) -> String {
         let threads = self.threads.map_or_else(String::new, |n| format!(", {n} threads"));
-        format!("{} {}x{} f32{threads}", self.model, self.batch_size, self.max_length)
+        let Self { model, batch_size, max_length, precision, .. } = self;
+        format!("{model} {batch_size}x{max_length} {precision}{threads}")
     }
 
     /// The arguments of `ounce` for this run.
@@ -48,17 +61,21 @@ impl StepRun<'_> {
         let mut args =
             vec!["bench", "step", "--model", self.model, "--batch-size", self.batch_size];
         args.extend(["--max-length", self.max_length, "--steps", self.steps, "--json"]);
+        args.extend(["--precision", self.precision]);
         args.extend(memory.into_iter().flat_map(|m| ["--memory", m]));
         args.extend(self.threads.into_iter().flat_map(|n| ["--threads", n]));
         args.into_iter().map(str::to_owned).collect()
     }
 
-    /// Runs PyTorch on the same step; its line of JSON.
-    pub(crate) fn peer(&self, python: &str) -> Result<Value> {
+    /// Runs PyTorch on the same step, one way of [`PEERS`]; its line of JSON.
+    pub(crate) fn peer(&self, python: &str, way: &str) -> Result<Value> {
         let peer = PEER_MODELS.iter().find(|(ours, _)| *ours == self.model);
         let (_, peer) = peer.ok_or_else(|| format!("the peer has no model {}", self.model))?;
         let mut args = vec!["bench/peer_torch.py", "--model", peer, "--batch", self.batch_size];
         args.extend(["--seq", self.max_length, "--steps", self.steps, "--max-seconds", "600"]);
+        args.extend(["--dtype", if self.precision == "f32" { "fp32" } else { "bf16-pure" }]);
+        let ways = PEERS.iter().find(|(name, _)| *name == way);
+        args.extend(ways.ok_or_else(|| format!("PyTorch has no way {way:?} to run"))?.1);
         args.extend(self.threads.into_iter().flat_map(|n| ["--threads", n]));
         last_object(&capture(python, &args)?)
     }
@@ -79,29 +96,54 @@ pub(crate) fn step(args: &[&str]) -> Result {
         batch_size: get("--batch-size", "4")?,
         max_length: get("--max-length", "1024")?,
         steps: get("--steps", "3")?,
+        precision: get("--precision", "f32")?,
         threads: flag(args, "--threads", FLAGS)?,
     };
     let (memory, python) = (flag(args, "--memory", FLAGS)?, flag(args, "--python", FLAGS)?);
     let rounds: usize = get("--rounds", "2")?.parse().map_err(|_| "--rounds is a number")?;
+    let peers: Vec<&str> = get("--peers", "eager")?.split(',').collect();
     let binary = release_binary()?;
     let ounce_args = run.ounce_args(memory);
     let ounce_args: Vec<&str> = ounce_args.iter().map(String::as_str).collect();
-    let mut results: Vec<(&str, Value)> = Vec::new();
+    let mut results: Vec<(String, Value)> = Vec::new();
+    let mut add = |engine: String, result: Value| {
+        println!("{engine}: {} tok/s, peak {} MiB", result["tok_per_s"], result["peak_rss_mib"]);
+        results.push((engine, result));
+    };
     for _ in 0..rounds {
-        results.push(("ounce", last_object(&capture(&binary, &ounce_args)?)?));
-        if let Some(python) = python {
-            results.push(("torch", run.peer(python)?));
-        }
-        for (engine, r) in &results[results.len() - (1 + usize::from(python.is_some()))..] {
-            println!("{engine}: {} tok/s, peak {} MiB", r["tok_per_s"], r["peak_rss_mib"]);
+        add("ounce".to_owned(), last_object(&capture(&binary, &ounce_args)?)?);
+        for (python, way) in python.iter().flat_map(|python| peers.iter().map(move |w| (python, w)))
+        {
+            add(format!("torch {way}"), run.peer(python, way)?);
         }
     }
+    ratios(&results)?;
     let setting = run.setting();
     let records: Vec<Record<'_>> = results
         .iter()
         .map(|(engine, result)| Record { what: "bench step", engine, setting: &setting, result })
         .collect();
     keep(&records).map(|_| ())
+}
+
+/// Prints the medians of every engine, and ours over theirs.
+fn ratios(results: &[(String, Value)]) -> Result {
+    let of = |engine: &str, key: &str| -> Result<f64> {
+        let own = results.iter().filter(|(e, _)| e == engine);
+        Ok(median(own.map(|(_, r)| number(r, key)).collect::<Result<_>>()?))
+    };
+    let mut engines: Vec<&str> = results.iter().map(|(e, _)| e.as_str()).collect();
+    engines.sort_unstable();
+    engines.dedup();
+    for engine in engines {
+        let (speed, peak) = (of(engine, "tok_per_s")?, of(engine, "peak_rss_mib")?);
+        println!(
+            "{engine}: median {speed:.1} tok/s, {peak:.0} MiB; ounce has {:.2} times the speed in {:.0} % of that",
+            of("ounce", "tok_per_s")? / speed,
+            100.0 * of("ounce", "peak_rss_mib")? / peak
+        );
+    }
+    Ok(())
 }
 
 /// `bench kernels`: the table of ounce-kernels' own measurement.

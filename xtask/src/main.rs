@@ -23,6 +23,7 @@ mod cgroup;
 
 mod accept;
 mod bench;
+mod budgets;
 mod cgroup_runs;
 mod killed;
 mod quickstart;

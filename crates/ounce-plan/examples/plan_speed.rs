@@ -44,7 +44,8 @@ fn main() {
         let start = Instant::now();
         let plan = frontier.plan(smallest * 5 / 4).expect("fits");
         println!(
-            "{n_layers} layers: {} plans for every budget in {:.3} s, the low end alone in {:.3} s, with the smallest budget in {:.3} s, \
+            "{n_layers} layers: {} plans for every budget in {:.3} s, the low end alone in {:.3} s, \
+             with the smallest budget in {:.3} s, \
              one unrolled and placed in {:.3} s, {} instructions, gap {:.2} %",
             frontier.points().count(),
             solved.as_secs_f64(),
