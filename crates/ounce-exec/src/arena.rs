@@ -12,8 +12,11 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr::NonNull;
 
+use half::{bf16, f16};
 use ounce_ir::DType;
 use ounce_kernels::inout::InOut;
+use ounce_kernels::master::MasterMut;
+use ounce_kernels::view::{View, ViewMut};
 
 use crate::ExecError;
 use crate::spec::{Extent, OpSpec};
@@ -104,8 +107,10 @@ unsafe impl Plain for i32 {}
 unsafe impl Plain for u64 {}
 // SAFETY: plain numbers.
 unsafe impl Plain for i16 {}
-// SAFETY: 16 bits of which every pattern is valid.
-unsafe impl Plain for half::bf16 {}
+// SAFETY: 16 bits, of which every pattern is a number or a NaN.
+unsafe impl Plain for bf16 {}
+// SAFETY: as above.
+unsafe impl Plain for f16 {}
 
 /// The Rust type of a stored element type.
 pub(crate) trait Element: Plain {
@@ -123,8 +128,11 @@ impl Element for i32 {
 impl Element for i16 {
     const DTYPE: DType = DType::I16;
 }
-impl Element for half::bf16 {
+impl Element for bf16 {
     const DTYPE: DType = DType::Bf16;
+}
+impl Element for f16 {
+    const DTYPE: DType = DType::F16;
 }
 
 /// What is wrong with a task's operands, or nothing.
@@ -152,7 +160,9 @@ pub(crate) fn check_operands(
         let mut handed_on = false;
         for i in (0..w).filter(|&i| overlap(&range(i), &range(w))) {
             let pair = (i, w.wrapping_sub(op.first_output()));
-            let in_place = op.kind.in_place().contains(&pair) && range(i) == range(w);
+            let in_place = op.kind.in_place().contains(&pair)
+                && range(i) == range(w)
+                && op.operands[i].dtype == op.operands[w].dtype;
             if !in_place || handed_on {
                 return Err(format!(
                     "operand {w} at {:?} overlaps operand {i} at {:?}",
@@ -230,14 +240,20 @@ impl<'a> Operands<'a> {
         self.read(i)
     }
 
+    /// Input value `i`, stored in any float type.
+    pub(crate) fn input_view(&self, i: usize) -> View<'a> {
+        assert!(i < self.op.n_inputs, "input {i} exists");
+        self.read_view(i)
+    }
+
     /// The parameter of use `i`.
-    pub(crate) fn weight(&self, i: usize) -> &'a [f32] {
+    pub(crate) fn weight(&self, i: usize) -> View<'a> {
         assert!(i < self.op.n_uses, "use {i} exists");
-        self.read(self.op.n_inputs + i)
+        self.read_view(self.op.n_inputs + i)
     }
 
     /// The parameter of use `i`, if the op has that many.
-    pub(crate) fn weight_if_any(&self, i: usize) -> Option<&'a [f32]> {
+    pub(crate) fn weight_if_any(&self, i: usize) -> Option<View<'a>> {
         (i < self.op.n_uses).then(|| self.weight(i))
     }
 
@@ -251,18 +267,30 @@ impl<'a> Operands<'a> {
         self.sum_if_any(0).expect("the op adds to a sum")
     }
 
+    /// Gradient sum 0, stored in any float type.
+    pub(crate) fn sum_view(&mut self) -> ViewMut<'a> {
+        assert!(self.op.n_sums > 0, "the op adds to a sum");
+        self.write_view(self.op.n_reads())
+    }
+
     /// Output value `i`.
     pub(crate) fn output<T: Element>(&mut self, i: usize) -> &'a mut [T] {
         assert!(i < self.op.n_outputs, "output {i} exists");
         self.write(self.op.first_output() + i)
     }
 
+    /// Output value `i`, stored in any float type.
+    pub(crate) fn output_view(&mut self, i: usize) -> ViewMut<'a> {
+        assert!(i < self.op.n_outputs, "output {i} exists");
+        self.write_view(self.op.first_output() + i)
+    }
+
     /// Output `output` with the input whose place it may take.
     pub(crate) fn in_out(&mut self, output: usize, input: usize) -> InOut<'a> {
         if self.in_place(output, input) {
-            InOut::InPlace(self.output(output))
+            InOut::InPlace(self.output_view(output))
         } else {
-            InOut::separate(self.output(output), self.input(input))
+            InOut::separate(self.output_view(output), self.input_view(input))
         }
     }
 
@@ -271,9 +299,14 @@ impl<'a> Operands<'a> {
         self.range(self.op.first_output() + output) == self.range(input)
     }
 
-    /// The updated parameter.
-    pub(crate) fn param(&mut self) -> &'a mut [f32] {
-        self.write(self.op.first_updated())
+    /// The exact values of the updated parameter: itself, or with the last state, the lower halves.
+    pub(crate) fn master(&mut self) -> MasterMut<'a> {
+        let param = self.op.first_updated();
+        if self.op.operands[param].dtype == DType::F32 {
+            return MasterMut::F32(self.write(param));
+        }
+        let last_state = self.op.operands.len() - 1;
+        MasterMut::Split { hi: self.write(param), lo: self.write(last_state) }
     }
 
     /// State `k` of the updated parameter.
@@ -317,6 +350,22 @@ impl<'a> Operands<'a> {
         self.take(index);
         // SAFETY: a written operand, handed out once by `take`.
         unsafe { self.slice_mut(index) }
+    }
+
+    fn read_view(&self, index: usize) -> View<'a> {
+        match self.op.operands[index].dtype {
+            DType::Bf16 => View::Bf16(self.read(index)),
+            DType::F16 => View::F16(self.read(index)),
+            _ => View::F32(self.read(index)),
+        }
+    }
+
+    fn write_view(&mut self, index: usize) -> ViewMut<'a> {
+        match self.op.operands[index].dtype {
+            DType::Bf16 => ViewMut::Bf16(self.write(index)),
+            DType::F16 => ViewMut::F16(self.write(index)),
+            _ => ViewMut::F32(self.write(index)),
+        }
     }
 
     fn take(&mut self, index: usize) {

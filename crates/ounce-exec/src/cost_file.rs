@@ -1,9 +1,9 @@
 //! The file that keeps measured costs: one line per measurement, for one machine.
 //!
 //! ```text
-//! ounce costs 1
+//! ounce costs 2
 //! machine Intel(R) Xeon(R) Processor, avx512, 2 threads, 0.1.0
-//! linear 0 1 0 0 0 0 768 589824 768 768 0 0 0 0 0 64 = 4.1e-4
+//! linear 0 1 0 0 0 0 768 589824 768 768 0 0 0 0 0 0 64 = 4.1e-4
 //! ```
 //! Costs are only estimates and can be measured again, so a file that cannot be read, or was written
 //! on another machine, counts as empty. It is replaced as a whole, never half.
@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-const HEADER: &str = "ounce costs 1";
+const HEADER: &str = "ounce costs 2";
 
 /// Seconds by what was measured.
 pub(crate) type Costs = BTreeMap<String, f64>;

@@ -12,6 +12,7 @@ use ounce_kernels::inout::InOut;
 use ounce_kernels::optim::{AdamwHyper, adamw, sgd, sum_squares};
 use ounce_kernels::philox::PhiloxKey;
 use ounce_kernels::pool::Pool;
+use ounce_kernels::view::{View, ViewMut};
 use ounce_kernels::{activation, elementwise, embed, head, norm, rope};
 
 use crate::arena::Operands;
@@ -37,31 +38,38 @@ pub(crate) fn dispatch(op: &OpSpec, mut o: Operands<'_>, cx: &Context<'_>) {
     let pool = cx.pool;
     match op.kind {
         OpKind::Embed => {
-            embed::embed_forward(pool, o.output(0), o.input(0), o.weight(0), o.output_width(0));
+            let (ids, table, c) = (o.input(0), o.weight(0), o.output_width(0));
+            embed::embed_forward(pool, o.output_view(0), ids, table, c);
         }
         OpKind::TakeRows => {
-            embed::embed_forward(pool, o.output(0), o.input(1), o.input(0), o.output_width(0));
+            let (idx, x, c) = (o.input(1), o.input_view(0), o.output_width(0));
+            embed::embed_forward(pool, o.output_view(0), idx, x, c);
         }
         OpKind::Linear { layout, .. } => linear(pool, &mut o, layout),
         OpKind::LinearGradInput { layout } => linear_grad_input(pool, &mut o, layout),
         OpKind::LinearGradWeight { layout } => linear_grad_weight(pool, &mut o, layout),
-        OpKind::BiasGrad => elementwise::bias_grad(pool, o.sum(), o.input(0), o.input_width(0)),
+        OpKind::BiasGrad => {
+            let (db, dy, c) = (o.sum(), o.input_view(0), o.input_width(0));
+            elementwise::bias_grad(pool, db, dy, c);
+        }
         OpKind::LayerNorm { eps, .. } => {
-            let (w, b) = (o.weight(0), o.weight_if_any(1));
-            norm::layer_norm_forward(pool, o.output(0), o.input(0), w, b, eps, o.input_width(0));
+            let (x, w, b) = (o.input_view(0), o.weight(0), o.weight_if_any(1));
+            norm::layer_norm_forward(pool, o.output_view(0), x, w, b, eps, o.input_width(0));
         }
         OpKind::RmsNorm { eps } => {
-            let (x, w, c) = (o.input(0), o.weight(0), o.input_width(0));
-            norm::rms_norm_forward(pool, o.output(0), x, w, eps, c);
+            let (x, w, c) = (o.input_view(0), o.weight(0), o.input_width(0));
+            norm::rms_norm_forward(pool, o.output_view(0), x, w, eps, c);
         }
         OpKind::LayerNormGrad { eps, .. } => {
             let NormGrads { dx, dw, db, scratch } = NormGrads::new(op, &mut o);
-            let (x, dy, w, c) = (o.input(0), o.input(1), o.weight(0), o.input_width(0));
+            let (x, dy, w) = (o.input_view(0), o.input_view(1), o.weight(0));
+            let c = o.input_width(0);
             norm::layer_norm_backward(pool, dx, dw, db, dy, x, w, eps, c, scratch);
         }
         OpKind::RmsNormGrad { eps } => {
             let NormGrads { dx, dw, scratch, .. } = NormGrads::new(op, &mut o);
-            let (x, dy, w, c) = (o.input(0), o.input(1), o.weight(0), o.input_width(0));
+            let (x, dy, w) = (o.input_view(0), o.input_view(1), o.weight(0));
+            let c = o.input_width(0);
             norm::rms_norm_backward(pool, dx, dw, dy, x, w, eps, c, scratch);
         }
         OpKind::Rope { table, n_heads, head_dim, inverse } => {
@@ -74,20 +82,20 @@ pub(crate) fn dispatch(op: &OpSpec, mut o: Operands<'_>, cx: &Context<'_>) {
         OpKind::AttentionGrad(spec) => attention_grad(&mut o, cx, &spec),
         OpKind::Gelu(kind) => activation::gelu_forward(pool, o.in_out(0, 0), gelu(kind)),
         OpKind::GeluGrad(kind) => {
-            activation::gelu_backward(pool, o.in_out(0, 1), o.input(0), gelu(kind));
+            activation::gelu_backward(pool, o.in_out(0, 1), o.input_view(0), gelu(kind));
         }
         OpKind::Swiglu => {
-            let y = InOut::separate(o.output(0), o.input(0));
-            activation::swiglu_forward(pool, y, o.input(1));
+            let y = InOut::separate(o.output_view(0), o.input_view(0));
+            activation::swiglu_forward(pool, y, o.input_view(1));
         }
         OpKind::SwigluGrad => {
             let (dgate, dup) = (o.in_out(0, 0), o.in_out(1, 1));
-            activation::swiglu_backward(pool, dgate, dup, o.input(2));
+            activation::swiglu_backward(pool, dgate, dup, o.input_view(2));
         }
         OpKind::Add => {
             // Addition commutes bit for bit, so either input may hand on its place.
             let (kept, other) = if o.in_place(0, 1) { (1, 0) } else { (0, 1) };
-            elementwise::add(pool, o.in_out(0, kept), o.input(other));
+            elementwise::add(pool, o.in_out(0, kept), o.input_view(other));
         }
         OpKind::Dropout { p, site } => {
             let inputs = cx.inputs;
@@ -96,20 +104,20 @@ pub(crate) fn dispatch(op: &OpSpec, mut o: Operands<'_>, cx: &Context<'_>) {
             elementwise::dropout(pool, o.in_out(0, 0), c, p, key, first);
         }
         OpKind::CrossEntropy => {
-            let (x, targets, w) = (o.input(0), o.input(1), o.weight(0));
+            let (x, targets, w) = (o.input(0), o.input(1), only_f32(o.weight(0)));
             let chunk = cx.n_tokens as usize;
             head::head_forward(pool, o.output(0), x, w, targets, chunk, o.scratch());
         }
         OpKind::CrossEntropyTrain => {
             let (loss, dx, dw, scratch) = (o.output(0), o.output(1), o.sum_if_any(0), o.scratch());
-            let (x, targets, w) = (o.input(0), o.input(1), o.weight(0));
+            let (x, targets, w) = (o.input(0), o.input(1), only_f32(o.weight(0)));
             let scale = cx.inputs.grad_scale * cx.inputs.loss_scale;
             let chunk = cx.n_tokens as usize;
             head::head_train(pool, loss, dx, dw, x, w, targets, scale, chunk, scratch);
         }
-        OpKind::EmbedGradRows => elementwise::copy(pool, o.sum(), o.input(0)),
+        OpKind::EmbedGradRows => elementwise::copy(pool, o.sum_view(), o.input_view(0)),
         OpKind::EmbedScatter => {
-            let (ids, rows, c) = (o.input(0), o.input(1), o.input_width(1));
+            let (ids, rows, c) = (o.input(0), o.input_view(1), o.input_width(1));
             embed::embed_scatter(pool, o.sum(), ids, rows, c, o.scratch());
         }
         OpKind::SumSquares => {
@@ -123,14 +131,22 @@ pub(crate) fn dispatch(op: &OpSpec, mut o: Operands<'_>, cx: &Context<'_>) {
         }
         OpKind::AdamW => {
             let hyper = adamw_hyper(cx.inputs, op.decay, clip_factor(op, &o));
-            let (w, m, v) = (o.param(), o.state(0), o.state(1));
+            let (w, m, v) = (o.master(), o.state(0), o.state(1));
             adamw(pool, w, o.input(0), m, v, &hyper);
         }
         OpKind::Sgd => {
             let decay = if op.decay { cx.inputs.hyper.weight_decay } else { 0.0 };
             let factor = clip_factor(op, &o);
-            sgd(pool, o.param(), o.input(0), cx.inputs.lr, decay, factor);
+            sgd(pool, o.master(), o.input(0), cx.inputs.lr, decay, factor);
         }
+    }
+}
+
+/// What a kernel reads that computes with f32 operands only.
+fn only_f32(view: View<'_>) -> &[f32] {
+    match view {
+        View::F32(x) => x,
+        _ => panic!("this op reads f32, not {:?}", view.float_type()),
     }
 }
 
@@ -140,10 +156,10 @@ fn linear(pool: &Pool, o: &mut Operands<'_>, layout: WeightLayout) {
     let x = o.input(0);
     let n = x.len() / k;
     let w = match layout {
-        WeightLayout::OutIn => MatRef::new(o.weight(0), m, k).t(),
-        WeightLayout::InOut => MatRef::new(o.weight(0), k, m),
+        WeightLayout::OutIn => MatRef::new(only_f32(o.weight(0)), m, k).t(),
+        WeightLayout::InOut => MatRef::new(only_f32(o.weight(0)), k, m),
     };
-    let (y, bias) = (MatMut::new(o.output(0), n, m), o.weight_if_any(1));
+    let (y, bias) = (MatMut::new(o.output(0), n, m), o.weight_if_any(1).map(only_f32));
     gemm(pool, y, MatRef::new(x, n, k), w, Start::Zero, bias, o.scratch());
 }
 
@@ -153,8 +169,8 @@ fn linear_grad_input(pool: &Pool, o: &mut Operands<'_>, layout: WeightLayout) {
     let dy = o.input(0);
     let n = dy.len() / m;
     let w = match layout {
-        WeightLayout::OutIn => MatRef::new(o.weight(0), m, k),
-        WeightLayout::InOut => MatRef::new(o.weight(0), k, m).t(),
+        WeightLayout::OutIn => MatRef::new(only_f32(o.weight(0)), m, k),
+        WeightLayout::InOut => MatRef::new(only_f32(o.weight(0)), k, m).t(),
     };
     let dx = MatMut::new(o.output(0), n, k);
     gemm(pool, dx, MatRef::new(dy, n, m), w, Start::Zero, None, o.scratch());
@@ -179,7 +195,7 @@ fn linear_grad_weight(pool: &Pool, o: &mut Operands<'_>, layout: WeightLayout) {
 
 /// What the gradient of a norm writes.
 struct NormGrads<'a> {
-    dx: &'a mut [f32],
+    dx: ViewMut<'a>,
     /// The sum, or scratch if the norm is frozen.
     dw: &'a mut [f32],
     db: Option<&'a mut [f32]>,
@@ -192,7 +208,7 @@ impl<'a> NormGrads<'a> {
         // Left from another op it might hold numbers that are slow to add to.
         unused_dw.fill(0.0);
         let dw = o.sum_if_any(0).unwrap_or(unused_dw);
-        Self { dx: o.output(0), dw, db: o.sum_if_any(1), scratch }
+        Self { dx: o.output_view(0), dw, db: o.sum_if_any(1), scratch }
     }
 }
 

@@ -17,7 +17,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ounce_ir::{GeluKind, Graph, Lead, OpId, OpKind, RopeTable, WeightLayout};
+use half::{bf16, f16};
+use ounce_ir::{DType, GeluKind, Graph, Lead, OpId, OpKind, RopeTable, WeightLayout};
 use ounce_kernels::attention::RowSpan;
 use ounce_kernels::pool::Pool;
 use ounce_kernels::tier::tier;
@@ -46,8 +47,9 @@ const MAX_UPDATED_ELEMS: u64 = 2 << 20;
 const TARGET: Duration = Duration::from_millis(4);
 const LONG_RUN: Duration = Duration::from_millis(150);
 
-/// What one measurement measured: attributes, row length, selected tokens, widths, tokens.
-type Key = (&'static str, [u64; 16]);
+/// What one measurement measured: attributes, row length, selected tokens, widths, element types,
+/// tokens.
+type Key = (&'static str, [u64; 17]);
 
 /// A machine whose costs are measured when they are first asked for.
 pub struct MeasuredMachine {
@@ -311,14 +313,17 @@ impl Problem {
     }
 
     fn key(&self, tables: &[RopeTable], n_tokens: u64) -> Key {
-        let mut numbers = [0; 16];
+        let mut numbers = [0; 17];
         numbers[..4].copy_from_slice(&attributes(&self.spec.kind, tables));
         numbers[4] = self.row_tokens;
         numbers[5] = self.n_selected;
         for (number, operand) in numbers[6..15].iter_mut().zip(&self.spec.operands) {
             *number = operand.row_elems;
         }
-        numbers[15] = n_tokens;
+        for (i, operand) in self.spec.operands.iter().take(15).enumerate() {
+            numbers[15] |= (operand.dtype as u64) << (4 * i);
+        }
+        numbers[16] = n_tokens;
         (self.spec.kind.name(), numbers)
     }
 
@@ -501,7 +506,6 @@ fn measure(
 
 /// Fills the operands with ordinary numbers: no denormals, ids in range.
 fn fill(arena: &mut Arena, problem: &Problem, offsets: &[u32], n_tokens: u64) {
-    use ounce_ir::DType;
     let n_ids = problem.n_ids().max(1);
     for (operand, &at) in problem.spec.operands.iter().zip(offsets) {
         let bytes = operand.bytes(problem.extent(n_tokens));
@@ -512,15 +516,20 @@ fn fill(arena: &mut Arena, problem: &Problem, offsets: &[u32], n_tokens: u64) {
                     *x = (i as u64 * 7919 % n_ids) as i32;
                 }
             }
-            // Between 0.25 and 0.75, unlike neighbours; the 16-bit and quantized types have no
-            // kernels yet and so never get here as operands of one.
-            _ => {
-                for (i, x) in arena.slice_mut::<f32>(at, bytes / 4).iter_mut().enumerate() {
-                    let noise = (i as u32).wrapping_mul(0x9E37_79B9) >> 9;
-                    *x = f32::from_bits(0x3F00_0000 | noise) - 0.25;
-                }
-            }
+            DType::I16 => fill_with(arena.slice_mut(at, bytes / 2), |x| (x * 65536.0) as i16),
+            DType::Bf16 => fill_with(arena.slice_mut(at, bytes / 2), bf16::from_f32_const),
+            DType::F16 => fill_with(arena.slice_mut(at, bytes / 2), f16::from_f32_const),
+            // Quantized types have no kernels and so never get here.
+            _ => fill_with(arena.slice_mut(at, bytes / 4), |x| x),
         }
+    }
+}
+
+/// Numbers between 0.25 and 0.75, unlike their neighbours.
+fn fill_with<T>(dst: &mut [T], convert: impl Fn(f32) -> T) {
+    for (i, x) in dst.iter_mut().enumerate() {
+        let noise = (i as u32).wrapping_mul(0x9E37_79B9) >> 9;
+        *x = convert(f32::from_bits(0x3F00_0000 | noise) - 0.25);
     }
 }
 

@@ -11,6 +11,7 @@ use ounce_ir::{Graph, OpKind};
 use ounce_kernels::attention::RowSpan;
 use ounce_kernels::elementwise;
 use ounce_kernels::pool::Pool;
+use ounce_kernels::view::ViewMut;
 use ounce_program::{GRANULE_TOKENS, Plan};
 
 use crate::arena::Operands;
@@ -167,7 +168,7 @@ impl Executor {
         let program = &self.program;
         match task {
             Task::Zero { at, n_elems } => {
-                elementwise::zero(&self.pool, arena.slice_mut(at, n_elems));
+                elementwise::zero(&self.pool, ViewMut::F32(arena.slice_mut(at, n_elems)));
                 None
             }
             Task::Run { op, first_token, n_tokens, offsets } => {

@@ -12,6 +12,7 @@ use ounce_kernels::elementwise;
 use ounce_kernels::gemm::{MatMut, MatRef, Start, gemm, gemm_scratch_elems};
 use ounce_kernels::head::{head_forward, head_scratch_elems, head_train};
 use ounce_kernels::inout::InOut;
+use ounce_kernels::master::MasterMut;
 use ounce_kernels::norm::{layer_norm_backward, layer_norm_forward};
 use ounce_kernels::optim::{AdamwHyper, adamw, sum_squares, sum_squares_scratch_f64};
 use ounce_kernels::peak::{Unit, multiply_adds};
@@ -19,6 +20,7 @@ use ounce_kernels::philox::PhiloxKey;
 use ounce_kernels::pool::Pool;
 use ounce_kernels::rope::rope;
 use ounce_kernels::tier::{Tier, set_tier, tier};
+use ounce_kernels::view::View;
 use std::time::{Duration, Instant};
 
 /// What one process measures with.
@@ -221,16 +223,17 @@ impl Bench {
         let (x, dy, w) = (filled(n * c), filled(n * c), filled(c));
         let mut y = vec![0.0; n * c];
         let bytes = 4 * n * c;
-        self.stream("copy", 2 * bytes, |pool| elementwise::copy(pool, &mut y, &x));
+        let [xv, dyv, wv] = [&x, &dy, &w].map(View::from);
+        self.stream("copy", 2 * bytes, |pool| elementwise::copy(pool, (&mut y).into(), xv));
         self.stream("add", 3 * bytes, |pool| {
-            elementwise::add(pool, InOut::separate(&mut y, &x), &dy);
+            elementwise::add(pool, InOut::separate(&mut y, &x), dyv);
         });
         for kind in [GeluKind::Tanh, GeluKind::Erf] {
             self.stream(&format!("gelu {kind:?} forward"), 2 * bytes, |pool| {
                 gelu_forward(pool, InOut::separate(&mut y, &x), kind);
             });
             self.stream(&format!("gelu {kind:?} backward"), 3 * bytes, |pool| {
-                gelu_backward(pool, InOut::separate(&mut y, &dy), &x, kind);
+                gelu_backward(pool, InOut::separate(&mut y, &dy), xv, kind);
             });
         }
         let key = PhiloxKey { seed: 1, step: 2, site: 3 };
@@ -238,14 +241,25 @@ impl Bench {
             elementwise::dropout(pool, InOut::separate(&mut y, &x), c, 0.1, key, 0);
         });
         self.stream("layer norm forward", 2 * bytes, |pool| {
-            layer_norm_forward(pool, &mut y, &x, &w, Some(&w), 1e-5, c);
+            layer_norm_forward(pool, (&mut y).into(), xv, wv, Some(wv), 1e-5, c);
         });
         let (mut dw, mut db, mut stats) = (vec![0.0; c], vec![0.0; c], vec![0.0; 2 * n]);
         self.stream("layer norm backward", 5 * bytes, |pool| {
             let db = Some(&mut db[..]);
-            layer_norm_backward(pool, &mut y, &mut dw, db, &dy, &x, &w, 1e-5, c, &mut stats);
+            layer_norm_backward(
+                pool,
+                (&mut y).into(),
+                &mut dw,
+                db,
+                dyv,
+                xv,
+                wv,
+                1e-5,
+                c,
+                &mut stats,
+            );
         });
-        self.stream("bias grad", bytes, |pool| elementwise::bias_grad(pool, &mut db, &dy, c));
+        self.stream("bias grad", bytes, |pool| elementwise::bias_grad(pool, &mut db, dyv, c));
         let positions: Vec<i32> = (0..n as i32).collect();
         let freqs: Vec<f32> = (0..32).map(|i| 0.75f32.powi(i)).collect();
         self.stream("rope", 2 * bytes, |pool| {
@@ -262,7 +276,9 @@ impl Bench {
             bias_correction2: 0.05,
             grad_scale: 1.0,
         };
-        self.stream("adamw", 7 * bytes, |pool| adamw(pool, &mut y, &x, &mut m, &mut v, &hyper));
+        self.stream("adamw", 7 * bytes, |pool| {
+            adamw(pool, MasterMut::F32(&mut y), &x, &mut m, &mut v, &hyper);
+        });
         let mut sums = vec![0.0; sum_squares_scratch_f64(n * c)];
         self.stream("sum of squares", bytes, |pool| {
             std::hint::black_box(sum_squares(pool, &x, &mut sums));

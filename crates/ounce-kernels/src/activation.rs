@@ -8,6 +8,7 @@
 use crate::inout::{InOut, for_block_pairs, for_blocks};
 use crate::math::{normal, sigmoid_pair};
 use crate::pool::Pool;
+use crate::view::View;
 
 /// Which GELU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +28,7 @@ const TANH_CUBE: f32 = 0.044_715;
 /// # Shapes
 /// Any; source `x`.
 pub fn gelu_forward(pool: &Pool, y: InOut<'_>, kind: GeluKind) {
-    for_blocks(pool, y, |_, y, x| match kind {
+    for_blocks(pool, y, [], |y, x, []| match kind {
         GeluKind::Tanh => gelu_tanh(y, x),
         GeluKind::Erf => gelu_erf(y, x),
     });
@@ -37,11 +38,11 @@ pub fn gelu_forward(pool: &Pool, y: InOut<'_>, kind: GeluKind) {
 ///
 /// # Shapes
 /// Any; source `dy`, and `x` of the same length.
-pub fn gelu_backward(pool: &Pool, dx: InOut<'_>, x: &[f32], kind: GeluKind) {
+pub fn gelu_backward(pool: &Pool, dx: InOut<'_>, x: View<'_>, kind: GeluKind) {
     assert_eq!(dx.len(), x.len(), "length of x");
-    for_blocks(pool, dx, |range, dx, dy| match kind {
-        GeluKind::Tanh => gelu_tanh_grad(dx, dy, &x[range]),
-        GeluKind::Erf => gelu_erf_grad(dx, dy, &x[range]),
+    for_blocks(pool, dx, [x], |dx, dy, [x]| match kind {
+        GeluKind::Tanh => gelu_tanh_grad(dx, dy, x),
+        GeluKind::Erf => gelu_erf_grad(dx, dy, x),
     });
 }
 
@@ -49,9 +50,9 @@ pub fn gelu_backward(pool: &Pool, dx: InOut<'_>, x: &[f32], kind: GeluKind) {
 ///
 /// # Shapes
 /// Any; source `gate`, and `up` of the same length.
-pub fn swiglu_forward(pool: &Pool, y: InOut<'_>, up: &[f32]) {
+pub fn swiglu_forward(pool: &Pool, y: InOut<'_>, up: View<'_>) {
     assert_eq!(y.len(), up.len(), "length of up");
-    for_blocks(pool, y, |range, y, gate| swiglu(y, gate, &up[range]));
+    for_blocks(pool, y, [up], |y, gate, [up]| swiglu(y, gate, up));
 }
 
 /// `dgate = dy up silu'(gate)` and `dup = dy silu(gate)`; `dgate` may overwrite `gate`, and `dup`
@@ -59,10 +60,10 @@ pub fn swiglu_forward(pool: &Pool, y: InOut<'_>, up: &[f32]) {
 ///
 /// # Shapes
 /// Any; sources `gate` and `up`, and `dy` of the same length.
-pub fn swiglu_backward(pool: &Pool, dgate: InOut<'_>, dup: InOut<'_>, dy: &[f32]) {
+pub fn swiglu_backward(pool: &Pool, dgate: InOut<'_>, dup: InOut<'_>, dy: View<'_>) {
     assert_eq!(dgate.len(), dy.len(), "length of dy");
-    for_block_pairs(pool, dgate, dup, |range, (dgate, gate), (dup, up)| {
-        swiglu_grad(dgate, dup, &dy[range], gate, up);
+    for_block_pairs(pool, dgate, dup, [dy], |(dgate, gate), (dup, up), [dy]| {
+        swiglu_grad(dgate, dup, dy, gate, up);
     });
 }
 
@@ -178,7 +179,7 @@ mod tests {
             let want: Vec<_> = x.iter().map(|&x| with_slope(f, x)).collect();
             let (mut y, mut dx) = (vec![9.0; N], vec![9.0; N]);
             gelu_forward(&pool, InOut::separate(&mut y, &x), kind);
-            gelu_backward(&pool, InOut::separate(&mut dx, &dy), &x, kind);
+            gelu_backward(&pool, InOut::separate(&mut dx, &dy), (&x).into(), kind);
             assert_close(&y, &want.iter().map(|w| w.0).collect::<Vec<_>>(), 3e-7);
             let slopes = want.iter().zip(&dy).map(|(w, &dy)| w.1 * f64::from(dy));
             assert_close(&dx, &slopes.collect::<Vec<_>>(), 1e-6);
@@ -191,8 +192,13 @@ mod tests {
         let pool = Pool::new(2);
         let silu = |g: f64| g / (1.0 + (-g).exp());
         let (mut y, mut dgate, mut dup) = (vec![9.0; N], gate.clone(), up.clone());
-        swiglu_forward(&pool, InOut::separate(&mut y, &gate), &up);
-        swiglu_backward(&pool, InOut::InPlace(&mut dgate), InOut::InPlace(&mut dup), &dy);
+        swiglu_forward(&pool, InOut::separate(&mut y, &gate), (&up).into());
+        swiglu_backward(
+            &pool,
+            InOut::in_place(&mut dgate),
+            InOut::in_place(&mut dup),
+            (&dy).into(),
+        );
         for i in 0..N {
             let ((value, slope), up, dy) =
                 (with_slope(silu, gate[i]), f64::from(up[i]), f64::from(dy[i]));
@@ -209,11 +215,11 @@ mod tests {
         let (x, _, dy) = inputs();
         for kind in [GeluKind::Tanh, GeluKind::Erf] {
             let mut want = vec![0.0; N];
-            gelu_backward(&Pool::new(1), InOut::separate(&mut want, &dy), &x, kind);
+            gelu_backward(&Pool::new(1), InOut::separate(&mut want, &dy), (&x).into(), kind);
             for tier in Tier::available() {
                 set_tier(Some(tier));
                 let mut got = dy.clone();
-                gelu_backward(&Pool::new(3), InOut::InPlace(&mut got), &x, kind);
+                gelu_backward(&Pool::new(3), InOut::in_place(&mut got), (&x).into(), kind);
                 assert_eq!(got, want, "{tier}");
             }
             set_tier(None);

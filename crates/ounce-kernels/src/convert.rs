@@ -8,6 +8,7 @@
 //!
 //! Complexity: O(n), bound by memory. Source: IEEE 754-2019, 5.4.2.
 
+#[cfg(target_arch = "x86_64")]
 use crate::tier::{Tier, tier};
 use half::{bf16, f16};
 
@@ -86,8 +87,8 @@ tiered! {
 pub fn f16_to_f32(dst: &mut [f32], src: &[f16]) {
     assert_eq!(dst.len(), src.len(), "length of the source");
     #[cfg(target_arch = "x86_64")]
-    if has_f16c() {
-        // SAFETY: the processor has F16C.
+    if tier() >= Tier::Avx2 {
+        // SAFETY: every vector tier has F16C.
         return unsafe { f16c::widen(dst, src) };
     }
     for (dst, &src) in dst.iter_mut().zip(src) {
@@ -99,20 +100,13 @@ pub fn f16_to_f32(dst: &mut [f32], src: &[f16]) {
 pub fn f32_to_f16(dst: &mut [f16], src: &[f32]) {
     assert_eq!(dst.len(), src.len(), "length of the source");
     #[cfg(target_arch = "x86_64")]
-    if has_f16c() {
-        // SAFETY: the processor has F16C.
+    if tier() >= Tier::Avx2 {
+        // SAFETY: every vector tier has F16C.
         return unsafe { f16c::round(dst, src) };
     }
     for (dst, &src) in dst.iter_mut().zip(src) {
         *dst = round_f16(src);
     }
-}
-
-/// Whether the tier in use and the processor allow F16C.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-fn has_f16c() -> bool {
-    tier() >= Tier::Avx2 && is_x86_feature_detected!("f16c")
 }
 
 /// Conversions of eight numbers at a time in hardware.
@@ -171,7 +165,7 @@ mod f16c {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tier::set_tier;
+    use crate::tier::{Tier, set_tier};
 
     /// Every 16-bit value, and what lies halfway to its neighbour, a bit below and a bit above; a
     /// million others spread over all f32; of odd length, so that there is a rest.

@@ -2,41 +2,50 @@
 //!
 //! All are bound by memory; threads take contiguous parts. N tokens, C channels.
 
-use crate::inout::{InOut, for_blocks};
+use crate::inout::{Buffers, InOut, for_blocks};
 use crate::philox::PhiloxKey;
 use crate::pool::{Pool, split_by};
+use crate::view::{BLOCK, View, ViewMut};
 
 /// Elements that a thread takes at least when nothing else bounds it.
 const GRANULE: usize = 1024;
 
 /// `y = a + b`; source `a`, which `y` may overwrite.
-pub fn add(pool: &Pool, y: InOut<'_>, b: &[f32]) {
+pub fn add(pool: &Pool, y: InOut<'_>, b: View<'_>) {
     assert_eq!(y.len(), b.len(), "length of b");
-    for_blocks(pool, y, |range, y, a| {
-        for ((y, a), b) in y.iter_mut().zip(a).zip(&b[range]) {
+    for_blocks(pool, y, [b], |y, a, [b]| add_block(y, a, b));
+}
+
+tiered! {
+    fn add_block(y: &mut [f32], a: &[f32], b: &[f32]) {
+        for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
             *y = a + b;
         }
-    });
+    }
 }
 
 /// `y = factor x`; source `x`, which `y` may overwrite.
 pub fn scale(pool: &Pool, y: InOut<'_>, factor: f32) {
-    for_blocks(pool, y, |_, y, x| {
+    for_blocks(pool, y, [], |y, x, []| scale_block(y, x, factor));
+}
+
+tiered! {
+    fn scale_block(y: &mut [f32], x: &[f32], factor: f32) {
         for (y, x) in y.iter_mut().zip(x) {
             *y = factor * x;
         }
-    });
+    }
 }
 
-/// `y = x`.
-pub fn copy(pool: &Pool, y: &mut [f32], x: &[f32]) {
+/// `y = x`, rounded if `y` is stored in fewer bits.
+pub fn copy(pool: &Pool, y: ViewMut<'_>, x: View<'_>) {
     assert_eq!(y.len(), x.len(), "length of x");
-    pool.split_rows_sized(y.len(), y, 1, GRANULE, |range, y| y.copy_from_slice(&x[range]));
+    pool.split_view_rows(y.len(), y, 1, GRANULE, |range, mut y| y.copy_from(x.slice(range)));
 }
 
 /// `y = 0`.
-pub fn zero(pool: &Pool, y: &mut [f32]) {
-    pool.split_rows_sized(y.len(), y, 1, GRANULE, |_, y| y.fill(0.0));
+pub fn zero(pool: &Pool, y: ViewMut<'_>) {
+    pool.split_view_rows(y.len(), y, 1, GRANULE, |_, mut y| y.zero());
 }
 
 /// Adds the sum of `dy` over tokens to `db`.
@@ -45,17 +54,22 @@ pub fn zero(pool: &Pool, y: &mut [f32]) {
 /// `db` (C), `dy` (N, C); `n_channels` is C.
 /// # Order
 /// One sequential f32 sum per column along ascending tokens, started from the stored `db`.
-pub fn bias_grad(pool: &Pool, db: &mut [f32], dy: &[f32], n_channels: usize) {
+pub fn bias_grad(pool: &Pool, db: &mut [f32], dy: View<'_>, n_channels: usize) {
     assert_eq!(db.len(), n_channels, "length of db");
     assert!(dy.len().is_multiple_of(n_channels), "dy is whole tokens");
     pool.split_rows(db, 1, 16, |cols, db| column_sum(db, dy, cols.start, n_channels));
 }
 
 tiered! {
-    fn column_sum(db: &mut [f32], dy: &[f32], first_col: usize, n_channels: usize) {
-        for dy in dy.chunks_exact(n_channels) {
-            for (db, dy) in db.iter_mut().zip(&dy[first_col..]) {
-                *db += dy;
+    fn column_sum(db: &mut [f32], dy: View<'_>, first_col: usize, n_channels: usize) {
+        let mut buf = [0.0; BLOCK];
+        for (block, db) in db.chunks_mut(BLOCK).enumerate() {
+            let first = first_col + block * BLOCK;
+            for row in (0..dy.len()).step_by(n_channels) {
+                let dy = dy.load(row + first..row + first + db.len(), &mut buf);
+                for (db, dy) in db.iter_mut().zip(dy) {
+                    *db += dy;
+                }
             }
         }
     }
@@ -76,8 +90,6 @@ pub fn dropout(
     key: PhiloxKey,
     first_token: usize,
 ) {
-    /// Channels at a time: a multiple of 4, and what fits an in-place block.
-    const COLS: usize = 512;
     assert!((0.0..1.0).contains(&p), "dropout probability {p} lies in [0, 1)");
     assert!(y.len().is_multiple_of(n_channels), "x is whole tokens");
     let n_tokens = y.len() / n_channels;
@@ -85,14 +97,15 @@ pub fn dropout(
     let threshold = (f64::from(p) * 4_294_967_296.0) as u32;
     let shared = y.share();
     pool.run(&|thread_idx| {
+        let mut buffers = Buffers::NEW;
         for row in split_by(n_tokens, 4, pool.n_threads(), thread_idx) {
-            for col in (0..n_channels).step_by(COLS) {
-                let end = (col + COLS).min(n_channels);
+            for col in (0..n_channels).step_by(BLOCK) {
+                let end = (col + BLOCK).min(n_channels);
                 let token = (first_token + row) as u32;
                 let range = row * n_channels + col..row * n_channels + end;
                 // SAFETY: every thread has its own rows.
                 unsafe {
-                    shared.with(range, |y, x| {
+                    shared.with(range, &mut buffers, |y, x| {
                         dropout_row(y, x, key, token, (col / 4) as u32, threshold, 1.0 / (1.0 - p));
                     });
                 }
@@ -124,13 +137,13 @@ mod tests {
         let (a, b) = (noise(5000, 1), noise(5000, 2));
         let pool = Pool::new(2);
         let mut y = vec![9.0; a.len()];
-        copy(&pool, &mut y, &a);
+        copy(&pool, (&mut y).into(), (&a).into());
         assert_eq!(y, a);
-        add(&pool, InOut::InPlace(&mut y), &b);
+        add(&pool, InOut::in_place(&mut y), (&b).into());
         assert!(y.iter().zip(a.iter().zip(&b)).all(|(y, (a, b))| *y == a + b));
         scale(&pool, InOut::separate(&mut y, &a), -2.0);
         assert!(y.iter().zip(&a).all(|(y, a)| *y == -2.0 * a));
-        zero(&pool, &mut y);
+        zero(&pool, (&mut y).into());
         assert!(y.iter().all(|&y| y == 0.0));
     }
 
@@ -144,8 +157,8 @@ mod tests {
         for (i, dy) in dy.iter().enumerate() {
             want[i % c] += dy;
         }
-        bias_grad(&Pool::new(2), &mut got, &dy[..64 * c], c);
-        bias_grad(&Pool::new(3), &mut got, &dy[64 * c..], c);
+        bias_grad(&Pool::new(2), &mut got, (&dy[..64 * c]).into(), c);
+        bias_grad(&Pool::new(3), &mut got, (&dy[64 * c..]).into(), c);
         assert_eq!(got, want);
     }
 
@@ -173,8 +186,8 @@ mod tests {
         dropout(&Pool::new(1), InOut::separate(&mut want, &x), c, 0.1, KEY, 0);
         let mut got = x;
         let (first, second) = got.split_at_mut(64 * c);
-        dropout(&Pool::new(3), InOut::InPlace(first), c, 0.1, KEY, 0);
-        dropout(&Pool::new(2), InOut::InPlace(second), c, 0.1, KEY, 64);
+        dropout(&Pool::new(3), InOut::in_place(first), c, 0.1, KEY, 0);
+        dropout(&Pool::new(2), InOut::in_place(second), c, 0.1, KEY, 64);
         assert_eq!(got, want);
     }
 }

@@ -5,6 +5,7 @@
 //! thread owns whole groups. Complexity: N log N for the sort, N C additions.
 
 use crate::pool::{Pool, SharedMut, split};
+use crate::view::{BLOCK, View, ViewMut};
 
 /// Channels summed at a time in registers and L1.
 const COLS: usize = 256;
@@ -15,14 +16,16 @@ const COLS: usize = 256;
 /// `ids` (N), `table` (V, C), `y` (N, C); `n_channels` is C.
 /// # Panics
 /// If an id is V or more.
-pub fn embed_forward(pool: &Pool, y: &mut [f32], ids: &[i32], table: &[f32], n_channels: usize) {
+pub fn embed_forward(pool: &Pool, y: ViewMut<'_>, ids: &[i32], table: View<'_>, n_channels: usize) {
     assert_eq!(y.len(), ids.len() * n_channels, "length of y");
-    pool.split_rows(y, n_channels, 16, |rows, y| {
-        for (y, &id) in y.chunks_exact_mut(n_channels).zip(&ids[rows]) {
+    pool.split_view_rows(usize::MAX, y, n_channels, 16, |rows, mut y| {
+        for (at, &id) in ids[rows].iter().enumerate() {
+            let mut y = y.reborrow().slice(at * n_channels..(at + 1) * n_channels);
             if id < 0 {
-                y.fill(0.0);
+                y.zero();
             } else {
-                y.copy_from_slice(&table[id as usize * n_channels..][..n_channels]);
+                let first = id as usize * n_channels;
+                y.copy_from(table.slice(first..first + n_channels));
             }
         }
     });
@@ -47,7 +50,7 @@ pub fn embed_scatter(
     pool: &Pool,
     dtable: &mut [f32],
     ids: &[i32],
-    rows: &[f32],
+    rows: View<'_>,
     n_channels: usize,
     scratch: &mut [u64],
 ) {
@@ -86,14 +89,15 @@ pub fn embed_scatter(
 
 tiered! {
     /// Adds to `dst` the sum of the rows that the low halves of `keys` name.
-    fn add_rows(dst: &mut [f32], keys: &[u64], rows: &[f32]) {
+    fn add_rows(dst: &mut [f32], keys: &[u64], rows: View<'_>) {
         let n_channels = dst.len();
+        let mut buf = [0.0; BLOCK];
         for (block, dst) in dst.chunks_mut(COLS).enumerate() {
             let mut sums = [0.0f32; COLS];
             let sums = &mut sums[..dst.len()];
             for &key in keys {
                 let at = (key as u32) as usize * n_channels + block * COLS;
-                for (sum, x) in sums.iter_mut().zip(&rows[at..at + dst.len()]) {
+                for (sum, x) in sums.iter_mut().zip(rows.load(at..at + dst.len(), &mut buf)) {
                     *sum += x;
                 }
             }
@@ -121,7 +125,7 @@ mod tests {
         let (ids, table) = (ids(50), noise(V * C, 1));
         assert!(ids.iter().any(|&id| id < 0));
         let mut y = vec![9.0; ids.len() * C];
-        embed_forward(&Pool::new(2), &mut y, &ids, &table, C);
+        embed_forward(&Pool::new(2), (&mut y).into(), &ids, (&table).into(), C);
         for (y, &id) in y.chunks_exact(C).zip(&ids) {
             let want = (id >= 0).then(|| &table[id as usize * C..][..C]);
             assert!(want.map_or(y.iter().all(|&y| y == 0.0), |want| want == y));
@@ -144,7 +148,7 @@ mod tests {
         for n_threads in [1, 2, 3, 16] {
             let mut got = noise(V * C, 2);
             let mut scratch = vec![0; embed_scatter_scratch_u64(ids.len())];
-            embed_scatter(&Pool::new(n_threads), &mut got, &ids, &rows, C, &mut scratch);
+            embed_scatter(&Pool::new(n_threads), &mut got, &ids, (&rows).into(), C, &mut scratch);
             assert_eq!(got, want, "{n_threads} threads");
         }
     }

@@ -10,7 +10,9 @@
 //! may have an infinite `hi`, and one within 0x8000 of the end of its sign's patterns has a zero:
 //! arithmetic makes no such NaN, and joining gives it back.
 
+use crate::pool::SharedMut;
 use half::bf16;
+use std::ops::Range;
 
 /// `bits` of an f32 in two halves.
 #[inline(always)]
@@ -42,6 +44,81 @@ tiered! {
         assert!(hi.len() == dst.len() && lo.len() == dst.len(), "both halves are as long");
         for ((dst, &hi), &lo) in dst.iter_mut().zip(hi).zip(lo) {
             *dst = join_master(hi, lo);
+        }
+    }
+}
+
+/// The exact values of a parameter, as an update reads and writes them.
+#[derive(Debug)]
+pub enum MasterMut<'a> {
+    /// The parameter is f32 itself.
+    F32(&'a mut [f32]),
+    /// In two halves of one length.
+    Split {
+        /// The parameter as other kernels read it.
+        hi: &'a mut [bf16],
+        /// The rest.
+        lo: &'a mut [i16],
+    },
+}
+
+impl MasterMut<'_> {
+    /// Number of elements.
+    ///
+    /// # Panics
+    /// If halves differ in length.
+    pub fn len(&self) -> usize {
+        match self {
+            MasterMut::F32(w) => w.len(),
+            MasterMut::Split { hi, lo } => {
+                assert_eq!(hi.len(), lo.len(), "both halves have one length");
+                hi.len()
+            }
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A [`MasterMut`] that threads update together, each its own range.
+pub(crate) enum SharedMaster<'a> {
+    F32(SharedMut<'a, f32>),
+    Split(SharedMut<'a, bf16>, SharedMut<'a, i16>),
+}
+
+impl<'a> SharedMaster<'a> {
+    pub(crate) fn new(master: MasterMut<'a>) -> Self {
+        match master {
+            MasterMut::F32(w) => Self::F32(SharedMut::new(w)),
+            MasterMut::Split { hi, lo } => Self::Split(SharedMut::new(hi), SharedMut::new(lo)),
+        }
+    }
+
+    /// Lets `f` change the values of `range`, in `buf` if they are stored in halves.
+    ///
+    /// # Safety
+    /// No two live ranges may overlap.
+    #[inline]
+    pub(crate) unsafe fn update(
+        &self,
+        range: Range<usize>,
+        buf: &mut [f32],
+        f: impl FnOnce(&mut [f32]),
+    ) {
+        match self {
+            // SAFETY: the caller's promise.
+            Self::F32(w) => f(unsafe { w.range(range) }),
+            Self::Split(hi, lo) => {
+                // SAFETY: the caller's promise.
+                let (hi, lo) = unsafe { (hi.range(range.clone()), lo.range(range)) };
+                let buf = &mut buf[..hi.len()];
+                join_masters(buf, hi, lo);
+                f(buf);
+                split_masters(hi, lo, buf);
+            }
         }
     }
 }

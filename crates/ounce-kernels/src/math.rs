@@ -112,14 +112,28 @@ pub fn sin_cos(x: f32) -> (f32, f32) {
     (sin, cos)
 }
 
-/// The sum of `f` over equally long slices, element by element: 16 fixed lanes and then a fixed
-/// tree, so that the order of additions is the same for every vector width.
+/// Lanes of a sum along a row.
+pub(crate) const LANES: usize = 16;
+
+/// The sum of `f` over equally long slices, element by element: fixed lanes and then a fixed tree,
+/// so that the order of additions is the same for every vector width.
 #[inline(always)]
 pub(crate) fn lane_sum<const S: usize>(slices: [&[f32]; S], f: impl Fn([f32; S]) -> f32) -> f32 {
-    const LANES: usize = 16;
+    let mut sums = [0.0; LANES];
+    add_to_lanes(&mut sums, slices, f);
+    fold_lanes(sums, |a, b| a + b)
+}
+
+/// Adds `f` of every element to its lane. Pieces of a row may follow each other if all but the last
+/// are a multiple of [`LANES`] long.
+#[inline(always)]
+pub(crate) fn add_to_lanes<const S: usize>(
+    sums: &mut [f32; LANES],
+    slices: [&[f32]; S],
+    f: impl Fn([f32; S]) -> f32,
+) {
     let n = slices[0].len();
     let whole = n - n % LANES;
-    let mut sums = [0.0; LANES];
     for start in (0..whole).step_by(LANES) {
         let blocks = slices.map(|s| &s[start..start + LANES]);
         for (lane, sum) in sums.iter_mut().enumerate() {
@@ -129,7 +143,6 @@ pub(crate) fn lane_sum<const S: usize>(slices: [&[f32]; S], f: impl Fn([f32; S])
     for (sum, i) in sums.iter_mut().zip(whole..n) {
         *sum += f(slices.map(|s| s[i]));
     }
-    fold_lanes(sums, |a, b| a + b)
 }
 
 /// Folds lanes by halves. The black box keeps this tree out of the compiler's sight while it

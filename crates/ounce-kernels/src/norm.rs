@@ -3,6 +3,9 @@
 //! Idea: a row's statistics are two or three cheap passes over a row that is in L1, so backward
 //! recomputes them from `x` and saves nothing. N tokens, C channels.
 //!
+//! Operands stored in 16 bits are widened block by block; each pass over a row widens again, which
+//! costs less than the memory it reads.
+//!
 //! Invariants: a row's sums go over 16 fixed lanes and then a fixed tree, so they do not depend on
 //! threads or vector width. `dw` and `db` are one sequential f32 sum per column along ascending
 //! tokens, started from what is stored; threads split columns. Cutting the tokens into several
@@ -10,8 +13,13 @@
 //!
 //! Sources: Ba, Kiros, Hinton 2016 (arXiv:1607.06450); Zhang, Sennrich 2019 (arXiv:1910.07467).
 
-use crate::math::lane_sum;
+use crate::inout::load_all;
+use crate::math::{LANES, add_to_lanes, fold_lanes};
 use crate::pool::{Pool, SharedMut, split_by};
+use crate::view::{BLOCK, View, ViewMut, blocks};
+
+/// Where a block of 16-bit numbers is widened.
+type Block = [f32; BLOCK];
 
 /// Rows that a thread takes at least.
 const ROW_GRANULE: usize = 4;
@@ -24,17 +32,17 @@ const COL_GRANULE: usize = 16;
 /// `x`, `y` (N, C); `w`, `b` (C); `n_channels` is C.
 pub fn layer_norm_forward(
     pool: &Pool,
-    y: &mut [f32],
-    x: &[f32],
-    w: &[f32],
-    b: Option<&[f32]>,
+    y: ViewMut<'_>,
+    x: View<'_>,
+    w: View<'_>,
+    b: Option<View<'_>>,
     eps: f32,
     n_channels: usize,
 ) {
     assert_shapes(y.len(), x, w, n_channels);
     assert!(b.is_none_or(|b| b.len() == n_channels), "length of b");
-    pool.split_rows(y, n_channels, ROW_GRANULE, |rows, y| {
-        layer_norm_rows(y, &x[rows.start * n_channels..rows.end * n_channels], w, b, eps);
+    pool.split_view_rows(usize::MAX, y, n_channels, ROW_GRANULE, |rows, y| {
+        layer_norm_rows(y, x.slice(rows.start * n_channels..rows.end * n_channels), w, b, eps);
     });
 }
 
@@ -44,15 +52,15 @@ pub fn layer_norm_forward(
 /// `x`, `y` (N, C); `w` (C); `n_channels` is C.
 pub fn rms_norm_forward(
     pool: &Pool,
-    y: &mut [f32],
-    x: &[f32],
-    w: &[f32],
+    y: ViewMut<'_>,
+    x: View<'_>,
+    w: View<'_>,
     eps: f32,
     n_channels: usize,
 ) {
     assert_shapes(y.len(), x, w, n_channels);
-    pool.split_rows(y, n_channels, ROW_GRANULE, |rows, y| {
-        rms_norm_rows(y, &x[rows.start * n_channels..rows.end * n_channels], w, eps);
+    pool.split_view_rows(usize::MAX, y, n_channels, ROW_GRANULE, |rows, y| {
+        rms_norm_rows(y, x.slice(rows.start * n_channels..rows.end * n_channels), w, eps);
     });
 }
 
@@ -74,12 +82,12 @@ pub fn rms_norm_backward_scratch_elems(n_tokens: usize, _n_threads: usize) -> us
 /// [`layer_norm_backward_scratch_elems`] elements.
 pub fn layer_norm_backward(
     pool: &Pool,
-    dx: &mut [f32],
+    dx: ViewMut<'_>,
     dw: &mut [f32],
     db: Option<&mut [f32]>,
-    dy: &[f32],
-    x: &[f32],
-    w: &[f32],
+    dy: View<'_>,
+    x: View<'_>,
+    w: View<'_>,
     eps: f32,
     n_channels: usize,
     scratch: &mut [f32],
@@ -98,11 +106,11 @@ pub fn layer_norm_backward(
 /// [`rms_norm_backward_scratch_elems`] elements.
 pub fn rms_norm_backward(
     pool: &Pool,
-    dx: &mut [f32],
+    dx: ViewMut<'_>,
     dw: &mut [f32],
-    dy: &[f32],
-    x: &[f32],
-    w: &[f32],
+    dy: View<'_>,
+    x: View<'_>,
+    w: View<'_>,
     eps: f32,
     n_channels: usize,
     scratch: &mut [f32],
@@ -112,7 +120,7 @@ pub fn rms_norm_backward(
     });
 }
 
-fn assert_shapes(y_len: usize, x: &[f32], w: &[f32], n_channels: usize) {
+fn assert_shapes(y_len: usize, x: View<'_>, w: View<'_>, n_channels: usize) {
     assert_eq!(y_len, x.len(), "output and x have the same length");
     assert_eq!(w.len(), n_channels, "length of w");
     assert!(x.len().is_multiple_of(n_channels), "x is whole tokens");
@@ -121,26 +129,26 @@ fn assert_shapes(y_len: usize, x: &[f32], w: &[f32], n_channels: usize) {
 /// Both backward passes: first rows (dx, and each row's statistics into scratch), then columns.
 fn backward(
     pool: &Pool,
-    dx: &mut [f32],
+    dx: ViewMut<'_>,
     dw: &mut [f32],
     db: Option<&mut [f32]>,
-    dy: &[f32],
-    x: &[f32],
-    w: &[f32],
+    dy: View<'_>,
+    x: View<'_>,
+    w: View<'_>,
     n_channels: usize,
     scratch: &mut [f32],
-    dx_rows: impl Fn(&mut [f32], &mut [f32], &[f32], &[f32], &[f32]) + Sync,
+    dx_rows: impl Fn(ViewMut<'_>, &mut [f32], View<'_>, View<'_>, View<'_>) + Sync,
 ) {
     assert_shapes(dx.len(), x, w, n_channels);
     assert_eq!(dy.len(), x.len(), "length of dy");
     assert_eq!(dw.len(), n_channels, "length of dw");
     let stats = &mut scratch[..2 * (x.len() / n_channels)];
     let shared_stats = SharedMut::new(stats);
-    pool.split_rows(dx, n_channels, ROW_GRANULE, |rows, dx| {
+    pool.split_view_rows(usize::MAX, dx, n_channels, ROW_GRANULE, |rows, dx| {
         let elems = rows.start * n_channels..rows.end * n_channels;
-        // SAFETY: `split_rows` hands every row to one thread.
+        // SAFETY: `split_view_rows` hands every row to one thread.
         let stats = unsafe { shared_stats.range(2 * rows.start..2 * rows.end) };
-        dx_rows(dx, stats, &dy[elems.clone()], &x[elems], w);
+        dx_rows(dx, stats, dy.slice(elems.clone()), x.slice(elems), w);
     });
     let has_db = db.is_some();
     let (shared_dw, shared_db) = (SharedMut::new(dw), SharedMut::new(db.unwrap_or_default()));
@@ -155,28 +163,45 @@ fn backward(
 }
 
 tiered! {
-    fn layer_norm_rows(y: &mut [f32], x: &[f32], w: &[f32], b: Option<&[f32]>, eps: f32) {
-        for (y, x) in y.chunks_exact_mut(w.len()).zip(x.chunks_exact(w.len())) {
-            let (mean, rstd) = mean_rstd(x, eps);
-            if let Some(b) = b {
-                for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(w).zip(b) {
-                    *y = ((x - mean) * rstd).mul_add(w, b);
+    fn layer_norm_rows(y: ViewMut<'_>, x: View<'_>, w: View<'_>, b: Option<View<'_>>, eps: f32) {
+        let (mut y, n) = (y, w.len());
+        let (mut bufs, mut buf_b, mut buf_y) = ([[0.0; BLOCK]; 2], [0.0; BLOCK], [0.0; BLOCK]);
+        for row in (0..x.len()).step_by(n) {
+            let x = x.slice(row..row + n);
+            let (mean, rstd) = mean_rstd(x, eps, &mut bufs);
+            for cols in blocks(0..n) {
+                let [x, w] = load_all([x, w], cols.clone(), &mut bufs);
+                let y = y.begin(row + cols.start..row + cols.end, &mut buf_y);
+                if let Some(b) = b {
+                    let b = b.load(cols, &mut buf_b);
+                    for (((y, &x), &w), &b) in y.out.iter_mut().zip(x).zip(w).zip(b) {
+                        *y = ((x - mean) * rstd).mul_add(w, b);
+                    }
+                } else {
+                    for ((y, &x), &w) in y.out.iter_mut().zip(x).zip(w) {
+                        *y = (x - mean) * rstd * w;
+                    }
                 }
-            } else {
-                for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
-                    *y = (x - mean) * rstd * w;
-                }
+                y.end();
             }
         }
     }
 }
 
 tiered! {
-    fn rms_norm_rows(y: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
-        for (y, x) in y.chunks_exact_mut(w.len()).zip(x.chunks_exact(w.len())) {
-            let rrms = reciprocal_rms(x, eps);
-            for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
-                *y = x * rrms * w;
+    fn rms_norm_rows(y: ViewMut<'_>, x: View<'_>, w: View<'_>, eps: f32) {
+        let (mut y, n) = (y, w.len());
+        let (mut bufs, mut buf_y) = ([[0.0; BLOCK]; 2], [0.0; BLOCK]);
+        for row in (0..x.len()).step_by(n) {
+            let x = x.slice(row..row + n);
+            let rrms = reciprocal_rms(x, eps, &mut bufs);
+            for cols in blocks(0..n) {
+                let [x, w] = load_all([x, w], cols.clone(), &mut bufs);
+                let y = y.begin(row + cols.start..row + cols.end, &mut buf_y);
+                for ((y, &x), &w) in y.out.iter_mut().zip(x).zip(w) {
+                    *y = x * rrms * w;
+                }
+                y.end();
             }
         }
     }
@@ -184,16 +209,23 @@ tiered! {
 
 tiered! {
     /// With `x̂ = (x - mean) rstd` and `g = dy w`: `dx = rstd (g - mean(g) - x̂ mean(g x̂))`.
-    fn layer_norm_dx_rows(dx: &mut [f32], stats: &mut [f32], dy: &[f32], x: &[f32], w: &[f32], eps: f32) {
-        let n = w.len();
-        let rows = dx.chunks_exact_mut(n).zip(dy.chunks_exact(n)).zip(x.chunks_exact(n));
-        for (((dx, dy), x), stats) in rows.zip(stats.chunks_exact_mut(2)) {
-            let (mean, rstd) = mean_rstd(x, eps);
-            let mean_g = lane_sum([dy, w], |[dy, w]| dy * w) / n as f32;
-            let mean_gx = lane_sum([dy, w, x], |[dy, w, x]| dy * w * ((x - mean) * rstd)) / n as f32;
-            for (((dx, &dy), &x), &w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
-                let x_hat = (x - mean) * rstd;
-                *dx = rstd * (-x_hat).mul_add(mean_gx, dy.mul_add(w, -mean_g));
+    fn layer_norm_dx_rows(dx: ViewMut<'_>, stats: &mut [f32], dy: View<'_>, x: View<'_>, w: View<'_>, eps: f32) {
+        let (mut dx, n) = (dx, w.len());
+        let (mut bufs, mut buf_dx) = ([[0.0; BLOCK]; 3], [0.0; BLOCK]);
+        for (row, stats) in (0..x.len()).step_by(n).zip(stats.chunks_exact_mut(2)) {
+            let [dy, x] = [dy, x].map(|v| v.slice(row..row + n));
+            let (mean, rstd) = mean_rstd(x, eps, &mut bufs);
+            let mean_g = row_sum([dy, w], &mut bufs, |[dy, w]| dy * w) / n as f32;
+            let mean_gx = row_sum([dy, w, x], &mut bufs, |[dy, w, x]| dy * w * ((x - mean) * rstd));
+            let mean_gx = mean_gx / n as f32;
+            for cols in blocks(0..n) {
+                let [dy, x, w] = load_all([dy, x, w], cols.clone(), &mut bufs);
+                let dx = dx.begin(row + cols.start..row + cols.end, &mut buf_dx);
+                for (((dx, &dy), &x), &w) in dx.out.iter_mut().zip(dy).zip(x).zip(w) {
+                    let x_hat = (x - mean) * rstd;
+                    *dx = rstd * (-x_hat).mul_add(mean_gx, dy.mul_add(w, -mean_g));
+                }
+                dx.end();
             }
             stats.copy_from_slice(&[mean, rstd]);
         }
@@ -202,14 +234,20 @@ tiered! {
 
 tiered! {
     /// As the layer norm without the mean; stores 0 as the mean, so that the columns are the same.
-    fn rms_norm_dx_rows(dx: &mut [f32], stats: &mut [f32], dy: &[f32], x: &[f32], w: &[f32], eps: f32) {
-        let n = w.len();
-        let rows = dx.chunks_exact_mut(n).zip(dy.chunks_exact(n)).zip(x.chunks_exact(n));
-        for (((dx, dy), x), stats) in rows.zip(stats.chunks_exact_mut(2)) {
-            let rrms = reciprocal_rms(x, eps);
-            let mean_gx = lane_sum([dy, w, x], |[dy, w, x]| dy * w * (x * rrms)) / n as f32;
-            for (((dx, &dy), &x), &w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
-                *dx = rrms * (-(x * rrms)).mul_add(mean_gx, dy * w);
+    fn rms_norm_dx_rows(dx: ViewMut<'_>, stats: &mut [f32], dy: View<'_>, x: View<'_>, w: View<'_>, eps: f32) {
+        let (mut dx, n) = (dx, w.len());
+        let (mut bufs, mut buf_dx) = ([[0.0; BLOCK]; 3], [0.0; BLOCK]);
+        for (row, stats) in (0..x.len()).step_by(n).zip(stats.chunks_exact_mut(2)) {
+            let [dy, x] = [dy, x].map(|v| v.slice(row..row + n));
+            let rrms = reciprocal_rms(x, eps, &mut bufs);
+            let mean_gx = row_sum([dy, w, x], &mut bufs, |[dy, w, x]| dy * w * (x * rrms)) / n as f32;
+            for cols in blocks(0..n) {
+                let [dy, x, w] = load_all([dy, x, w], cols.clone(), &mut bufs);
+                let dx = dx.begin(row + cols.start..row + cols.end, &mut buf_dx);
+                for (((dx, &dy), &x), &w) in dx.out.iter_mut().zip(dy).zip(x).zip(w) {
+                    *dx = rrms * (-(x * rrms)).mul_add(mean_gx, dy * w);
+                }
+                dx.end();
             }
             stats.copy_from_slice(&[0.0, rrms]);
         }
@@ -223,21 +261,25 @@ tiered! {
         dw: &mut [f32],
         db: &mut [f32],
         stats: &[f32],
-        dy: &[f32],
-        x: &[f32],
+        dy: View<'_>,
+        x: View<'_>,
         first_col: usize,
         n_channels: usize,
     ) {
-        for ((stats, dy), x) in
-            stats.chunks_exact(2).zip(dy.chunks_exact(n_channels)).zip(x.chunks_exact(n_channels))
-        {
-            let (mean, rstd) = (stats[0], stats[1]);
-            let (dy, x) = (&dy[first_col..][..dw.len()], &x[first_col..][..dw.len()]);
-            for ((dw, &dy), &x) in dw.iter_mut().zip(dy).zip(x) {
-                *dw = dy.mul_add((x - mean) * rstd, *dw);
-            }
-            for (db, &dy) in db.iter_mut().zip(dy) {
-                *db += dy;
+        let mut bufs = [[0.0; BLOCK]; 2];
+        for cols in blocks(0..dw.len()) {
+            let dw = &mut dw[cols.clone()];
+            let db = if db.is_empty() { &mut [] } else { &mut db[cols.clone()] };
+            for (token, stats) in stats.chunks_exact(2).enumerate() {
+                let (mean, rstd) = (stats[0], stats[1]);
+                let at = token * n_channels + first_col;
+                let [dy, x] = load_all([dy, x], at + cols.start..at + cols.end, &mut bufs);
+                for ((dw, &dy), &x) in dw.iter_mut().zip(dy).zip(x) {
+                    *dw = dy.mul_add((x - mean) * rstd, *dw);
+                }
+                for (db, &dy) in db.iter_mut().zip(dy) {
+                    *db += dy;
+                }
             }
         }
     }
@@ -245,17 +287,31 @@ tiered! {
 
 /// Mean and `1 / sqrt(variance + eps)`, in two passes, so that a large mean costs no precision.
 #[inline(always)]
-fn mean_rstd(x: &[f32], eps: f32) -> (f32, f32) {
+fn mean_rstd(x: View<'_>, eps: f32, bufs: &mut [Block]) -> (f32, f32) {
     let n = x.len() as f32;
-    let mean = lane_sum([x], |[x]| x) / n;
-    let var = lane_sum([x], |[x]| (x - mean) * (x - mean)) / n;
+    let mean = row_sum([x], bufs, |[x]| x) / n;
+    let var = row_sum([x], bufs, |[x]| (x - mean) * (x - mean)) / n;
     (mean, 1.0 / (var + eps).sqrt())
 }
 
 #[inline(always)]
-fn reciprocal_rms(x: &[f32], eps: f32) -> f32 {
-    let mean_square = lane_sum([x], |[x]| x * x) / x.len() as f32;
+fn reciprocal_rms(x: View<'_>, eps: f32, bufs: &mut [Block]) -> f32 {
+    let mean_square = row_sum([x], bufs, |[x]| x * x) / x.len() as f32;
     1.0 / (mean_square + eps).sqrt()
+}
+
+/// The sum of `f` over a row, as [`crate::math::lane_sum`].
+#[inline(always)]
+fn row_sum<const S: usize>(
+    row: [View<'_>; S],
+    bufs: &mut [Block],
+    f: impl Fn([f32; S]) -> f32,
+) -> f32 {
+    let mut sums = [0.0; LANES];
+    for cols in blocks(0..row[0].len()) {
+        add_to_lanes(&mut sums, load_all(row, cols, bufs), &f);
+    }
+    fold_lanes(sums, |a, b| a + b)
 }
 
 #[cfg(test)]
@@ -281,12 +337,13 @@ mod tests {
         for &end in cuts {
             let range = begin * C..end * C;
             let mut scratch = vec![f32::NAN; layer_norm_backward_scratch_elems(end - begin, 3)];
-            let (dx, dy, x) = (&mut dx[range.clone()], &dy[range.clone()], &x[range]);
+            let dx = ViewMut::F32(&mut dx[range.clone()]);
+            let [dy, x, w] = [&dy[range.clone()], &x[range], &w].map(View::F32);
             if rms {
-                rms_norm_backward(pool, dx, &mut dw, dy, x, &w, EPS, C, &mut scratch);
+                rms_norm_backward(pool, dx, &mut dw, dy, x, w, EPS, C, &mut scratch);
             } else {
                 let db = Some(&mut db[..]);
-                layer_norm_backward(pool, dx, &mut dw, db, dy, x, &w, EPS, C, &mut scratch);
+                layer_norm_backward(pool, dx, &mut dw, db, dy, x, w, EPS, C, &mut scratch);
             }
             begin = end;
         }
@@ -318,18 +375,20 @@ mod tests {
 
     #[test]
     fn values_and_gradients_agree_with_the_formulas_in_f64() {
-        let (x, dy, w, b) = (noise(N * C, 1), noise(N * C, 2), noise(C, 3), noise(C, 4));
+        let (x, dy, w, bias) = (noise(N * C, 1), noise(N * C, 2), noise(C, 3), noise(C, 4));
         let pool = Pool::new(2);
         for rms in [false, true] {
             let [y_want, dx, dw, db] = reference(&x, &dy, &w, rms);
             let mut y = vec![9.0; N * C];
+            let [x, w] = [&x, &w].map(View::from);
             if rms {
-                rms_norm_forward(&pool, &mut y, &x, &w, EPS, C);
+                rms_norm_forward(&pool, (&mut y).into(), x, w, EPS, C);
             } else {
-                layer_norm_forward(&pool, &mut y, &x, &w, None, EPS, C);
+                layer_norm_forward(&pool, (&mut y).into(), x, w, None, EPS, C);
                 assert_close(&y, &y_want, 2e-6);
-                layer_norm_forward(&pool, &mut y, &x, &w, Some(&b), EPS, C);
-                y.iter_mut().zip(b.iter().cycle()).for_each(|(y, b)| *y -= b);
+                let b = Some(View::F32(&bias));
+                layer_norm_forward(&pool, (&mut y).into(), x, w, b, EPS, C);
+                y.iter_mut().zip(bias.iter().cycle()).for_each(|(y, b)| *y -= b);
             }
             assert_close(&y, &y_want, 2e-6);
             let got = layer_norm_gradients(&pool, &[N], rms);
@@ -361,7 +420,7 @@ mod tests {
         let x: Vec<f32> = noise(C, 1).iter().map(|x| x + 1000.0).collect();
         let (w, dy) = (vec![1.0; C], vec![0.0; C]);
         let mut y = vec![0.0; C];
-        layer_norm_forward(&Pool::new(1), &mut y, &x, &w, None, EPS, C);
+        layer_norm_forward(&Pool::new(1), (&mut y).into(), (&x).into(), (&w).into(), None, EPS, C);
         assert_close(&y, &reference(&x, &dy, &w, false)[0], 2e-4);
     }
 }

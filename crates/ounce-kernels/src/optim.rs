@@ -1,11 +1,15 @@
 //! Optimizer updates and the sums that clipping needs.
 //!
-//! Updates are elementwise and bound by memory. Sums are f64 over fixed blocks, blocks in order,
+//! Updates are elementwise and bound by memory; of a parameter in two halves they read and write both
+//! halves in the same pass and compute in f32 what they compute for f32 parameters. Sums are f64 over fixed blocks, blocks in order,
 //! so they do not depend on threads.
 //! Sources: Kingma, Ba 2015; Loshchilov, Hutter 2019 (arXiv:1711.05101).
 
+use crate::master::{MasterMut, SharedMaster};
 use crate::math::fold_lanes;
 use crate::pool::{Pool, SharedMut, split, split_by};
+use crate::view::{BLOCK, View, blocks};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Elements that one f64 partial sum covers.
@@ -39,7 +43,7 @@ pub struct AdamwHyper {
 /// `w`, `g`, `m`, `v` have one length.
 pub fn adamw(
     pool: &Pool,
-    w: &mut [f32],
+    w: MasterMut<'_>,
     g: &[f32],
     m: &mut [f32],
     v: &mut [f32],
@@ -47,21 +51,29 @@ pub fn adamw(
 ) {
     let n = w.len();
     assert!(g.len() == n && m.len() == n && v.len() == n, "w, g, m and v have one length");
-    let (w, m, v) = (SharedMut::new(w), SharedMut::new(m), SharedMut::new(v));
+    let (m, v) = (SharedMut::new(m), SharedMut::new(v));
+    update_blocks(pool, w, |range, w| {
+        // SAFETY: blocks are disjoint.
+        let (m, v) = unsafe { (m.range(range.clone()), v.range(range.clone())) };
+        adamw_block(w, &g[range], m, v, hyper);
+    });
+}
+
+/// Calls `f(range, w)` with the exact values of every block of a parameter, in parallel.
+fn update_blocks(pool: &Pool, w: MasterMut<'_>, f: impl Fn(Range<usize>, &mut [f32]) + Sync) {
+    let n = w.len();
+    let shared = SharedMaster::new(w);
     pool.run_sized(n, &|thread_idx| {
-        let part = split_by(n, SUM_BLOCK, pool.n_threads(), thread_idx);
-        // SAFETY: the parts of the threads are disjoint.
-        let w = unsafe { w.range(part.clone()) };
-        // SAFETY: as above.
-        let m = unsafe { m.range(part.clone()) };
-        // SAFETY: as above.
-        let v = unsafe { v.range(part.clone()) };
-        adamw_part(w, &g[part], m, v, hyper);
+        let mut buf = [0.0; BLOCK];
+        for range in blocks(split_by(n, SUM_BLOCK, pool.n_threads(), thread_idx)) {
+            // SAFETY: blocks of a part are disjoint, and so are the parts of the threads.
+            unsafe { shared.update(range.clone(), &mut buf, |w| f(range, w)) };
+        }
     });
 }
 
 tiered! {
-    fn adamw_part(w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], h: &AdamwHyper) {
+    fn adamw_block(w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], h: &AdamwHyper) {
         let decay = 1.0 - h.lr * h.weight_decay;
         let step = h.lr / h.bias_correction1;
         let root_bc2 = h.bias_correction2.sqrt();
@@ -80,15 +92,13 @@ tiered! {
 ///
 /// # Shapes
 /// `w` and `g` have one length.
-pub fn sgd(pool: &Pool, w: &mut [f32], g: &[f32], lr: f32, weight_decay: f32, grad_scale: f32) {
+pub fn sgd(pool: &Pool, w: MasterMut<'_>, g: &[f32], lr: f32, weight_decay: f32, grad_scale: f32) {
     assert_eq!(w.len(), g.len(), "length of g");
-    pool.split_rows(w, 1, SUM_BLOCK, |range, w| {
-        sgd_part(w, &g[range], lr, weight_decay, grad_scale);
-    });
+    update_blocks(pool, w, |range, w| sgd_block(w, &g[range], lr, weight_decay, grad_scale));
 }
 
 tiered! {
-    fn sgd_part(w: &mut [f32], g: &[f32], lr: f32, weight_decay: f32, grad_scale: f32) {
+    fn sgd_block(w: &mut [f32], g: &[f32], lr: f32, weight_decay: f32, grad_scale: f32) {
         for (w, &g) in w.iter_mut().zip(g) {
             *w = (-lr).mul_add(w.mul_add(weight_decay, g * grad_scale), *w);
         }
@@ -135,11 +145,14 @@ tiered! {
 }
 
 /// Whether any element is infinite or NaN.
-pub fn any_nonfinite(pool: &Pool, x: &[f32]) -> bool {
+pub fn any_nonfinite(pool: &Pool, x: View<'_>) -> bool {
     let found = AtomicBool::new(false);
     pool.run(&|thread_idx| {
-        if has_nonfinite(&x[split(x.len(), pool.n_threads(), thread_idx)]) {
-            found.store(true, Ordering::Relaxed);
+        let mut buf = [0.0; BLOCK];
+        for range in blocks(split(x.len(), pool.n_threads(), thread_idx)) {
+            if has_nonfinite(x.load(range, &mut buf)) {
+                found.store(true, Ordering::Relaxed);
+            }
         }
     });
     found.into_inner()
@@ -155,7 +168,10 @@ tiered! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::master::split_master;
     use crate::testing::{assert_close, noise};
+    use crate::tier::{Tier, set_tier};
+    use half::bf16;
 
     const N: usize = 3 * SUM_BLOCK + 77;
 
@@ -179,7 +195,7 @@ mod tests {
                 bias_correction2: bc2 as f32,
                 grad_scale: 0.5,
             };
-            adamw(&Pool::new(2), &mut w, &g, &mut m, &mut v, &hyper);
+            adamw(&Pool::new(2), MasterMut::F32(&mut w), &g, &mut m, &mut v, &hyper);
             for ([w, m, v], g) in want.iter_mut().zip(&g) {
                 let g = 0.5 * f64::from(*g);
                 *w *= 1.0 - lr * decay;
@@ -200,8 +216,45 @@ mod tests {
             .zip(&g)
             .map(|(&w, &g)| f64::from(w) - 0.1 * (0.5 * f64::from(g) + 0.01 * f64::from(w)))
             .collect();
-        sgd(&Pool::new(2), &mut w, &g, 0.1, 0.01, 0.5);
+        sgd(&Pool::new(2), MasterMut::F32(&mut w), &g, 0.1, 0.01, 0.5);
         assert_close(&w, &want, 2e-7);
+    }
+
+    /// The halves of `w`.
+    fn split(w: &[f32]) -> (Vec<bf16>, Vec<i16>) {
+        w.iter().map(|&w| split_master(w)).unzip()
+    }
+
+    #[test]
+    fn updates_of_split_parameters_are_those_of_f32_to_the_bit_on_every_tier() {
+        let (start, g) = (noise(N, 1), noise(N, 2));
+        let hyper = AdamwHyper {
+            lr: 1e-2,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            bias_correction1: 0.1,
+            bias_correction2: 0.05,
+            grad_scale: 0.5,
+        };
+        for tier in Tier::available() {
+            set_tier(Some(tier));
+            let (mut w, (mut hi, mut lo)) = (start.clone(), split(&start));
+            let [mut m, mut v, mut m_split, mut v_split] = [(); 4].map(|()| vec![0.0; N]);
+            for n_threads in [2, 3] {
+                let pool = Pool::new(n_threads);
+                adamw(&pool, MasterMut::F32(&mut w), &g, &mut m, &mut v, &hyper);
+                let master = MasterMut::Split { hi: &mut hi, lo: &mut lo };
+                adamw(&pool, master, &g, &mut m_split, &mut v_split, &hyper);
+                sgd(&pool, MasterMut::F32(&mut w), &g, 0.1, 0.01, 0.5);
+                let master = MasterMut::Split { hi: &mut hi, lo: &mut lo };
+                sgd(&pool, master, &g, 0.1, 0.01, 0.5);
+            }
+            assert_eq!((&hi, &lo), (&split(&w).0, &split(&w).1), "{tier}");
+            assert_eq!((&m, &v), (&m_split, &v_split), "{tier}");
+        }
+        set_tier(None);
     }
 
     #[test]
@@ -221,10 +274,10 @@ mod tests {
     fn one_bad_element_anywhere_is_found() {
         let pool = Pool::new(2);
         let mut x = noise(N, 1);
-        assert!(!any_nonfinite(&pool, &x));
+        assert!(!any_nonfinite(&pool, (&x).into()));
         for (i, bad) in [(0, f32::NAN), (N / 2, f32::INFINITY), (N - 1, f32::NEG_INFINITY)] {
             let good = std::mem::replace(&mut x[i], bad);
-            assert!(any_nonfinite(&pool, &x));
+            assert!(any_nonfinite(&pool, (&x).into()));
             x[i] = good;
         }
     }

@@ -4,9 +4,10 @@
 //! the pair is turned by the angle `position * inv_freq[i]`. Channels from `2R` on are copied. The
 //! inverse turn is the gradient. Source: Su et al. 2021 (arXiv:2104.09864).
 
-use crate::inout::InOut;
+use crate::inout::{Buffers, InOut};
 use crate::math::sin_cos;
 use crate::pool::{Pool, split_by};
+use crate::view::BLOCK;
 
 /// The largest `inv_freq.len()`: cosines and sines of one token live on the stack.
 pub const MAX_PAIRS: usize = 512;
@@ -15,6 +16,7 @@ pub const MAX_PAIRS: usize = 512;
 ///
 /// # Shapes
 /// `x`, `y` (N, n_heads, head_dim); `positions` (N); `inv_freq` (R), `2 R <= head_dim`.
+/// A head of 16-bit numbers has at most [`BLOCK`] channels, and so has one rotated in place.
 /// Cosine and sine are multiplied by `scale` (1 unless the model scales its attention by length).
 /// `inverse` rotates back: with it the same call on `dy` gives `dx`.
 pub fn rope(
@@ -30,18 +32,22 @@ pub fn rope(
     let n_pairs = inv_freq.len();
     assert!(n_pairs <= MAX_PAIRS && 2 * n_pairs <= head_dim, "{n_pairs} pairs in {head_dim}");
     assert_eq!(y.len(), positions.len() * n_heads * head_dim, "length of x");
+    // As many heads of a token as fit a block.
+    let width = (BLOCK / head_dim).clamp(1, n_heads.max(1)) * head_dim;
     let shared = y.share();
     pool.run(&|thread_idx| {
         let (mut cos, mut sin) = ([0.0; MAX_PAIRS], [0.0; MAX_PAIRS]);
+        let mut buffers = Buffers::NEW;
         for token in split_by(positions.len(), 4, pool.n_threads(), thread_idx) {
             let sin_scale = if inverse { -scale } else { scale };
             angles(&mut cos, &mut sin, inv_freq, positions[token] as f32, scale, sin_scale);
-            for head in 0..n_heads {
-                let at = (token * n_heads + head) * head_dim;
+            let row = token * n_heads * head_dim;
+            let end = row + n_heads * head_dim;
+            for at in (row..end).step_by(width) {
                 // SAFETY: every thread has its own tokens.
                 unsafe {
-                    shared.with(at..at + head_dim, |y, x| {
-                        rotate(y, x, &cos[..n_pairs], &sin[..n_pairs]);
+                    shared.with(at..(at + width).min(end), &mut buffers, |y, x| {
+                        rotate_heads(y, x, &cos[..n_pairs], &sin[..n_pairs], head_dim);
                     });
                 }
             }
@@ -60,17 +66,19 @@ tiered! {
 }
 
 tiered! {
-    fn rotate(y: &mut [f32], x: &[f32], cos: &[f32], sin: &[f32]) {
+    fn rotate_heads(y: &mut [f32], x: &[f32], cos: &[f32], sin: &[f32], head_dim: usize) {
         let n_pairs = cos.len();
-        let (y0, y_rest) = y.split_at_mut(n_pairs);
-        let (x0, x_rest) = x.split_at(n_pairs);
-        let (y1, y_rest) = y_rest.split_at_mut(n_pairs);
-        let (x1, x_rest) = x_rest.split_at(n_pairs);
-        for i in 0..n_pairs {
-            y0[i] = x0[i].mul_add(cos[i], -(x1[i] * sin[i]));
-            y1[i] = x1[i].mul_add(cos[i], x0[i] * sin[i]);
+        for (y, x) in y.chunks_exact_mut(head_dim).zip(x.chunks_exact(head_dim)) {
+            let (y0, y_rest) = y.split_at_mut(n_pairs);
+            let (x0, x_rest) = x.split_at(n_pairs);
+            let (y1, y_rest) = y_rest.split_at_mut(n_pairs);
+            let (x1, x_rest) = x_rest.split_at(n_pairs);
+            for i in 0..n_pairs {
+                y0[i] = x0[i].mul_add(cos[i], -(x1[i] * sin[i]));
+                y1[i] = x1[i].mul_add(cos[i], x0[i] * sin[i]);
+            }
+            y_rest.copy_from_slice(x_rest);
         }
-        y_rest.copy_from_slice(x_rest);
     }
 }
 
@@ -108,9 +116,9 @@ mod tests {
         let x = noise(5 * 3 * 10, 2);
         let (mut y, mut z) = (vec![0.0; x.len()], x.clone());
         run(&Pool::new(1), InOut::separate(&mut y, &x), 1.0, false);
-        run(&Pool::new(3), InOut::InPlace(&mut z), 1.0, false);
+        run(&Pool::new(3), InOut::in_place(&mut z), 1.0, false);
         assert_eq!(y, z);
-        run(&Pool::new(2), InOut::InPlace(&mut z), 1.0, true);
+        run(&Pool::new(2), InOut::in_place(&mut z), 1.0, true);
         let want: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
         assert_close(&z, &want, 5e-7);
     }

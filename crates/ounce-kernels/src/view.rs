@@ -89,7 +89,7 @@ impl<'a> View<'a> {
     ///
     /// # Panics
     /// If the range ends beyond the view, or 16-bit elements are more than a block.
-    #[inline]
+    #[inline(always)]
     pub fn load<'b>(self, range: Range<usize>, buf: &'b mut [f32; BLOCK]) -> &'b [f32]
     where
         'a: 'b,
@@ -189,25 +189,21 @@ impl<'a> ViewMut<'a> {
         }
     }
 
-    /// Lets `f` write the elements of `range`: in place where they are stored as f32, else in `buf`,
-    /// from which they are then rounded. What `f` finds there is unspecified.
+    /// Opens the elements of `range` for writing as f32: themselves where they are stored so, else
+    /// `buf`, from which [`BlockMut::end`] rounds. What is found there is unspecified.
     ///
     /// # Panics
     /// If the range ends beyond the view, or 16-bit elements are more than a block.
-    #[inline]
-    pub fn write<R>(
-        &mut self,
-        range: Range<usize>,
-        buf: &mut [f32; BLOCK],
-        f: impl FnOnce(&mut [f32]) -> R,
-    ) -> R {
-        if let ViewMut::F32(x) = self {
-            return f(&mut x[range]);
+    #[inline(always)]
+    pub fn begin<'b>(&'b mut self, range: Range<usize>, buf: &'b mut [f32; BLOCK]) -> BlockMut<'b> {
+        let n = range.len();
+        match self {
+            ViewMut::F32(x) => BlockMut { out: &mut x[range], target: ViewMut::F32(&mut []) },
+            ViewMut::Bf16(x) => {
+                BlockMut { out: &mut buf[..n], target: ViewMut::Bf16(&mut x[range]) }
+            }
+            ViewMut::F16(x) => BlockMut { out: &mut buf[..n], target: ViewMut::F16(&mut x[range]) },
         }
-        let buf = &mut buf[..range.len()];
-        let result = f(buf);
-        self.store(range, buf);
-        result
     }
 
     /// Writes the elements of `src`, which is as long and stored in any type.
@@ -233,6 +229,27 @@ impl<'a> ViewMut<'a> {
             ViewMut::F32(x) => x.fill(0.0),
             ViewMut::Bf16(x) => x.fill(bf16::ZERO),
             ViewMut::F16(x) => x.fill(f16::ZERO),
+        }
+    }
+}
+
+/// A block that is being written, see [`ViewMut::begin`].
+#[derive(Debug)]
+pub struct BlockMut<'b> {
+    /// Where to write.
+    pub out: &'b mut [f32],
+    /// Where it is stored in 16 bits, or nothing.
+    target: ViewMut<'b>,
+}
+
+impl BlockMut<'_> {
+    /// Rounds what was written to where it belongs; f32 is there already.
+    #[inline(always)]
+    pub fn end(self) {
+        match self.target {
+            ViewMut::F32(_) => {}
+            ViewMut::Bf16(x) => f32_to_bf16(x, self.out),
+            ViewMut::F16(x) => f32_to_f16(x, self.out),
         }
     }
 }
@@ -349,7 +366,10 @@ mod tests {
         let x = noise(N, 1);
         let (mut b, mut h) = (vec![bf16::ONE; N], vec![f16::ONE; N]);
         let (mut buf, range) = ([0.0; BLOCK], 3..1000);
-        ViewMut::Bf16(&mut b).write(range.clone(), &mut buf, |y| y.copy_from_slice(&x[3..1000]));
+        let mut view = ViewMut::Bf16(&mut b);
+        let block = view.begin(range.clone(), &mut buf);
+        block.out.copy_from_slice(&x[range.clone()]);
+        block.end();
         ViewMut::F16(&mut h).store(range.clone(), &x[range.clone()]);
         assert_eq!(b[range.clone()], bf16s(&x[range.clone()]));
         assert_eq!(h[range.clone()], f16s(&x[range]));

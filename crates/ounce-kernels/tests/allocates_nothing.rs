@@ -1,5 +1,6 @@
 //! No kernel touches the heap: a counting allocator watches every one of them, on all threads.
 
+use half::{bf16, f16};
 use ounce_kernels::activation::{
     GeluKind, gelu_backward, gelu_forward, swiglu_backward, swiglu_forward,
 };
@@ -12,6 +13,7 @@ use ounce_kernels::embed::{embed_forward, embed_scatter, embed_scatter_scratch_u
 use ounce_kernels::gemm::{MatMut, MatRef, Start, gemm, gemm_scratch_elems};
 use ounce_kernels::head::{head_forward, head_scratch_elems, head_train};
 use ounce_kernels::inout::InOut;
+use ounce_kernels::master::MasterMut;
 use ounce_kernels::norm::{
     layer_norm_backward, layer_norm_backward_scratch_elems, layer_norm_forward, rms_norm_backward,
     rms_norm_forward,
@@ -22,6 +24,7 @@ use ounce_kernels::optim::{
 use ounce_kernels::philox::PhiloxKey;
 use ounce_kernels::pool::Pool;
 use ounce_kernels::rope::rope;
+use ounce_kernels::view::{View, ViewMut};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -63,9 +66,8 @@ fn quiet(name: &str, mut f: impl FnMut()) {
 #[test]
 fn kernels_allocate_nothing() {
     let pool = Pool::new(3);
-    let (x, w, norm_w) = (vec![0.5; N * C], vec![0.25; V * C], vec![1.0; C]);
+    let (x, w) = (vec![0.5; N * C], vec![0.25; V * C]);
     let (mut y, mut z, mut dtable) = (vec![0.0; N * C], vec![0.0; N * C], vec![0.0; V * C]);
-    let (mut dw, mut db) = (vec![0.0; C], vec![0.0; C]);
     let targets: Vec<i32> = (0..N as i32).map(|i| i % V as i32).collect();
     let mut loss = vec![0.0; N];
 
@@ -115,40 +117,59 @@ fn kernels_allocate_nothing() {
         );
     });
 
+    elementwise_kernels_allocate_nothing(&pool);
+}
+
+/// Mixed types, so that every buffer for 16-bit numbers is used.
+fn elementwise_kernels_allocate_nothing(pool: &Pool) {
+    let [x, w, norm_w] = [vec![0.5; N * C], vec![0.25; V * C], vec![1.0; C]];
+    let bf16s = vec![bf16::ONE; N * C];
+    let [x, w, norm_w, x16] =
+        [View::F32(&x), View::F32(&w), View::F32(&norm_w), View::Bf16(&bf16s)];
+    let (mut y, mut z, mut dtable) =
+        (vec![f16::ZERO; N * C], vec![0.0f32; N * C], vec![0.0; V * C]);
+    let [mut dw, mut db] = [const { [0.0; C] }; 2];
+    let targets: Vec<i32> = (0..N as i32).map(|i| i % V as i32).collect();
+
     let mut scratch = vec![0.0; layer_norm_backward_scratch_elems(N, 3)];
     quiet("norm", || {
-        layer_norm_forward(&pool, &mut y, &x, &norm_w, Some(&norm_w), 1e-5, C);
-        rms_norm_forward(&pool, &mut y, &x, &norm_w, 1e-5, C);
-        let db = Some(&mut db[..]);
-        layer_norm_backward(&pool, &mut y, &mut dw, db, &x, &x, &norm_w, 1e-5, C, &mut scratch);
-        rms_norm_backward(&pool, &mut y, &mut dw, &x, &x, &norm_w, 1e-5, C, &mut scratch);
+        let (mut y, b) = (ViewMut::F16(&mut y), Some(norm_w));
+        layer_norm_forward(pool, y.reborrow(), x16, norm_w, b, 1e-5, C);
+        rms_norm_forward(pool, y.reborrow(), x, norm_w, 1e-5, C);
+        let (dx, db) = (y.reborrow(), Some(&mut db[..]));
+        layer_norm_backward(pool, dx, &mut dw, db, x, x16, norm_w, 1e-5, C, &mut scratch);
+        rms_norm_backward(pool, y, &mut dw, x, x16, norm_w, 1e-5, C, &mut scratch);
     });
 
     quiet("activation", || {
-        gelu_forward(&pool, InOut::InPlace(&mut y), GeluKind::Tanh);
-        gelu_backward(&pool, InOut::separate(&mut y, &x), &x, GeluKind::Erf);
-        swiglu_forward(&pool, InOut::separate(&mut y, &x), &x);
-        swiglu_backward(&pool, InOut::InPlace(&mut y), InOut::InPlace(&mut z), &x);
+        let mut y = ViewMut::F16(&mut y);
+        gelu_forward(pool, InOut::InPlace(y.reborrow()), GeluKind::Tanh);
+        gelu_backward(pool, InOut::separate(y.reborrow(), x), x16, GeluKind::Erf);
+        swiglu_forward(pool, InOut::separate(y.reborrow(), x16), x);
+        swiglu_backward(pool, InOut::InPlace(y), InOut::in_place(&mut z), x16);
     });
 
     let key = PhiloxKey { seed: 1, step: 1, site: 1 };
     let freqs = [1.0; C / 4];
     let mut keys = vec![0; embed_scatter_scratch_u64(N)];
     quiet("elementwise, rope and embed", || {
-        elementwise::add(&pool, InOut::InPlace(&mut y), &x);
-        elementwise::scale(&pool, InOut::InPlace(&mut y), 2.0);
-        elementwise::copy(&pool, &mut y, &x);
-        elementwise::zero(&pool, &mut y);
-        elementwise::bias_grad(&pool, &mut db, &x, C);
-        elementwise::dropout(&pool, InOut::InPlace(&mut y), C, 0.5, key, 0);
-        rope(&pool, InOut::InPlace(&mut y), &targets, &freqs, 1.0, 2, C / 2, false);
-        embed_forward(&pool, &mut y, &targets, &w, C);
-        embed_scatter(&pool, &mut dtable, &targets, &x, C, &mut keys);
+        let mut y = ViewMut::F16(&mut y);
+        elementwise::add(pool, InOut::InPlace(y.reborrow()), x16);
+        elementwise::scale(pool, InOut::InPlace(y.reborrow()), 2.0);
+        elementwise::copy(pool, y.reborrow(), x16);
+        elementwise::zero(pool, y.reborrow());
+        elementwise::bias_grad(pool, &mut db, x16, C);
+        elementwise::dropout(pool, InOut::InPlace(y.reborrow()), C, 0.5, key, 0);
+        rope(pool, InOut::InPlace(y.reborrow()), &targets, &freqs, 1.0, 2, C / 2, false);
+        embed_forward(pool, y, &targets, w, C);
+        embed_scatter(pool, &mut dtable, &targets, x16, C, &mut keys);
     });
-    optimizers_allocate_nothing(&pool, &x, &mut y);
+    optimizers_allocate_nothing(pool);
 }
 
-fn optimizers_allocate_nothing(pool: &Pool, x: &[f32], y: &mut [f32]) {
+fn optimizers_allocate_nothing(pool: &Pool) {
+    let (x, mut y) = (vec![0.5; N * C], vec![0.0; N * C]);
+    let (mut hi, mut lo) = (vec![bf16::ONE; N * C], vec![0; N * C]);
     let (mut m, mut v) = (vec![0.0; N * C], vec![0.0; N * C]);
     let mut sums = vec![0.0; sum_squares_scratch_f64(N * C)];
     let hyper = AdamwHyper {
@@ -162,9 +183,10 @@ fn optimizers_allocate_nothing(pool: &Pool, x: &[f32], y: &mut [f32]) {
         grad_scale: 1.0,
     };
     quiet("optim", || {
-        adamw(pool, y, x, &mut m, &mut v, &hyper);
-        sgd(pool, y, x, 0.1, 0.0, 1.0);
-        assert!(sum_squares(pool, x, &mut sums) > 0.0);
-        assert!(!any_nonfinite(pool, y));
+        adamw(pool, MasterMut::F32(&mut y), &x, &mut m, &mut v, &hyper);
+        let split = MasterMut::Split { hi: &mut hi, lo: &mut lo };
+        sgd(pool, split, &x, 0.1, 0.0, 1.0);
+        assert!(sum_squares(pool, &x, &mut sums) > 0.0);
+        assert!(!any_nonfinite(pool, View::Bf16(&hi)));
     });
 }
