@@ -153,33 +153,33 @@ fn only_f32(view: View<'_>) -> &[f32] {
 /// `y = x W + b`.
 fn linear(pool: &Pool, o: &mut Operands<'_>, layout: WeightLayout) {
     let (k, m) = (o.input_width(0), o.output_width(0));
-    let x = o.input(0);
+    let x = o.input_view(0);
     let n = x.len() / k;
     let w = match layout {
-        WeightLayout::OutIn => MatRef::new(only_f32(o.weight(0)), m, k).t(),
-        WeightLayout::InOut => MatRef::new(only_f32(o.weight(0)), k, m),
+        WeightLayout::OutIn => MatRef::new(o.weight(0), m, k).t(),
+        WeightLayout::InOut => MatRef::new(o.weight(0), k, m),
     };
-    let (y, bias) = (MatMut::new(o.output(0), n, m), o.weight_if_any(1).map(only_f32));
+    let (y, bias) = (MatMut::new(o.output_view(0), n, m), o.weight_if_any(1));
     gemm(pool, y, MatRef::new(x, n, k), w, Start::Zero, bias, o.scratch());
 }
 
 /// `dx = dy W^T`.
 fn linear_grad_input(pool: &Pool, o: &mut Operands<'_>, layout: WeightLayout) {
     let (m, k) = (o.input_width(0), o.output_width(0));
-    let dy = o.input(0);
+    let dy = o.input_view(0);
     let n = dy.len() / m;
     let w = match layout {
-        WeightLayout::OutIn => MatRef::new(only_f32(o.weight(0)), m, k),
-        WeightLayout::InOut => MatRef::new(only_f32(o.weight(0)), k, m).t(),
+        WeightLayout::OutIn => MatRef::new(o.weight(0), m, k),
+        WeightLayout::InOut => MatRef::new(o.weight(0), k, m).t(),
     };
-    let dx = MatMut::new(o.output(0), n, k);
+    let dx = MatMut::new(o.output_view(0), n, k);
     gemm(pool, dx, MatRef::new(dy, n, m), w, Start::Zero, None, o.scratch());
 }
 
 /// `dW += x^T dy`, along ascending tokens from what is stored.
 fn linear_grad_weight(pool: &Pool, o: &mut Operands<'_>, layout: WeightLayout) {
     let (k, m) = (o.input_width(0), o.input_width(1));
-    let (x, dy) = (o.input(0), o.input(1));
+    let (x, dy) = (o.input_view(0), o.input_view(1));
     let n = x.len() / k;
     let (x, dy) = (MatRef::new(x, n, k), MatRef::new(dy, n, m));
     let (dw, scratch) = (o.sum(), o.scratch());

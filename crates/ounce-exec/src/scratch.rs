@@ -1,6 +1,6 @@
 //! Scratch of every op: what a planner is promised and what dispatch slices, from one function.
 
-use ounce_ir::{AttentionSpec, OpKind};
+use ounce_ir::{AttentionSpec, DType, OpKind};
 use ounce_kernels::attention::{
     AttentionDims, attention_backward_scratch_elems, attention_forward_scratch_elems,
 };
@@ -9,6 +9,7 @@ use ounce_kernels::gemm::gemm_scratch_elems;
 use ounce_kernels::head::head_scratch_elems;
 use ounce_kernels::norm::{layer_norm_backward_scratch_elems, rms_norm_backward_scratch_elems};
 use ounce_kernels::optim::sum_squares_scratch_f64;
+use ounce_kernels::view::FloatType;
 
 use crate::arena::UNIT_BYTES;
 use crate::spec::OpSpec;
@@ -21,14 +22,15 @@ pub(crate) fn scratch_bytes(op: &OpSpec, n_tokens: u64, n_threads: usize) -> u64
     let f32s = |n_elems: usize| 4 * n_elems;
     let bytes = match op.kind {
         OpKind::Linear { .. } | OpKind::LinearGradInput { .. } => {
-            f32s(gemm_scratch_elems(n, output(0), width(0), n_threads))
+            let y = float_type(op.operands[op.first_output()].dtype);
+            f32s(gemm_scratch_elems(n, output(0), width(0), y, n_threads))
         }
         OpKind::LinearGradWeight { layout } => {
             let (rows, cols) = match layout {
                 ounce_ir::WeightLayout::OutIn => (width(1), width(0)),
                 ounce_ir::WeightLayout::InOut => (width(0), width(1)),
             };
-            f32s(gemm_scratch_elems(rows, cols, n, n_threads))
+            f32s(gemm_scratch_elems(rows, cols, n, FloatType::F32, n_threads))
         }
         OpKind::CrossEntropy | OpKind::CrossEntropyTrain => {
             let n_channels = width(0);
@@ -66,6 +68,15 @@ pub(crate) fn scratch_bytes(op: &OpSpec, n_tokens: u64, n_threads: usize) -> u64
         | OpKind::Sgd => 0,
     };
     (bytes as u64).next_multiple_of(UNIT_BYTES)
+}
+
+/// The kernels' name for a type of floating-point elements.
+fn float_type(dtype: DType) -> FloatType {
+    match dtype {
+        DType::Bf16 => FloatType::Bf16,
+        DType::F16 => FloatType::F16,
+        _ => FloatType::F32,
+    }
 }
 
 /// The kernels of norm gradients always add to `dw`; a frozen norm lends them scratch for it.

@@ -20,7 +20,7 @@ use ounce_kernels::philox::PhiloxKey;
 use ounce_kernels::pool::Pool;
 use ounce_kernels::rope::rope;
 use ounce_kernels::tier::{Tier, set_tier, tier};
-use ounce_kernels::view::View;
+use ounce_kernels::view::{FloatType, View};
 use std::time::{Duration, Instant};
 
 /// What one process measures with.
@@ -134,7 +134,8 @@ impl Bench {
         }
         let (a, b) = (filled(m * k), filled(k * n));
         let mut c = vec![0.0; m * n];
-        let mut scratch = vec![0.0; gemm_scratch_elems(m, n, k, self.pool.n_threads())];
+        let mut scratch =
+            vec![0.0; gemm_scratch_elems(m, n, k, FloatType::F32, self.pool.n_threads())];
         let a =
             if layout.starts_with('N') { MatRef::new(&a, m, k) } else { MatRef::new(&a, k, m).t() };
         let b =

@@ -51,7 +51,7 @@ fn round_f16(x: f32) -> f16 {
 
 /// The f32 with the value of `x`, without hardware.
 #[inline(always)]
-fn widen_f16(x: f16) -> f32 {
+pub(crate) fn widen_f16(x: f16) -> f32 {
     let bits = u32::from(x.to_bits());
     let (sign, magnitude) = ((bits & 0x8000) << 16, bits & 0x7fff);
     let normal = (magnitude << 13) + ((127 - 15) << 23);

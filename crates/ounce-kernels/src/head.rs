@@ -14,6 +14,7 @@
 use crate::gemm::{MatMut, MatRef, Start, gemm, gemm_scratch_elems};
 use crate::math::{fold_lanes, lane_sum, softmax_term};
 use crate::pool::{Pool, SharedMut, split_by};
+use crate::view::FloatType;
 
 /// Columns of logits over which one (max, sum) is taken.
 const VOCAB_TILE: usize = 1024;
@@ -25,9 +26,10 @@ pub fn head_scratch_elems(
     n_channels: usize,
     n_threads: usize,
 ) -> usize {
-    let products = gemm_scratch_elems(chunk_tokens, n_vocab, n_channels, n_threads)
-        .max(gemm_scratch_elems(chunk_tokens, n_channels, n_vocab, n_threads))
-        .max(gemm_scratch_elems(n_vocab, n_channels, chunk_tokens, n_threads));
+    let product = |m, n, k| gemm_scratch_elems(m, n, k, FloatType::F32, n_threads);
+    let products = product(chunk_tokens, n_vocab, n_channels)
+        .max(product(chunk_tokens, n_channels, n_vocab))
+        .max(product(n_vocab, n_channels, chunk_tokens));
     chunk_tokens * n_vocab + products
 }
 
@@ -96,7 +98,7 @@ pub fn head_train(
         head.logits(pool, logits, chunk, scratch);
         let (loss_n, targets) = (&mut loss_n[chunk..chunk + n], &targets[chunk..chunk + n]);
         losses(pool, loss_n, logits, targets, v, Some(grad_scale));
-        let dlogits = MatRef::new(logits, n, v);
+        let dlogits = MatRef::new(&*logits, n, v);
         let dx = MatMut::new(&mut dx[chunk * c..(chunk + n) * c], n, c);
         gemm(pool, dx, dlogits, MatRef::new(w, v, c), Start::Zero, None, scratch);
         if let Some(dw) = dw.as_deref_mut() {

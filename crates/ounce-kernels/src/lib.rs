@@ -7,11 +7,11 @@
 //! calls, or on the instruction set that was chosen at run time.
 //!
 //! ```
-//! use ounce_kernels::{gemm, pool::Pool};
+//! use ounce_kernels::{gemm, pool::Pool, view::FloatType};
 //! let pool = Pool::new(2);
 //! let (x, w) = (vec![1.0; 3 * 4], vec![2.0; 5 * 4]);
 //! let mut y = vec![0.0; 3 * 5];
-//! let mut scratch = vec![0.0; gemm::gemm_scratch_elems(3, 5, 4, pool.n_threads())];
+//! let mut scratch = vec![0.0; gemm::gemm_scratch_elems(3, 5, 4, FloatType::F32, pool.n_threads())];
 //! gemm::gemm(
 //!     &pool,
 //!     gemm::MatMut::new(&mut y, 3, 5),

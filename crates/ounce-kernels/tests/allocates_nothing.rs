@@ -24,7 +24,7 @@ use ounce_kernels::optim::{
 use ounce_kernels::philox::PhiloxKey;
 use ounce_kernels::pool::Pool;
 use ounce_kernels::rope::rope;
-use ounce_kernels::view::{View, ViewMut};
+use ounce_kernels::view::{FloatType, View, ViewMut};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -71,7 +71,7 @@ fn kernels_allocate_nothing() {
     let targets: Vec<i32> = (0..N as i32).map(|i| i % V as i32).collect();
     let mut loss = vec![0.0; N];
 
-    let mut scratch = vec![0.0; gemm_scratch_elems(N, V, C, 3)];
+    let mut scratch = vec![0.0; gemm_scratch_elems(N, V, C, FloatType::F32, 3)];
     let mut logits = vec![0.0; N * V];
     let (x_mat, w_mat) = (MatRef::new(&x, N, C), MatRef::new(&w, V, C).t());
     quiet("gemm", || {

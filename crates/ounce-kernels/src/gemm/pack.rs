@@ -1,22 +1,29 @@
-//! Copies a block of a matrix into panels: groups of `width` rows, depth by depth.
+//! Copies a block of a matrix into panels: groups of `width` rows, unit by unit of depth.
 //!
 //! ```text
-//! rows r0 r1 .. of a panel, at depth 0, then at depth 1, ...:   r0p0 r1p0 .. | r0p1 r1p1 .. | ..
+//! rows r0 r1 .. of a panel, at unit 0, then at unit 1, ...:   r0u0 r1u0 .. | r0u1 r1u1 .. | ..
 //! ```
-//! Rows beyond the block are zeros, so that the edge tile is the full tile. If the matrix stores
-//! its rows along memory this is a transpose, done in 8 x 8 blocks in registers where the tier
+//! A unit is what a register tile takes in one step: an f32, to which 16-bit elements are widened
+//! on the way, or a pair of bf16 of neighbouring depths (an odd depth is completed by zero). Rows
+//! beyond the block are zeros, so that the edge tile is the full tile. If the matrix stores its rows
+//! along memory this is a transpose, done in blocks of 8 x 8 units in registers where the tier
 //! allows it; otherwise it is a copy of `width` neighbours at a time.
 
 use super::MatRef;
+use crate::convert::{widen_bf16, widen_f16};
 #[cfg(target_arch = "x86_64")]
 use crate::tier::{Tier, tier};
+use crate::view::View;
+use half::{bf16, f16};
 use std::ops::Range;
 
-/// Depths copied for one panel before the next panel's turn: keeps the source rows streaming.
-const COPY_DEPTH: usize = 8;
+/// Units copied for one panel before the next panel's turn: keeps the source rows streaming.
+const COPY_UNITS: usize = 8;
+/// Units in a vector of 256 bits.
+const LANES: usize = 8;
 
-/// Packs `rows` x `depth` of `src` into panels of `width` rows. For the right operand of a product
-/// pass its transpose: its columns are the rows of the panels.
+/// Packs `rows` x `depth` of `src` into panels of `width` rows as f32. For the right operand of a
+/// product pass its transpose: its columns are the rows of the panels.
 pub(crate) fn pack(
     dst: &mut [f32],
     src: MatRef<'_>,
@@ -24,130 +31,312 @@ pub(crate) fn pack(
     depth: Range<usize>,
     width: usize,
 ) {
-    if depth.is_empty() {
+    match src.data {
+        View::F32(data) => pack_source::<Plain>(dst, &src.of(data), rows, depth, width),
+        View::Bf16(data) => pack_source::<WideBf16>(dst, &src.of(data), rows, depth, width),
+        View::F16(data) => pack_source::<WideF16>(dst, &src.of(data), rows, depth, width),
+    }
+}
+
+/// As [`pack`] in units of a pair of depths, two bf16 in the bits of an f32.
+///
+/// # Panics
+/// If the matrix is not stored as bf16.
+pub(crate) fn pack_pairs(
+    dst: &mut [f32],
+    src: MatRef<'_>,
+    rows: Range<usize>,
+    depth: Range<usize>,
+    width: usize,
+) {
+    let View::Bf16(data) = src.data else { panic!("pairs are made of bf16") };
+    pack_source::<Pairs>(dst, &src.of(data), rows, depth, width);
+}
+
+/// The elements of a matrix, see [`MatRef`].
+pub(super) struct Strided<'a, T> {
+    pub(super) data: &'a [T],
+    pub(super) row_stride: usize,
+    pub(super) col_stride: usize,
+}
+
+/// How elements become units.
+trait Source {
+    /// As stored.
+    type Elem: Copy;
+    /// Depths in a unit.
+    const DEPTHS: usize;
+
+    /// The unit of one element, or of it and the next in depth.
+    fn unit(first: Self::Elem, second: Option<Self::Elem>) -> f32;
+
+    /// Eight units of one row, whose depths are neighbours at `p`.
+    ///
+    /// # Safety
+    /// The elements exist, and the machine has AVX2 and F16C.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn along_depth(p: *const Self::Elem) -> std::arch::x86_64::__m256;
+
+    /// A unit of eight rows, which are neighbours at `p`; `next` elements on is the next depth.
+    ///
+    /// # Safety
+    /// As for `along_depth`.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn across_rows(p: *const Self::Elem, next: usize) -> std::arch::x86_64::__m256;
+}
+
+/// Sources of one depth: what is along depth and across rows is the same load.
+macro_rules! widening {
+    ($(#[$meta:meta])* $name:ident, $elem:ty, $widen:expr, |$p:ident| $load:expr) => {
+        $(#[$meta])*
+        struct $name;
+
+        impl Source for $name {
+            type Elem = $elem;
+            const DEPTHS: usize = 1;
+
+            #[inline(always)]
+            fn unit(first: $elem, _: Option<$elem>) -> f32 {
+                $widen(first)
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[inline(always)]
+            unsafe fn along_depth($p: *const $elem) -> std::arch::x86_64::__m256 {
+                #[allow(clippy::wildcard_imports, reason = "one line of intrinsics")]
+                use std::arch::x86_64::*;
+                // SAFETY: the caller's promise.
+                unsafe { $load }
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[inline(always)]
+            unsafe fn across_rows(p: *const $elem, _: usize) -> std::arch::x86_64::__m256 {
+                // SAFETY: the caller's promise.
+                unsafe { Self::along_depth(p) }
+            }
+        }
+    };
+}
+
+widening!(
+    /// f32 as they are.
+    Plain, f32, std::convert::identity, |p| _mm256_loadu_ps(p)
+);
+widening!(
+    /// bf16 to f32.
+    WideBf16, bf16, widen_bf16, |p| {
+        let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+    }
+);
+widening!(
+    /// f16 to f32.
+    WideF16, f16, widen_f16, |p| _mm256_cvtph_ps(_mm_loadu_si128(p.cast()))
+);
+
+/// Pairs of bf16.
+struct Pairs;
+
+impl Source for Pairs {
+    type Elem = bf16;
+    const DEPTHS: usize = 2;
+
+    #[inline(always)]
+    fn unit(first: bf16, second: Option<bf16>) -> f32 {
+        let second = second.map_or(0, |second| u32::from(second.to_bits()));
+        f32::from_bits(u32::from(first.to_bits()) | second << 16)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn along_depth(p: *const bf16) -> std::arch::x86_64::__m256 {
+        // SAFETY: the caller's promise; the load needs no alignment.
+        unsafe { std::arch::x86_64::_mm256_loadu_ps(p.cast()) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn across_rows(p: *const bf16, next: usize) -> std::arch::x86_64::__m256 {
+        use std::arch::x86_64::{
+            _mm_loadu_si128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_or_si256,
+            _mm256_slli_epi32,
+        };
+        // SAFETY: the caller's promise.
+        unsafe {
+            let first = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+            let second = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(next).cast()));
+            _mm256_castsi256_ps(_mm256_or_si256(first, _mm256_slli_epi32::<16>(second)))
+        }
+    }
+}
+
+fn pack_source<S: Source>(
+    dst: &mut [f32],
+    src: &Strided<'_, S::Elem>,
+    rows: Range<usize>,
+    depth: Range<usize>,
+    width: usize,
+) {
+    if depth.is_empty() || rows.is_empty() {
         return;
     }
-    let n_panels = rows.len().div_ceil(width);
-    let dst = &mut dst[..n_panels * width * depth.len()];
-    match (src.row_stride, src.col_stride) {
-        (1, _) => match width {
-            4 => copy_panels::<4>(dst, src, rows, depth),
-            6 => copy_panels::<6>(dst, src, rows, depth),
-            8 => copy_panels::<8>(dst, src, rows, depth),
-            12 => copy_panels::<12>(dst, src, rows, depth),
-            16 => copy_panels::<16>(dst, src, rows, depth),
-            32 => copy_panels::<32>(dst, src, rows, depth),
-            _ => gather_panels(dst, src, rows, depth, width),
-        },
-        #[cfg(target_arch = "x86_64")]
-        (_, 1) if tier() >= Tier::Avx2 => {
-            // SAFETY: both vector tiers include AVX2.
-            unsafe { transpose_panels(dst, src, rows, depth, width) };
+    let units = depth.len().div_ceil(S::DEPTHS);
+    let dst = &mut dst[..rows.len().div_ceil(width) * width * units];
+    // Every place that is read lies at or before the last element of the block.
+    let last = (rows.end - 1) * src.row_stride + (depth.end - 1) * src.col_stride;
+    assert!(last < src.data.len(), "a block ends at {last} of {}", src.data.len());
+    #[cfg(target_arch = "x86_64")]
+    if tier() >= Tier::Avx2 {
+        match (src.row_stride, src.col_stride) {
+            // SAFETY: every vector tier has AVX2 and F16C.
+            (1, _) => return unsafe { copy_panels::<S>(dst, src, rows, depth, width) },
+            // SAFETY: as above.
+            (_, 1) => return unsafe { transpose_panels::<S>(dst, src, rows, depth, width) },
+            _ => {}
         }
-        _ => gather_panels(dst, src, rows, depth, width),
     }
+    gather_panels::<S>(dst, src, rows, depth, width);
+}
+
+/// The unit of `row` at depth `p`; zero beyond `rows`, and half of it beyond `depth`.
+#[inline(always)]
+fn unit_or_zero<S: Source>(
+    src: &Strided<'_, S::Elem>,
+    row: usize,
+    p: usize,
+    rows: &Range<usize>,
+    depth: &Range<usize>,
+) -> f32 {
+    if row >= rows.end {
+        return 0.0;
+    }
+    let at = row * src.row_stride + p * src.col_stride;
+    let has_second = S::DEPTHS > 1 && p + 1 < depth.end;
+    S::unit(src.data[at], has_second.then(|| src.data[at + src.col_stride]))
 }
 
 /// The definition, for any strides.
-fn gather_panels(
+fn gather_panels<S: Source>(
     dst: &mut [f32],
-    src: MatRef<'_>,
+    src: &Strided<'_, S::Elem>,
     rows: Range<usize>,
     depth: Range<usize>,
     width: usize,
 ) {
-    let panels = dst.chunks_exact_mut(width * depth.len());
+    let panels = dst.chunks_exact_mut(width * depth.len().div_ceil(S::DEPTHS));
     for (panel, i) in panels.zip(rows.clone().step_by(width)) {
-        for (dst, p) in panel.chunks_exact_mut(width).zip(depth.clone()) {
-            for (dst, row) in dst.iter_mut().zip(i..) {
-                *dst = if row < rows.end {
-                    src.data[row * src.row_stride + p * src.col_stride]
-                } else {
-                    0.0
-                };
+        let units = depth.clone().step_by(S::DEPTHS);
+        for (dst, p) in panel.chunks_exact_mut(width).zip(units) {
+            for (row, dst) in (i..).zip(dst) {
+                *dst = unit_or_zero::<S>(src, row, p, &rows, &depth);
             }
         }
     }
 }
 
-/// Rows are neighbours in memory: copies of a constant width.
-fn copy_panels<const W: usize>(
-    dst: &mut [f32],
-    src: MatRef<'_>,
-    rows: Range<usize>,
-    depth: Range<usize>,
-) {
-    let panel_elems = W * depth.len();
-    for first in depth.clone().step_by(COPY_DEPTH) {
-        let some = first..(first + COPY_DEPTH).min(depth.end);
-        let panels = dst.chunks_exact_mut(panel_elems);
-        for (panel, i) in panels.zip(rows.clone().step_by(W)) {
-            let height = W.min(rows.end - i);
-            let part = &mut panel[(first - depth.start) * W..(some.end - depth.start) * W];
-            for (dst, p) in part.as_chunks_mut::<W>().0.iter_mut().zip(some.clone()) {
-                let src = &src.data[p * src.col_stride + i..];
-                if let Some((src, _)) = src.split_first_chunk::<W>().filter(|_| height == W) {
-                    *dst = *src;
-                } else {
-                    dst[..height].copy_from_slice(&src[..height]);
-                    dst[height..].fill(0.0);
-                }
-            }
-        }
-    }
-}
-
-/// Columns are neighbours in memory: transposes of 8 rows x 8 depths.
+/// Rows are neighbours in memory: copies of neighbours.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn transpose_panels(
+#[target_feature(enable = "avx2,f16c")]
+fn copy_panels<S: Source>(
     dst: &mut [f32],
-    src: MatRef<'_>,
+    src: &Strided<'_, S::Elem>,
     rows: Range<usize>,
     depth: Range<usize>,
     width: usize,
 ) {
-    use std::arch::x86_64::{
-        _mm_storeu_ps, _mm256_castps256_ps128, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps,
-    };
-    const B: usize = 8;
-    let (kc, whole) = (depth.len(), depth.len() - depth.len() % B);
-    let panels = dst.chunks_exact_mut(width * kc);
-    for (panel, i) in panels.zip(rows.clone().step_by(width)) {
-        for r in (0..width).step_by(B) {
-            let group = B.min(width - r);
-            let n_valid = group.min(rows.end.saturating_sub(i + r));
-            // The slices check once that every row's depth range exists.
-            let mut src_rows = [[].as_slice(); B];
-            for (row, i) in src_rows[..n_valid].iter_mut().zip(i + r..) {
-                *row = &src.data[i * src.row_stride + depth.start..][..kc];
-            }
-            for p in (0..whole).step_by(B) {
-                let mut block = [_mm256_setzero_ps(); B];
-                for (v, row) in block[..n_valid].iter_mut().zip(&src_rows) {
-                    // SAFETY: `p + B <= kc`, the length of the row.
-                    *v = unsafe { _mm256_loadu_ps(row.as_ptr().add(p)) };
-                }
-                for (j, v) in transpose_8x8(block).into_iter().enumerate() {
-                    let dst = &mut panel[(p + j) * width + r..][..group];
-                    // SAFETY: each store writes as many elements as `dst` has.
-                    unsafe {
-                        match group {
-                            8 => _mm256_storeu_ps(dst.as_mut_ptr(), v),
-                            4 => _mm_storeu_ps(dst.as_mut_ptr(), _mm256_castps256_ps128(v)),
-                            _ => {
-                                let mut lanes = [0.0; B];
-                                _mm256_storeu_ps(lanes.as_mut_ptr(), v);
-                                dst.copy_from_slice(&lanes[..group]);
-                            }
+    let units = depth.len().div_ceil(S::DEPTHS);
+    // Units of which all depths exist.
+    let whole = depth.len() / S::DEPTHS;
+    let beyond_unit = (S::DEPTHS - 1) * src.col_stride + LANES;
+    for first in (0..units).step_by(COPY_UNITS) {
+        let panels = dst.chunks_exact_mut(width * units);
+        for (panel, i) in panels.zip(rows.clone().step_by(width)) {
+            let height = width.min(rows.end - i);
+            for unit in first..(first + COPY_UNITS).min(units) {
+                let p = depth.start + unit * S::DEPTHS;
+                for r in (0..width).step_by(LANES) {
+                    let dst = &mut panel[unit * width + r..][..LANES.min(width - r)];
+                    let at = p * src.col_stride + i + r;
+                    if height == width && unit < whole && at + beyond_unit <= src.data.len() {
+                        // SAFETY: eight elements at both depths exist; not all need to be ours.
+                        let v =
+                            unsafe { S::across_rows(src.data.as_ptr().add(at), src.col_stride) };
+                        store_lanes(dst, v);
+                    } else {
+                        for (row, dst) in (i + r..).zip(dst) {
+                            *dst = unit_or_zero::<S>(src, row, p, &rows, &depth);
                         }
                     }
                 }
             }
-            for p in whole..kc {
-                for (j, dst) in panel[p * width + r..][..group].iter_mut().enumerate() {
-                    *dst = src_rows[j].get(p).copied().unwrap_or(0.0);
+        }
+    }
+}
+
+/// Columns are neighbours in memory: transposes of 8 rows x 8 units.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c")]
+fn transpose_panels<S: Source>(
+    dst: &mut [f32],
+    src: &Strided<'_, S::Elem>,
+    rows: Range<usize>,
+    depth: Range<usize>,
+    width: usize,
+) {
+    let units = depth.len().div_ceil(S::DEPTHS);
+    let whole = depth.len() / S::DEPTHS / LANES * LANES;
+    let panels = dst.chunks_exact_mut(width * units);
+    for (panel, i) in panels.zip(rows.clone().step_by(width)) {
+        for r in (0..width).step_by(LANES) {
+            let group = LANES.min(width - r);
+            let n_valid = group.min(rows.end.saturating_sub(i + r));
+            for u in (0..whole).step_by(LANES) {
+                let mut block = [std::arch::x86_64::_mm256_setzero_ps(); LANES];
+                for (v, row) in block[..n_valid].iter_mut().zip(i + r..) {
+                    // SAFETY: eight units of a row of the block, which `pack_source` has checked.
+                    *v = unsafe {
+                        let at = row * src.row_stride + depth.start + u * S::DEPTHS;
+                        S::along_depth(src.data.as_ptr().add(at))
+                    };
                 }
+                for (j, v) in transpose_8x8(block).into_iter().enumerate() {
+                    store_lanes(&mut panel[(u + j) * width + r..][..group], v);
+                }
+            }
+            for u in whole..units {
+                let p = depth.start + u * S::DEPTHS;
+                for (row, dst) in (i + r..).zip(&mut panel[u * width + r..][..group]) {
+                    *dst = unit_or_zero::<S>(src, row, p, &rows, &depth);
+                }
+            }
+        }
+    }
+}
+
+/// Writes the first lanes of `v`, at most eight.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+#[inline]
+fn store_lanes(dst: &mut [f32], v: std::arch::x86_64::__m256) {
+    use std::arch::x86_64::{
+        _mm_castps_pd, _mm_storel_pd, _mm_storeu_ps, _mm256_castps256_ps128, _mm256_extractf128_ps,
+        _mm256_storeu_ps,
+    };
+    let p = dst.as_mut_ptr();
+    // SAFETY: each arm writes as many elements as `dst` has.
+    unsafe {
+        match dst.len() {
+            8 => _mm256_storeu_ps(p, v),
+            6 => {
+                _mm_storeu_ps(p, _mm256_castps256_ps128(v));
+                _mm_storel_pd(p.add(4).cast(), _mm_castps_pd(_mm256_extractf128_ps::<1>(v)));
+            }
+            4 => _mm_storeu_ps(p, _mm256_castps256_ps128(v)),
+            _ => {
+                let mut lanes = [0.0; LANES];
+                _mm256_storeu_ps(lanes.as_mut_ptr(), v);
+                dst.copy_from_slice(&lanes[..dst.len()]);
             }
         }
     }
@@ -156,6 +345,7 @@ fn transpose_panels(
 /// Eight vectors of eight, transposed: pairs, then quads, then halves.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
+#[inline]
 fn transpose_8x8(v: [std::arch::x86_64::__m256; 8]) -> [std::arch::x86_64::__m256; 8] {
     use std::arch::x86_64::{
         _mm256_permute2f128_ps, _mm256_shuffle_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
