@@ -12,7 +12,7 @@ use ounce_kernels::inout::InOut;
 use ounce_kernels::optim::{AdamwHyper, adamw, sgd, sum_squares};
 use ounce_kernels::philox::PhiloxKey;
 use ounce_kernels::pool::Pool;
-use ounce_kernels::view::{View, ViewMut};
+use ounce_kernels::view::ViewMut;
 use ounce_kernels::{activation, elementwise, embed, head, norm, rope};
 
 use crate::arena::Operands;
@@ -104,13 +104,14 @@ pub(crate) fn dispatch(op: &OpSpec, mut o: Operands<'_>, cx: &Context<'_>) {
             elementwise::dropout(pool, o.in_out(0, 0), c, p, key, first);
         }
         OpKind::CrossEntropy => {
-            let (x, targets, w) = (o.input(0), o.input(1), only_f32(o.weight(0)));
+            let (x, targets, w) = (o.input_view(0), o.input(1), o.weight(0));
             let chunk = cx.n_tokens as usize;
             head::head_forward(pool, o.output(0), x, w, targets, chunk, o.scratch());
         }
         OpKind::CrossEntropyTrain => {
-            let (loss, dx, dw, scratch) = (o.output(0), o.output(1), o.sum_if_any(0), o.scratch());
-            let (x, targets, w) = (o.input(0), o.input(1), only_f32(o.weight(0)));
+            let (loss, dx, dw, scratch) =
+                (o.output(0), o.output_view(1), o.sum_if_any(0), o.scratch());
+            let (x, targets, w) = (o.input_view(0), o.input(1), o.weight(0));
             let scale = cx.inputs.grad_scale * cx.inputs.loss_scale;
             let chunk = cx.n_tokens as usize;
             head::head_train(pool, loss, dx, dw, x, w, targets, scale, chunk, scratch);
@@ -139,14 +140,6 @@ pub(crate) fn dispatch(op: &OpSpec, mut o: Operands<'_>, cx: &Context<'_>) {
             let factor = clip_factor(op, &o);
             sgd(pool, o.master(), o.input(0), cx.inputs.lr, decay, factor);
         }
-    }
-}
-
-/// What a kernel reads that computes with f32 operands only.
-fn only_f32(view: View<'_>) -> &[f32] {
-    match view {
-        View::F32(x) => x,
-        _ => panic!("this op reads f32, not {:?}", view.float_type()),
     }
 }
 

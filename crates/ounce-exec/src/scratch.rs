@@ -34,7 +34,8 @@ pub(crate) fn scratch_bytes(op: &OpSpec, n_tokens: u64, n_threads: usize) -> u64
         }
         OpKind::CrossEntropy | OpKind::CrossEntropyTrain => {
             let n_channels = width(0);
-            f32s(head_scratch_elems(n, width(op.n_inputs) / n_channels, n_channels, n_threads))
+            let x = float_type(op.operands[0].dtype);
+            f32s(head_scratch_elems(n, width(op.n_inputs) / n_channels, n_channels, x, n_threads))
         }
         OpKind::LayerNormGrad { .. } => {
             f32s(layer_norm_backward_scratch_elems(n, n_threads) + frozen_dw_elems(op))

@@ -207,14 +207,17 @@ impl Bench {
         let (x, w) = (filled(n * c), filled(v * c));
         let targets: Vec<i32> = (0..n).map(|i| (i * 37 % v) as i32).collect();
         let (mut loss, mut dx, mut dw) = (vec![0.0; n], vec![0.0; n * c], vec![0.0; v * c]);
-        let mut scratch = vec![0.0; head_scratch_elems(chunk, v, c, self.pool.n_threads())];
+        let mut scratch =
+            vec![0.0; head_scratch_elems(chunk, v, c, FloatType::F32, self.pool.n_threads())];
         let product = 2.0 * (n * v * c) as f64;
+        let (x, w) = (View::from(&x), View::from(&w));
         self.compute("head forward", product, |pool| {
-            head_forward(pool, &mut loss, &x, &w, &targets, chunk, &mut scratch);
+            head_forward(pool, &mut loss, x, w, &targets, chunk, &mut scratch);
         });
         self.compute("head train", 3.0 * product, |pool| {
             let dw = Some(&mut dw[..]);
-            head_train(pool, &mut loss, &mut dx, dw, &x, &w, &targets, 1e-3, chunk, &mut scratch);
+            let dx = (&mut dx).into();
+            head_train(pool, &mut loss, dx, dw, x, w, &targets, 1e-3, chunk, &mut scratch);
         });
     }
 

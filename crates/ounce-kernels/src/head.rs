@@ -4,6 +4,10 @@
 //! them into their own gradient in place and multiplies twice more, so that loss, `dx` and `dw`
 //! come from one pass and nothing is saved for a backward. N tokens, C channels, V words.
 //!
+//! Logits, softmax and losses are f32 whatever the operands are stored as. So is the gradient of the
+//! logits, with one exception: for bf16 tokens it is rounded to bf16 (in place, to the front of its
+//! row), so that the products for `dx` and `dw` multiply bf16 with bf16, and on every tier alike.
+//!
 //! Invariants: a row's (max, sum of exponentials) is combined over fixed vocabulary tiles in
 //! ascending order; `dw` is one chain over ascending tokens that starts from what is stored. So
 //! neither `chunk_tokens` nor the threads change any bit.
@@ -11,25 +15,29 @@
 //! Complexity: 2NVC FLOP forward, 6NVC in training. Source of the idea: Liger Kernel (Hsu et al.
 //! 2024, arXiv:2410.10989).
 
+use crate::convert::f32_to_bf16;
 use crate::gemm::{MatMut, MatRef, Start, gemm, gemm_scratch_elems};
 use crate::math::{fold_lanes, lane_sum, softmax_term};
 use crate::pool::{Pool, SharedMut, split_by};
-use crate::view::FloatType;
+use crate::view::{BLOCK, FloatType, View, ViewMut, blocks};
+use half::bf16;
 
 /// Columns of logits over which one (max, sum) is taken.
 const VOCAB_TILE: usize = 1024;
 
 /// Scratch of [`head_forward`] and [`head_train`] in elements: a chunk's logits and the products'.
+/// `dx` is how the gradient of the tokens is stored.
 pub fn head_scratch_elems(
     chunk_tokens: usize,
     n_vocab: usize,
     n_channels: usize,
+    dx: FloatType,
     n_threads: usize,
 ) -> usize {
-    let product = |m, n, k| gemm_scratch_elems(m, n, k, FloatType::F32, n_threads);
-    let products = product(chunk_tokens, n_vocab, n_channels)
-        .max(product(chunk_tokens, n_channels, n_vocab))
-        .max(product(n_vocab, n_channels, chunk_tokens));
+    let product = |m, n, k, c| gemm_scratch_elems(m, n, k, c, n_threads);
+    let products = product(chunk_tokens, n_vocab, n_channels, FloatType::F32)
+        .max(product(chunk_tokens, n_channels, n_vocab, dx))
+        .max(product(n_vocab, n_channels, chunk_tokens, FloatType::F32));
     chunk_tokens * n_vocab + products
 }
 
@@ -44,8 +52,8 @@ pub fn head_scratch_elems(
 pub fn head_forward(
     pool: &Pool,
     loss_n: &mut [f32],
-    x: &[f32],
-    w: &[f32],
+    x: View<'_>,
+    w: View<'_>,
     targets: &[i32],
     chunk_tokens: usize,
     scratch: &mut [f32],
@@ -76,10 +84,10 @@ pub fn head_forward(
 pub fn head_train(
     pool: &Pool,
     loss_n: &mut [f32],
-    dx: &mut [f32],
+    mut dx: ViewMut<'_>,
     mut dw: Option<&mut [f32]>,
-    x: &[f32],
-    w: &[f32],
+    x: View<'_>,
+    w: View<'_>,
     targets: &[i32],
     grad_scale: f32,
     chunk_tokens: usize,
@@ -97,12 +105,14 @@ pub fn head_train(
         let (logits, scratch) = scratch.split_at_mut(n * v);
         head.logits(pool, logits, chunk, scratch);
         let (loss_n, targets) = (&mut loss_n[chunk..chunk + n], &targets[chunk..chunk + n]);
-        losses(pool, loss_n, logits, targets, v, Some(grad_scale));
-        let dlogits = MatRef::new(&*logits, n, v);
-        let dx = MatMut::new(&mut dx[chunk * c..(chunk + n) * c], n, c);
+        let gradient = Gradient { scale: grad_scale, stored: head.gradient_type() };
+        losses(pool, loss_n, logits, targets, v, Some(gradient));
+        let dlogits = gradient.matrix(logits, n, v);
+        let tokens = chunk * c..(chunk + n) * c;
+        let dx = MatMut::new(dx.reborrow().slice(tokens.clone()), n, c);
         gemm(pool, dx, dlogits, MatRef::new(w, v, c), Start::Zero, None, scratch);
         if let Some(dw) = dw.as_deref_mut() {
-            let x = MatRef::new(&x[chunk * c..(chunk + n) * c], n, c);
+            let x = MatRef::new(x.slice(tokens), n, c);
             gemm(pool, MatMut::new(dw, v, c), dlogits.t(), x, Start::FromC, None, scratch);
         }
     }
@@ -110,17 +120,39 @@ pub fn head_train(
 
 /// The operands of a call and the sizes that follow from them.
 struct Head<'a> {
-    x: &'a [f32],
-    w: &'a [f32],
+    x: View<'a>,
+    w: View<'a>,
     n_channels: usize,
     n_vocab: usize,
+}
+
+/// The gradient of the logits that [`losses`] leaves in their place.
+#[derive(Clone, Copy)]
+struct Gradient {
+    /// Of the loss.
+    scale: f32,
+    /// f32, or bf16 at the front of rows of twice as many.
+    stored: FloatType,
+}
+
+impl Gradient {
+    /// The gradient of `n` tokens and `n_vocab` words.
+    fn matrix(self, logits: &[f32], n: usize, n_vocab: usize) -> MatRef<'_> {
+        if self.stored == FloatType::F32 {
+            return MatRef::new(logits, n, n_vocab);
+        }
+        // SAFETY: every f32 is two bf16, of which every bit pattern is valid.
+        let pairs =
+            unsafe { std::slice::from_raw_parts(logits.as_ptr().cast::<bf16>(), 2 * logits.len()) };
+        MatRef::with_stride(View::Bf16(pairs), n, n_vocab, 2 * n_vocab)
+    }
 }
 
 impl<'a> Head<'a> {
     fn new(
         n_losses: usize,
-        x: &'a [f32],
-        w: &'a [f32],
+        x: View<'a>,
+        w: View<'a>,
         targets: &[i32],
         chunk_tokens: usize,
     ) -> Self {
@@ -134,24 +166,32 @@ impl<'a> Head<'a> {
         Self { x, w, n_channels, n_vocab }
     }
 
+    fn gradient_type(&self) -> FloatType {
+        match self.x {
+            View::Bf16(_) => FloatType::Bf16,
+            View::F32(_) | View::F16(_) => FloatType::F32,
+        }
+    }
+
     /// Logits of the tokens from `chunk` on, as many as fit `logits`.
     fn logits(&self, pool: &Pool, logits: &mut [f32], chunk: usize, scratch: &mut [f32]) {
         let (c, v) = (self.n_channels, self.n_vocab);
         let n = logits.len() / v;
-        let x = MatRef::new(&self.x[chunk * c..(chunk + n) * c], n, c);
+        let x = MatRef::new(self.x.slice(chunk * c..(chunk + n) * c), n, c);
         let w = MatRef::new(self.w, v, c).t();
         gemm(pool, MatMut::new(logits, n, v), x, w, Start::Zero, None, scratch);
     }
 }
 
-/// Losses of a chunk; with `grad_scale` the logits become `(softmax - onehot) * grad_scale`.
+/// Losses of a chunk; with `gradient` the logits become `(softmax - onehot) * scale`, stored as it
+/// says.
 fn losses(
     pool: &Pool,
     loss_n: &mut [f32],
     logits: &mut [f32],
     targets: &[i32],
     n_vocab: usize,
-    grad_scale: Option<f32>,
+    gradient: Option<Gradient>,
 ) {
     let (loss, logits) = (SharedMut::new(loss_n), SharedMut::new(logits));
     pool.run(&|thread_idx| {
@@ -160,9 +200,26 @@ fn losses(
             let logits = unsafe { logits.range(row * n_vocab..(row + 1) * n_vocab) };
             // SAFETY: as above.
             let loss = unsafe { &mut loss.range(row..row + 1)[0] };
-            *loss = loss_row(logits, targets[row], grad_scale);
+            *loss = loss_row(logits, targets[row], gradient.map(|g| g.scale));
+            if gradient.is_some_and(|g| g.stored == FloatType::Bf16) {
+                round_in_place(logits);
+            }
         }
     });
+}
+
+/// Rounds f32 to bf16 at the front of the same memory.
+fn round_in_place(row: &mut [f32]) {
+    let mut block = [0.0; BLOCK];
+    for range in blocks(0..row.len()) {
+        let block = &mut block[..range.len()];
+        block.copy_from_slice(&row[range.clone()]);
+        let first = row.as_mut_ptr().cast::<bf16>();
+        // SAFETY: element i takes the bytes from 2 i on, which lie within the row and before every
+        // f32 that is still to be read; `row` is not used while the slice lives.
+        let dst = unsafe { std::slice::from_raw_parts_mut(first.add(range.start), range.len()) };
+        f32_to_bf16(dst, block);
+    }
 }
 
 tiered! {
@@ -221,7 +278,8 @@ fn lane_max(x: &[f32]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, noise};
+    use crate::testing::{FLOAT_TYPES, Stored, assert_close, noise};
+    use crate::tier::{Tier, set_tier};
 
     const N: usize = 200;
     const C: usize = 24;
@@ -231,33 +289,52 @@ mod tests {
     /// `(loss, dx, dw)`; `dw` starts from 0.5.
     type Output = (Vec<f32>, Vec<f32>, Vec<f32>);
 
-    fn inputs() -> (Vec<f32>, Vec<f32>, Vec<i32>) {
-        let targets = noise(N, 3).iter().map(|t| (t * V as f32) as i32).collect();
-        (noise(N * C, 1), noise(V * C, 2), targets)
+    fn targets() -> Vec<i32> {
+        noise(N, 3).iter().map(|t| (t * V as f32) as i32).collect()
     }
 
-    fn train(n_threads: usize, chunk_tokens: usize) -> Output {
-        let (x, w, targets) = inputs();
-        let (mut loss, mut dx, mut dw) = (vec![9.0; N], vec![9.0; N * C], vec![0.5; V * C]);
-        let mut scratch = vec![f32::NAN; head_scratch_elems(chunk_tokens, V, C, n_threads)];
+    fn inputs(float_type: FloatType) -> (Stored, Stored) {
+        (Stored::new(&noise(N * C, 1), float_type), Stored::new(&noise(V * C, 2), float_type))
+    }
+
+    fn train(float_type: FloatType, n_threads: usize, chunk_tokens: usize) -> Output {
+        let (x, w) = inputs(float_type);
+        let (mut loss, mut dw) = (vec![9.0; N], vec![0.5; V * C]);
+        let mut dx = Stored::new(&vec![9.0; N * C], float_type);
+        let needed = head_scratch_elems(chunk_tokens, V, C, float_type, n_threads);
+        let mut scratch = vec![f32::NAN; needed];
         head_train(
             &Pool::new(n_threads),
             &mut loss,
-            &mut dx,
+            dx.view_mut(),
             Some(&mut dw),
-            &x,
-            &w,
-            &targets,
+            x.view(),
+            w.view(),
+            &targets(),
             0.25,
             chunk_tokens,
             &mut scratch,
         );
-        (loss, dx, dw)
+        (loss, dx.wide(), dw)
+    }
+
+    /// A bf16 gradient of the logits is off by 2^-9 of each of its elements, whose magnitudes add up
+    /// to 0.5 for a token at a scale of 0.25; they meet numbers below 1. Rounding `dx` to 16 bits
+    /// adds 2^-9 of at most 0.5, so 2^-8 leaves room.
+    fn tolerance(float_type: FloatType) -> f64 {
+        if float_type == FloatType::F32 { 2e-6 } else { 1.0 / 256.0 }
     }
 
     #[test]
     fn losses_and_gradients_agree_with_the_definition_in_f64() {
-        let (x, w, targets) = inputs();
+        for float_type in FLOAT_TYPES {
+            agrees_with_the_definition(float_type);
+        }
+    }
+
+    fn agrees_with_the_definition(float_type: FloatType) {
+        let (x, w) = inputs(float_type);
+        let (x, w, targets) = (x.wide(), w.wide(), targets());
         let (mut loss, mut dx) = (vec![0.0; N], vec![0.0; N * C]);
         let mut dw = vec![0.5; V * C];
         for (n, &target) in targets.iter().enumerate().filter(|(_, target)| **target >= 0) {
@@ -276,36 +353,48 @@ mod tests {
                 }
             }
         }
-        let got = train(2, 64);
+        let got = train(float_type, 2, 64);
         assert!(targets.iter().any(|&t| t < 0), "some tokens are not supervised");
         assert_close(&got.0, &loss, 2e-6);
-        assert_close(&got.1, &dx, 2e-6);
-        assert_close(&got.2, &dw, 2e-6);
+        assert_close(&got.1, &dx, tolerance(float_type));
+        assert_close(&got.2, &dw, tolerance(float_type));
     }
 
     #[test]
     fn chunks_and_threads_do_not_change_the_bits() {
-        let want = train(1, 256);
-        for (n_threads, chunk_tokens) in [(2, 64), (3, 128), (1, 64)] {
-            assert!(train(n_threads, chunk_tokens) == want, "{n_threads} threads, {chunk_tokens}");
+        for tier in [Tier::detect(), Tier::available().last().expect("portable at least")] {
+            set_tier(Some(tier));
+            for float_type in FLOAT_TYPES {
+                let want = train(float_type, 1, 256);
+                for (n_threads, chunk_tokens) in [(2, 64), (3, 128), (1, 64)] {
+                    let got = train(float_type, n_threads, chunk_tokens);
+                    assert!(got == want, "{float_type:?}, {n_threads} threads, {chunk_tokens}");
+                }
+            }
         }
+        set_tier(None);
     }
 
     #[test]
     fn forward_alone_gives_the_losses_of_training() {
-        let (x, w, targets) = inputs();
-        let mut loss = vec![9.0; N];
-        let mut scratch = vec![f32::NAN; head_scratch_elems(64, V, C, 2)];
-        head_forward(&Pool::new(2), &mut loss, &x, &w, &targets, 64, &mut scratch);
-        assert_eq!(loss, train(1, 256).0);
+        for float_type in FLOAT_TYPES {
+            let (x, w) = inputs(float_type);
+            let mut loss = vec![9.0; N];
+            let mut scratch = vec![f32::NAN; head_scratch_elems(64, V, C, float_type, 2)];
+            let (x, w) = (x.view(), w.view());
+            head_forward(&Pool::new(2), &mut loss, x, w, &targets(), 64, &mut scratch);
+            assert_eq!(loss, train(float_type, 1, 256).0);
+        }
     }
 
     #[test]
     fn large_logits_neither_overflow_nor_lose_the_loss() {
         let (x, w) = ([1.0, 0.0], [300.0, 0.0, -300.0, 0.0, 290.0, 0.0]);
         let (mut loss, mut dx) = ([0.0], [0.0; 2]);
-        let mut scratch = vec![0.0; head_scratch_elems(64, 3, 2, 1)];
-        head_train(&Pool::new(1), &mut loss, &mut dx, None, &x, &w, &[1], 1.0, 64, &mut scratch);
+        let mut scratch = vec![0.0; head_scratch_elems(64, 3, 2, FloatType::F32, 1)];
+        let (x, w, dx_view) = (View::from(&x), View::from(&w), ViewMut::from(&mut dx));
+        let pool = Pool::new(1);
+        head_train(&pool, &mut loss, dx_view, None, x, w, &[1], 1.0, 64, &mut scratch);
         assert_close(&loss, &[600.000_045], 1e-6);
         assert_close(&dx, &[599.999_55, 0.0], 1e-6);
     }

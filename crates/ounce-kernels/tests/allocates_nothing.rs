@@ -79,11 +79,13 @@ fn kernels_allocate_nothing() {
         gemm(&pool, c, x_mat, w_mat, Start::FromC, None, &mut scratch);
     });
 
-    let mut scratch = vec![0.0; head_scratch_elems(64, V, C, 3)];
+    let mut scratch = vec![0.0; head_scratch_elems(64, V, C, FloatType::F32, 3)];
     quiet("head", || {
-        head_forward(&pool, &mut loss, &x, &w, &targets, 64, &mut scratch);
+        let (x, w) = (View::from(&x), View::from(&w));
+        head_forward(&pool, &mut loss, x, w, &targets, 64, &mut scratch);
         let dw = Some(&mut dtable[..]);
-        head_train(&pool, &mut loss, &mut y, dw, &x, &w, &targets, 1.0, 64, &mut scratch);
+        let dx = ViewMut::from(&mut y);
+        head_train(&pool, &mut loss, dx, dw, x, w, &targets, 1.0, 64, &mut scratch);
     });
 
     let dims = AttentionDims { n_heads: 2, n_kv_heads: 2, head_dim: C / 2, scale: 0.1 };

@@ -1,53 +1,8 @@
 //! Products against their definition, on every tier this machine can run.
 
 use super::*;
-use crate::testing::noise;
+use crate::testing::{FLOAT_TYPES, Stored, noise};
 use crate::tier::{Tier, set_tier};
-use half::{bf16, f16};
-
-/// Numbers stored as each of the types; the values are those of the first, rounded.
-struct Stored {
-    f32: Vec<f32>,
-    bf16: Vec<bf16>,
-    f16: Vec<f16>,
-}
-
-const TYPES: [FloatType; 3] = [FloatType::F32, FloatType::Bf16, FloatType::F16];
-
-impl Stored {
-    fn new(f32: Vec<f32>) -> Self {
-        let bf16 = f32.iter().map(|&x| bf16::from_f32_const(x)).collect();
-        let f16 = f32.iter().map(|&x| f16::from_f32_const(x)).collect();
-        Self { f32, bf16, f16 }
-    }
-
-    fn noise(n: usize, seed: u32) -> Self {
-        Self::new(noise(n, seed))
-    }
-
-    fn view(&self, float_type: FloatType) -> View<'_> {
-        match float_type {
-            FloatType::F32 => View::F32(&self.f32),
-            FloatType::Bf16 => View::Bf16(&self.bf16),
-            FloatType::F16 => View::F16(&self.f16),
-        }
-    }
-
-    fn view_mut(&mut self, float_type: FloatType) -> ViewMut<'_> {
-        match float_type {
-            FloatType::F32 => ViewMut::F32(&mut self.f32),
-            FloatType::Bf16 => ViewMut::Bf16(&mut self.bf16),
-            FloatType::F16 => ViewMut::F16(&mut self.f16),
-        }
-    }
-
-    fn wide(&self, float_type: FloatType) -> Vec<f32> {
-        let view = self.view(float_type);
-        let mut wide = vec![0.0; view.len()];
-        view.widen(&mut wide);
-        wide
-    }
-}
 
 /// Calls `f` with every tier this machine can run.
 fn on_every_tier(mut f: impl FnMut(Tier)) {
@@ -148,19 +103,20 @@ fn takes_pairs(tier: Tier, a: FloatType, b: FloatType) -> bool {
 fn any_mix_of_types_gives_the_rounded_bits_of_the_widened_product() {
     let pool = Pool::new(2);
     for (m, n, k) in [(1, 1, 1), (7, 67, 33), (27, 130, 71), (14, 40, 1603)] {
-        let (a, b, bias) = (Stored::noise(m * k, 1), Stored::noise(k * n, 2), Stored::noise(n, 3));
         for case in 0..9 * 4 {
-            let (a_type, b_type) = (TYPES[case % 3], TYPES[case / 3 % 3]);
-            let a_mat = laid_out(a.view(a_type), m, k, (case / 9) & 1 != 0);
-            let b_mat = laid_out(b.view(b_type), k, n, (case / 9) & 2 != 0);
-            let (a_wide, b_wide) = (a.wide(a_type), b.wide(b_type));
+            let (a_type, b_type) = (FLOAT_TYPES[case % 3], FLOAT_TYPES[case / 3 % 3]);
+            let a = Stored::new(&noise(m * k, 1), a_type);
+            let b = Stored::new(&noise(k * n, 2), b_type);
+            let bias = Stored::new(&noise(n, 3), a_type);
+            let a_mat = laid_out(a.view(), m, k, (case / 9) & 1 != 0);
+            let b_mat = laid_out(b.view(), k, n, (case / 9) & 2 != 0);
+            let (a_wide, b_wide, bias_wide) = (a.wide(), b.wide(), bias.wide());
             let wide_a = MatRef { data: View::F32(&a_wide), ..a_mat };
             let wide_b = MatRef { data: View::F32(&b_wide), ..b_mat };
             on_every_tier(|tier| {
                 let what = format!("{m} {n} {k}, {a_type:?} x {b_type:?}, case {case}, {tier}");
-                let bias_wide = bias.wide(a_type);
                 let mut sums = vec![9.0; m * n];
-                run(&pool, &mut sums, a_mat, b_mat, Start::Zero, Some(bias.view(a_type)));
+                run(&pool, &mut sums, a_mat, b_mat, Start::Zero, Some(bias.view()));
                 if takes_pairs(tier, a_type, b_type) {
                     assert_near_f64(&sums, wide_a, wide_b, &bias_wide);
                 } else {
@@ -169,12 +125,10 @@ fn any_mix_of_types_gives_the_rounded_bits_of_the_widened_product() {
                     run(&pool, &mut want, wide_a, wide_b, Start::Zero, bias);
                     assert_eq!(sums, want, "{what}");
                 }
-                let want = Stored::new(sums);
-                let mut got = Stored::new(vec![9.0; m * n]);
                 for c_type in [FloatType::Bf16, FloatType::F16] {
-                    let bias = Some(bias.view(a_type));
-                    run(&pool, got.view_mut(c_type), a_mat, b_mat, Start::Zero, bias);
-                    assert_eq!(got.wide(c_type), want.wide(c_type), "{what} to {c_type:?}");
+                    let mut got = Stored::new(&vec![9.0; m * n], c_type);
+                    run(&pool, got.view_mut(), a_mat, b_mat, Start::Zero, Some(bias.view()));
+                    assert!(got == Stored::new(&sums, c_type), "{what} to {c_type:?}");
                 }
             });
         }
@@ -200,18 +154,18 @@ fn assert_near_f64(got: &[f32], a: MatRef<'_>, b: MatRef<'_>, bias: &[f32]) {
 fn sixteen_bit_results_are_rounded_once_however_deep_the_product() {
     let pools = [Pool::new(1), Pool::new(2)];
     for (m, n, k) in [(30, 70, 768), (500, 70, 1700), (40, 3072, 1600), (1300, 3000, 800)] {
-        let (a, b) = (Stored::noise(m * k, 1), Stored::noise(k * n, 2));
+        let a = Stored::new(&noise(m * k, 1), FloatType::Bf16);
+        let b = Stored::new(&noise(k * n, 2), FloatType::Bf16);
         for tier in [Tier::detect(), Tier::available().last().expect("portable at least")] {
             set_tier(Some(tier));
-            let a = MatRef::new(View::Bf16(&a.bf16), m, k);
-            let b = MatRef::new(View::Bf16(&b.bf16), k, n);
+            let (a, b) = (MatRef::new(a.view(), m, k), MatRef::new(b.view(), k, n));
             let mut sums = vec![9.0; m * n];
             run(&pools[1], &mut sums, a, b, Start::Zero, None);
-            let want = Stored::new(sums);
+            let want = Stored::new(&sums, FloatType::Bf16);
             for pool in &pools {
-                let mut got = vec![bf16::ONE; m * n];
-                run(pool, ViewMut::Bf16(&mut got), a, b, Start::Zero, None);
-                assert!(got == want.bf16, "{m} {n} {k} {tier}, {} threads", pool.n_threads());
+                let mut got = Stored::new(&vec![9.0; m * n], FloatType::Bf16);
+                run(pool, got.view_mut(), a, b, Start::Zero, None);
+                assert!(got == want, "{m} {n} {k} {tier}, {} threads", pool.n_threads());
             }
         }
         set_tier(None);
@@ -227,9 +181,10 @@ fn from(x: View<'_>, begin: usize) -> View<'_> {
 fn cutting_any_axis_into_calls_does_not_change_the_bits() {
     let (m, n, k) = (200, 90, 1000);
     let pool = Pool::new(2);
-    let (dy, x) = (Stored::noise(k * m, 1), Stored::noise(k * n, 2));
-    for float_type in TYPES {
-        let (dy, x) = (dy.view(float_type), x.view(float_type));
+    for float_type in FLOAT_TYPES {
+        let dy = Stored::new(&noise(k * m, 1), float_type);
+        let x = Stored::new(&noise(k * n, 2), float_type);
+        let (dy, x) = (dy.view(), x.view());
         on_every_tier(|tier| {
             let (a, b) = (MatRef::new(dy, k, m).t(), MatRef::new(x, k, n));
             let mut whole = vec![0.0; m * n];
@@ -270,15 +225,12 @@ fn strided_operands_leave_their_neighbours_alone() {
     let (a, b) = (MatRef::with_stride(&a, m, k, 50), MatRef::with_stride(&b[5..], k, n, 70));
     let mut want = vec![0.0; m * n];
     reference(&mut want, a, b, Start::Zero, None);
-    let want = Stored::new(want);
-    let mut got = Stored::new(vec![7.0; m * 40]);
-    for c_type in TYPES {
+    for c_type in FLOAT_TYPES {
+        let mut got = Stored::new(&vec![7.0; m * 40], c_type);
         let mut scratch = vec![0.0; gemm_scratch_elems(m, n, k, c_type, 2)];
-        let c = got.view_mut(c_type);
-        let len = c.len();
-        let c = MatMut::with_stride(c.slice(3..len), m, n, 40);
+        let c = MatMut::with_stride(got.view_mut().slice(3..m * 40), m, n, 40);
         gemm(&pool, c, a, b, Start::Zero, None, &mut scratch);
-        let (got, want) = (got.wide(c_type), want.wide(c_type));
+        let (got, want) = (got.wide(), Stored::new(&want, c_type).wide());
         for i in 0..m {
             assert_eq!(got[i * 40 + 3..i * 40 + 3 + n], want[i * n..(i + 1) * n]);
             assert!(got[i * 40 + 3 + n..(i + 1) * 40].iter().all(|&v| v == 7.0));
