@@ -19,7 +19,7 @@ use ounce_kernels::master::MasterMut;
 use ounce_kernels::view::{View, ViewMut};
 
 use crate::ExecError;
-use crate::spec::{Extent, OpSpec};
+use crate::spec::{Extent, OpSpec, OperandSpec};
 
 /// Plans place buffers at multiples of this many bytes; offsets are kept in this unit.
 pub(crate) const UNIT_BYTES: u64 = 64;
@@ -80,6 +80,22 @@ impl Arena {
         unsafe {
             let first = self.base.add(start as usize).cast::<T>();
             std::slice::from_raw_parts_mut(first.as_ptr(), n_elems as usize)
+        }
+    }
+}
+
+impl Arena {
+    /// A float operand from byte `at * 64` on.
+    ///
+    /// # Panics
+    /// If it does not lie within the arena, or is stored in no float type.
+    pub(crate) fn view(&mut self, at: u32, operand: &OperandSpec, extent: Extent) -> View<'_> {
+        let n_elems = operand.elems(extent);
+        match operand.dtype {
+            DType::F32 => View::F32(self.slice_mut(at, n_elems)),
+            DType::Bf16 => View::Bf16(self.slice_mut(at, n_elems)),
+            DType::F16 => View::F16(self.slice_mut(at, n_elems)),
+            other => panic!("{other} is no float type"),
         }
     }
 }

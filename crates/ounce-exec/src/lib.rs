@@ -58,5 +58,5 @@ pub use buffers::Buffers;
 pub use error::{ExecError, NonFinite};
 pub use machine::{MeasuredMachine, machine_fingerprint};
 pub use ounce_kernels::attention::RowSpan;
-pub use profile::OpTime;
+pub use profile::{OpTime, TimeClass};
 pub use step::{Executor, OptimizerHyper, StepInputs};

@@ -1,6 +1,6 @@
 //! An op without its graph: its attributes and the size of every operand.
 
-use ounce_ir::{DType, Graph, Lead, Op, OpKind, Shape};
+use ounce_ir::{DType, Graph, Lead, Op, OpKind, Shape, ValueId};
 
 /// How many entries the symbolic leading dimensions have in one run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,12 +29,20 @@ impl OperandSpec {
 
     /// Bytes in a run of that extent.
     pub(crate) fn bytes(&self, extent: Extent) -> u64 {
-        let n_rows = match self.lead {
+        self.n_rows(extent) * self.dtype.bytes(self.row_elems)
+    }
+
+    /// Elements in a run of that extent.
+    pub(crate) fn elems(&self, extent: Extent) -> u64 {
+        self.n_rows(extent) * self.row_elems
+    }
+
+    fn n_rows(&self, extent: Extent) -> u64 {
+        match self.lead {
             Lead::Fixed => 1,
             Lead::Tokens => extent.n_tokens,
             Lead::Selected => extent.n_selected,
-        };
-        n_rows * self.dtype.bytes(self.row_elems)
+        }
     }
 }
 
@@ -50,6 +58,8 @@ pub(crate) struct OpSpec {
     pub(crate) n_outputs: usize,
     /// Inputs, uses, sums, outputs, then the updated parameter and its states.
     pub(crate) operands: Box<[OperandSpec]>,
+    /// The values of the sums and outputs.
+    pub(crate) written: Box<[ValueId]>,
 }
 
 impl OpSpec {
@@ -75,6 +85,7 @@ impl OpSpec {
             n_sums: op.sums.len(),
             n_outputs: op.outputs.len(),
             operands: operands.into(),
+            written: op.sums.iter().chain(&op.outputs).copied().collect(),
         }
     }
 
@@ -91,6 +102,19 @@ impl OpSpec {
     /// Index of the updated parameter among the operands.
     pub(crate) fn first_updated(&self) -> usize {
         self.first_output() + self.n_outputs
+    }
+
+    /// Whether the op changes a parameter.
+    pub(crate) fn is_update(&self) -> bool {
+        self.first_updated() < self.operands.len()
+    }
+
+    /// Index of the input that the op before has just written, if there is one: the last activation or
+    /// gradient. Ops read the saved values before the gradient that flows back.
+    pub(crate) fn flowing_input(&self) -> Option<usize> {
+        let flows = |o: &OperandSpec| o.lead == Lead::Tokens && o.dtype.is_float();
+        let found = self.operands[..self.n_inputs].iter().rposition(flows);
+        found.filter(|_| self.kind != OpKind::EmbedScatter)
     }
 
     /// Whether the op works on the selected tokens.

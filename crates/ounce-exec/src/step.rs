@@ -7,9 +7,10 @@ use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ounce_ir::{Graph, OpKind};
+use ounce_ir::{Graph, OpId, OpKind, ValueId};
 use ounce_kernels::attention::RowSpan;
 use ounce_kernels::elementwise;
+use ounce_kernels::optim::any_nonfinite;
 use ounce_kernels::pool::Pool;
 use ounce_kernels::view::ViewMut;
 use ounce_program::{GRANULE_TOKENS, Plan};
@@ -155,6 +156,57 @@ impl Executor {
             }
         }
         Ok(())
+    }
+
+    /// After a step that was not finite: the first op of the graph, in the graph's order, that wrote
+    /// an infinite number or a NaN to an activation, a gradient or a sum, and that value.
+    ///
+    /// Runs the step once more, up to but without its updates, so data, parameters and `inputs` must
+    /// still be those of the step. The answer does not depend on the plan: whatever the plan's order,
+    /// the lowest op counts. A step whose losses alone are not finite has none.
+    ///
+    /// # Panics
+    /// As [`Executor::run`].
+    pub fn first_overflow(
+        &self,
+        arena: &mut Arena,
+        inputs: &StepInputs<'_>,
+    ) -> Option<(OpId, ValueId)> {
+        self.assert_fits(arena);
+        let mut rows = self.rows.borrow_mut();
+        let mut first: Option<(OpId, ValueId)> = None;
+        for &task in &self.program.tasks {
+            let updates = |op: u32| self.program.ops[op as usize].is_update();
+            if matches!(task, Task::Run { op, .. } if updates(op)) {
+                continue;
+            }
+            let Some(op) = self.run_task(arena, inputs, &mut rows, task).map(OpId) else {
+                continue;
+            };
+            if first.is_none_or(|(lowest, _)| op < lowest) {
+                first = self.overflowed(arena, task).map(|v| (op, v)).or(first);
+            }
+        }
+        first
+    }
+
+    /// The first value a task has just written that holds an infinite number or a NaN.
+    fn overflowed(&self, arena: &mut Arena, task: Task) -> Option<ValueId> {
+        let Task::Run { op, n_tokens, offsets, .. } = task else { return None };
+        let spec = &self.program.ops[op as usize];
+        let extent = Extent { n_tokens: u64::from(n_tokens), n_selected: self.program.n_selected };
+        let offsets = &self.program.offsets[offsets as usize..];
+        for (i, &value) in spec.written.iter().enumerate() {
+            let may_overflow = i < spec.n_sums || spec.kind.may_round(i - spec.n_sums);
+            let operand = spec.n_reads() + i;
+            if may_overflow {
+                let written = arena.view(offsets[operand], &spec.operands[operand], extent);
+                if any_nonfinite(&self.pool, written) {
+                    return Some(value);
+                }
+            }
+        }
+        None
     }
 
     /// Runs one task and returns its op.

@@ -49,6 +49,7 @@ fn steps_allocate_nothing_on_any_thread() {
             inputs.step = step;
             session.exec.run(&mut session.arena, &inputs).expect("finite numbers");
         }
+        assert_eq!(session.exec.first_overflow(&mut session.arena, &inputs), None);
         assert_eq!(N_ALLOCATIONS.load(Ordering::SeqCst) - before, 0, "allocations in steps 2 to 4");
     }
 }

@@ -3,9 +3,9 @@
 //! The keys of the record are those of `bench/peer_torch.py`, so that both can be put side by side.
 //! Like there, the batch never changes, so the loss must fall.
 
-use std::fmt::Write;
 use std::path::Path;
 
+use ounce_exec::TimeClass;
 use ounce_ir::OptimizerKind;
 use ounce_kernels::philox::philox4x32_10;
 use ounce_models::{PRESETS, preset};
@@ -75,9 +75,42 @@ pub struct BenchRecord {
     pub predicted_step_s: f64,
     pub unconstrained_step_s: f64,
     pub budget_mib: f64,
-    /// Time by class of op, for people; empty unless asked for.
-    #[serde(skip)]
-    pub profile_table: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub profile: Option<BenchProfile>,
+}
+
+/// Where the time of the measured steps went.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BenchProfile {
+    /// Every class of op that ran.
+    pub classes: Vec<ClassTime>,
+    /// Share of the steps that was spent neither in matrix products (the head's among them) nor in
+    /// attention: other ops, and what lies between ops.
+    pub outside_products_share: f64,
+}
+
+/// Time of one class of op.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ClassTime {
+    /// Name of the class.
+    pub class: &'static str,
+    /// Milliseconds per step.
+    pub ms_per_step: f64,
+    /// Share of the step.
+    pub share: f64,
+    /// The same of every kind of op in it, by the op's name; the longest first.
+    pub ops: Vec<KindTime>,
+}
+
+/// Time of one kind of op.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct KindTime {
+    /// The op's name in the graph's text form.
+    pub op: &'static str,
+    /// Runs per step.
+    pub runs_per_step: u64,
+    /// Milliseconds per step.
+    pub ms_per_step: f64,
 }
 
 /// The command: plans, runs and times the steps.
@@ -155,7 +188,7 @@ pub fn bench_step(
         predicted_step_s: plan.step_s,
         unconstrained_step_s: plan.unconstrained_step_s,
         budget_mib: mib(plan.budget_bytes),
-        profile_table: profile_table(&session, wanted),
+        profile: wanted.profile.then(|| profile(&session, measured)),
     })
 }
 
@@ -231,24 +264,51 @@ fn median(times: &[f64]) -> f64 {
     if sorted.len() % 2 == 1 { sorted[mid] } else { f64::midpoint(sorted[mid - 1], sorted[mid]) }
 }
 
-/// Time by class of op, the longest first.
-fn profile_table(session: &crate::session::Session, wanted: &BenchSettings) -> String {
+/// Time by class of op over the measured steps, which took `step_s`.
+fn profile(session: &crate::session::Session, step_s: &[f64]) -> BenchProfile {
     let times = session.train.as_ref().map_or_else(Vec::new, |p| p.executor.profile());
-    let total: f64 = times.iter().map(|t| t.total.as_secs_f64()).sum();
-    let mut table = String::new();
-    for t in &times {
-        let seconds = t.total.as_secs_f64();
-        writeln!(
-            table,
-            "{:<20} {:>8} runs {:>10.3} ms/step {:>5.1} %",
-            t.op,
-            t.n_runs / wanted.n_steps,
-            1e3 * seconds / wanted.n_steps as f64,
-            100.0 * seconds / total
-        )
-        .expect("writing to a string cannot fail");
+    let (n_steps, step_ms) = (step_s.len() as f64, 1e3 * step_s.iter().sum::<f64>());
+    let step_ms = step_ms / n_steps;
+    let mut classes = Vec::new();
+    for class in TimeClass::ALL {
+        let kinds = times.iter().filter(|t| t.class == class).map(|t| KindTime {
+            op: t.op,
+            runs_per_step: t.n_runs / step_s.len() as u64,
+            ms_per_step: 1e3 * t.total.as_secs_f64() / n_steps,
+        });
+        let ops: Vec<KindTime> = kinds.collect();
+        let ms_per_step = ops.iter().map(|t| t.ms_per_step).sum::<f64>();
+        if !ops.is_empty() {
+            let share = ms_per_step / step_ms;
+            classes.push(ClassTime { class: class.name(), ms_per_step, share, ops });
+        }
     }
-    table
+    let products = TimeClass::ALL.into_iter().filter(|c| c.is_product()).map(TimeClass::name);
+    let products: Vec<&str> = products.collect();
+    let inside = classes.iter().filter(|c| products.contains(&c.class)).map(|c| c.share);
+    BenchProfile { outside_products_share: 1.0 - inside.sum::<f64>(), classes }
+}
+
+impl BenchProfile {
+    /// A table for people: a line per class with its ops below it, and the sum that matters.
+    pub fn table(&self) -> String {
+        let mut table = String::new();
+        let mut line = |text: String| {
+            table.push_str(&text);
+            table.push('\n');
+        };
+        for c in &self.classes {
+            let share = 100.0 * c.share;
+            line(format!("{:<26} {:>10.3} ms/step {share:>5.1} %", c.class, c.ms_per_step));
+            for t in &c.ops {
+                let runs = format!("{:>6} runs", t.runs_per_step);
+                line(format!("  {:<24} {:>10.3} ms/step {runs}", t.op, t.ms_per_step));
+            }
+        }
+        let outside = 100.0 * self.outside_products_share;
+        line(format!("outside GEMM and attention: {outside:.1} %"));
+        table
+    }
 }
 
 #[cfg(test)]

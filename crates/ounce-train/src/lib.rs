@@ -74,7 +74,7 @@ pub mod watch;
 
 use std::path::PathBuf;
 
-pub use bench::{BenchRecord, BenchSettings, bench_step};
+pub use bench::{BenchProfile, BenchRecord, BenchSettings, ClassTime, KindTime, bench_step};
 pub use budget::{Memory, format_bytes};
 pub use doctor::{DiskRecord, DoctorRecord, ModelRecord, PeakRecord, doctor};
 pub use error::{Error, ErrorClass, Result};

@@ -200,8 +200,8 @@ fn bench_step(flags: BenchStepFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
             record.plan_peak_mib
         ));
     }
-    if flags.profile {
-        print_err(&record.profile_table);
+    if let Some(profile) = &record.profile {
+        print_err(&profile.table());
     }
     Ok(())
 }
