@@ -96,8 +96,15 @@ fn main() -> Result<(), Box<dyn Error>> {
         let hyper = OptimizerHyper::default();
         let (grad_scale, lr) = (1.0 / n_tokens, 3e-3);
         let max_grad_norm = f32::INFINITY;
-        let inputs =
-            StepInputs { step, grad_scale, lr, hyper, max_grad_norm, ..StepInputs::forward(&rows) };
+        let inputs = StepInputs {
+            step,
+            update: step,
+            grad_scale,
+            lr,
+            hyper,
+            max_grad_norm,
+            ..StepInputs::forward(&rows)
+        };
         executor.run(&mut arena, &inputs)?;
         let sum: f32 = executor.buffers(&mut arena).session_f32(loss).iter().sum();
         if step == 1 || step % 20 == 0 {

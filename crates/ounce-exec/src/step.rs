@@ -47,8 +47,11 @@ impl Default for OptimizerHyper {
 pub struct StepInputs<'a> {
     /// Seed of the run's random ops.
     pub seed: u64,
-    /// Optimizer step, counted from 1.
+    /// Step of the run, counted from 1: part of the key of random numbers.
     pub step: u64,
+    /// Update of the run, counted from 1: fewer than steps where some were skipped. AdamW corrects
+    /// its bias by it.
+    pub update: u64,
     /// Multiplies every token's loss before it is differentiated: 1 / supervised tokens of the step.
     pub grad_scale: f32,
     /// What gradients are multiplied with on the way back, a power of two: 1 but for f16. The clip
@@ -70,6 +73,7 @@ impl<'a> StepInputs<'a> {
         Self {
             seed: 0,
             step: 1,
+            update: 1,
             grad_scale: 1.0,
             loss_scale: 1.0,
             lr: 0.0,

@@ -92,6 +92,7 @@ impl<'a> Run<'a> {
         let inputs = StepInputs {
             seed: 0,
             step,
+            update: step,
             grad_scale: (1.0 / self.n_supervised) as f32,
             loss_scale: 1.0,
             lr,

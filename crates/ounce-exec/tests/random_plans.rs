@@ -55,6 +55,7 @@ fn run(case: &RandomCase, graph: &Graph, plan: &Plan, pool: Arc<Pool>, seed: u64
             &StepInputs {
                 seed,
                 step,
+                update: step,
                 grad_scale: 1.0 / supervised as f32,
                 loss_scale: 1.0,
                 lr: 0.01,

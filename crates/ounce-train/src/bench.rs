@@ -6,7 +6,6 @@
 use std::path::Path;
 
 use ounce_exec::TimeClass;
-use ounce_ir::OptimizerKind;
 use ounce_kernels::philox::philox4x32_10;
 use ounce_models::{PRESETS, preset};
 use ounce_program::StepShape;
@@ -18,7 +17,7 @@ use crate::model::{Model, read_config};
 use crate::planning::ONE_ROW_FLAGS;
 use crate::schedule::SchedulerType;
 use crate::session::compile;
-use crate::settings::Optimizer;
+use crate::settings::{Optimizer, Precision};
 use crate::step::{Rows, Trainer};
 use crate::train_loop::limits;
 use crate::{Environment, Error, Observer, Result, Settings};
@@ -42,6 +41,8 @@ pub struct BenchSettings {
     pub threads: Option<u32>,
     /// Seed of weights and batch.
     pub seed: u64,
+    /// What values are stored in.
+    pub precision: Precision,
     /// Update rule.
     pub optimizer: Optimizer,
     /// Learning rate.
@@ -132,16 +133,12 @@ pub fn bench_step(
         });
     }
     let shape = StepShape::new(wanted.n_rows, wanted.max_length);
-    let optimizer = match wanted.optimizer {
-        Optimizer::Adamw => OptimizerKind::AdamW,
-        Optimizer::Sgd => OptimizerKind::Sgd,
-    };
-    let train = TrainWanted { shape, optimizer, clip: wanted.max_grad_norm > 0.0, dropout: 0.0 };
     let plans = Wanted {
-        train: Some(train),
+        train: Some(TrainWanted::of(&settings, shape)),
         eval: None,
         sample_tokens: None,
         max_length: wanted.max_length,
+        policy: settings.policy(),
     };
     let limits = limits(&settings);
     let mut session = compile(&model, &plans, &limits, env).map_err(with_own_flags)?;
@@ -151,7 +148,7 @@ pub fn bench_step(
     observer.planned(&plan, n_steps);
     session.load_fresh(wanted.seed);
     let rows = RandomRows { seed: wanted.seed, vocab_size: model.config.vocab_size() };
-    let mut trainer = Trainer::new(&settings, &session, n_steps);
+    let mut trainer = Trainer::new(&settings, &mut session, n_steps, None);
     let (mut losses, mut times) = (Vec::new(), Vec::new());
     for step in 1..=n_steps {
         if observer.stop_requested() {
@@ -160,7 +157,7 @@ pub fn bench_step(
         if wanted.profile && step == wanted.n_warmup_steps + 1 {
             session.train.as_mut().expect("a bench has a training plan").executor.start_profile();
         }
-        let record = trainer.step(&mut session, &rows, step)?;
+        let record = trainer.step(&mut session, &rows, step, observer)?;
         observer.step(&record);
         losses.push(record.loss);
         times.push(record.step_s);
@@ -174,7 +171,12 @@ pub fn bench_step(
         params: plan.n_params,
         batch: wanted.n_rows,
         seq: wanted.max_length,
-        dtype: "fp32".to_owned(),
+        dtype: match wanted.precision {
+            Precision::F32 => "fp32",
+            Precision::Bf16 => "bf16",
+            Precision::F16 => "fp16",
+        }
+        .to_owned(),
         optimizer: wanted.optimizer,
         threads: limits.n_threads as u64,
         tok_per_s: (wanted.n_rows * wanted.max_length) as f64 / step_s_median,
@@ -230,6 +232,7 @@ fn settings(wanted: &BenchSettings) -> Settings {
         memory: wanted.memory,
         threads: wanted.threads,
         seed: wanted.seed,
+        precision: Some(wanted.precision),
         ..Settings::default()
     }
 }

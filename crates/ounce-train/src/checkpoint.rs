@@ -8,23 +8,26 @@
 
 use std::path::{Path, PathBuf};
 
+use ounce_io::TensorSpec;
 use ounce_io::checkpoint::{
-    Checkpoint, CheckpointWriter, DataCursor, TrainerState, checkpoint_bytes, newest_valid, open,
-    rotate, state_name,
+    Checkpoint, CheckpointWriter, DataCursor, ScalerState, TrainerState, checkpoint_bytes,
+    newest_valid, open, rotate, state_name,
 };
-use ounce_io::{Dtype, TensorSpec};
-use ounce_ir::{Graph, Param, ParamId};
+use ounce_ir::{DType, Graph, Param, ParamId};
 use ounce_kernels::tier::tier;
 use serde_json::{Map, Value};
 
 use crate::model::{Model, missing};
+use crate::precision::config_with_dtype;
 use crate::schedule::Schedule;
 use crate::session::Session;
 use crate::{Error, Observer, Result, Settings, weights};
 
 /// Settings that change how a run is done or reported, never its bits. The rows per step and the
 /// length of the schedule are compared as such.
-const FREE: [&str; 19] = [
+const FREE: [&str; 21] = [
+    "init_loss_scale",
+    "on_nonfinite",
     "model",
     "output_dir",
     "eval_data",
@@ -77,11 +80,12 @@ pub(crate) fn state(
     step: u64,
     tokens_seen: u64,
     n_blocks: u64,
+    scaler: ScalerState,
 ) -> TrainerState {
     let n_rows_done = step * settings.n_rows();
     TrainerState {
         step,
-        n_updates: step,
+        n_updates: step - scaler.n_skipped_steps,
         cursor: DataCursor { epoch: n_rows_done / n_blocks, row: n_rows_done % n_blocks },
         seed: settings.seed,
         schedule: Map::new(),
@@ -90,7 +94,7 @@ pub(crate) fn state(
         code_version: env!("CARGO_PKG_VERSION").to_owned(),
         tokens_seen,
         last_losses: Vec::new(),
-        scaler: None,
+        scaler: Some(scaler),
     }
 }
 
@@ -116,6 +120,16 @@ pub(crate) fn check_settings(
                 hint: "start the run again".to_owned(),
             }
         })?;
+    let (then, now) = (begun.policy().precision, settings.policy().precision);
+    if then.param_dtype() != now.param_dtype() {
+        return Err(Error::Usage {
+            message: format!(
+                "{}: the run was begun in precision {then} and cannot go on in {now}",
+                checkpoint.path().display()
+            ),
+            hint: format!("give `--precision {then}`, or start a new run from these weights"),
+        });
+    }
     let (then, now) = (begun.to_map(), settings.to_map());
     let differs = |key: &&String| then[*key] != now[*key] && !FREE.contains(&key.as_str());
     let mut names: Vec<&str> = now.keys().filter(differs).map(String::as_str).collect();
@@ -166,6 +180,8 @@ pub(crate) struct Saver {
     weights: Vec<TensorSpec>,
     optimizer: Vec<TensorSpec>,
     needed_bytes: u64,
+    /// `config.json` if it is not that of the model directory.
+    config: Option<String>,
 }
 
 impl Saver {
@@ -188,6 +204,7 @@ impl Saver {
             n_keep: settings.save_total_limit.map(|n| n as usize),
             resumed_from: from.map(|c| c.path().to_path_buf()),
             needed_bytes: checkpoint_bytes(&weights, &optimizer, &model.dir)?,
+            config: config_with_dtype(&model.dir, program.graph.trained_dtype())?,
             weights,
             optimizer,
         })
@@ -202,16 +219,17 @@ impl Saver {
         let program = train.as_ref().expect("a training run has a training plan");
         let (graph, mut buffers) = (&program.graph, program.executor.buffers(arena));
         let mut writer = CheckpointWriter::begin(&self.output_dir, state.step, self.needed_bytes)?;
-        writer.copy_side_files(&self.model_dir)?;
+        writer.copy_side_files(&self.model_dir, self.config.as_deref())?;
         let mut file = writer.weights(&self.weights)?;
-        for (id, param) in graph.params.iter() {
-            file.write_tensor_f32(&param.name, buffers.param(id))?;
-        }
+        weights::append_params(&mut file, graph, &mut buffers)?;
         file.finish()?;
         let mut file = writer.optimizer(&self.optimizer)?;
         for (id, param, k) in states(graph) {
             let name = state_name(&graph.states[k].name, &param.name);
-            file.write_tensor_f32(&name, buffers.state(id, k as u32))?;
+            match graph.states[k].dtype {
+                DType::I16 => file.write_tensor_i16(&name, buffers.state_i16(id, k as u32))?,
+                _ => file.write_tensor_f32(&name, buffers.state(id, k as u32))?,
+            }
         }
         file.finish()?;
         let path = writer.publish(state)?;
@@ -233,7 +251,7 @@ pub(crate) fn states(graph: &Graph) -> impl Iterator<Item = (ParamId, &Param, us
 fn state_specs(graph: &Graph) -> Vec<TensorSpec> {
     let spec = |(_, param, k): (ParamId, &Param, usize)| TensorSpec {
         name: state_name(&graph.states[k].name, &param.name),
-        dtype: Dtype::F32,
+        dtype: weights::on_disk(graph.states[k].dtype),
         shape: param.shape.dims.iter().map(|&d| d as usize).collect(),
     };
     states(graph).map(spec).collect()

@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use ounce_exec::machine_fingerprint;
-use ounce_ir::OptimizerKind;
 use ounce_kernels::peak::{Unit, multiply_adds};
 use ounce_kernels::pool::Pool;
 use ounce_kernels::tier::tier;
@@ -21,7 +20,7 @@ use crate::budget::{AUTO_PERCENT, Memory, MemoryOfMachine, memory_of_machine};
 use crate::graphs::{TrainWanted, Wanted};
 use crate::model::Model;
 use crate::session::{Limits, estimate};
-use crate::{Environment, Result};
+use crate::{Environment, Result, Settings};
 
 /// Bytes of the file that is written and read.
 const FILE_BYTES: u64 = 64 << 20;
@@ -146,8 +145,10 @@ fn expect(
     let config = preset(name).expect("a name of this file is a published size");
     let model = Model { dir: name.into(), config };
     let shape = StepShape::new(n_rows, max_length);
-    let train = TrainWanted { shape, optimizer: OptimizerKind::AdamW, clip: true, dropout: 0.0 };
-    let wanted = Wanted { train: Some(train), eval: None, sample_tokens: None, max_length };
+    let settings = Settings::default();
+    let train = TrainWanted::of(&settings, shape);
+    let policy = settings.policy();
+    let wanted = Wanted { train: Some(train), eval: None, sample_tokens: None, max_length, policy };
     let (smallest_bytes, step_s) = estimate(&model, &wanted, limits, env)?;
     Ok((smallest_bytes, step_s.map(|s| (n_rows * max_length) as f64 / s)))
 }

@@ -47,9 +47,11 @@ pub enum Error {
     },
     /// A loss or a gradient is infinite or not a number.
     #[error(
-        "step {step}: {what} (learning rate {learning_rate:?}, {rows}); {kept}\n\
+        "step {step}: {what} (learning rate {learning_rate:?}, {rows}); {kept}{}\n\
          hint: try a lower --learning-rate, a longer --warmup-steps or --max-grad-norm 1; \
-         `--resume-from-checkpoint auto` goes on from the last checkpoint"
+         `--resume-from-checkpoint auto` goes on from the last checkpoint, \
+         `--on-nonfinite skip` goes on without such steps",
+        last_good(checkpoint.as_deref())
     )]
     NonFinite {
         /// The step, counted from 1.
@@ -62,6 +64,8 @@ pub enum Error {
         rows: String,
         /// What became of the parameters.
         kept: &'static str,
+        /// The last checkpoint of the run.
+        checkpoint: Option<PathBuf>,
     },
     /// Reading or writing failed.
     #[error("{message}\nhint: {hint}")]
@@ -122,6 +126,13 @@ pub enum ErrorClass {
     Interrupted,
     /// A bug of ours.
     Bug,
+}
+
+/// Where what was good is kept.
+fn last_good(checkpoint: Option<&Path>) -> String {
+    checkpoint.map_or_else(String::new, |path| {
+        format!("; the last good checkpoint is {}", path.display())
+    })
 }
 
 /// What to do after an interruption.

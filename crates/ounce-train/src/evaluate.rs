@@ -12,6 +12,7 @@ use ounce_program::StepShape;
 use crate::batch::Batch;
 use crate::graphs::Wanted;
 use crate::model::{Model, missing};
+use crate::precision::policy_for;
 use crate::session::{Program, compile};
 use crate::tokenize::{self, Request};
 use crate::train_loop::limits;
@@ -61,6 +62,7 @@ pub fn evaluate(
         eval: Some(StepShape::new(settings.per_device_train_batch_size, max_length)),
         sample_tokens: None,
         max_length,
+        policy: policy_for(settings, &model.dir),
     };
     let mut session = compile(&model, &wanted, &limits(settings), env)?;
     let weights = session.open_weights(&model)?;

@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::batch::Batch;
 use crate::graphs::Wanted;
 use crate::model::Model;
+use crate::precision::policy_for;
 use crate::session::{Program, compile};
 use crate::text_table::{TextStream, TextTable};
 use crate::tokenize::{self, Request};
@@ -76,8 +77,13 @@ pub fn generate(
     let table = TextTable::read(&answer.text_table)?;
     let most = settings.max_length.unwrap_or(model.config.max_positions());
     let row_tokens = (answer.prompt_ids.len() as u64 + wanted.max_new_tokens).clamp(1, most);
-    let plans =
-        Wanted { train: None, eval: None, sample_tokens: Some(row_tokens), max_length: row_tokens };
+    let plans = Wanted {
+        train: None,
+        eval: None,
+        sample_tokens: Some(row_tokens),
+        max_length: row_tokens,
+        policy: policy_for(settings, &model.dir),
+    };
     let mut session = compile(&model, &plans, &limits(settings), env)?;
     let weights = session.open_weights(&model)?;
     session.check_baseline()?;

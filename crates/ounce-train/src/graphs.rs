@@ -1,11 +1,14 @@
-//! What a run computes: its graphs, built, differentiated, with their update.
+//! What a run computes: its graphs, built, differentiated, in their precision, with their update.
 
 use ounce_ir::{Graph, Lead, OptimizerKind};
 use ounce_models::{Purpose, build_for_length};
+use ounce_passes::{OpClass, PrecisionPolicy};
 use ounce_program::StepShape;
 
-use crate::Result;
 use crate::model::{Model, model_error};
+use crate::precision::classes;
+use crate::settings::{OnNonfinite, Optimizer};
+use crate::{Error, Result, Settings};
 
 /// What a run needs plans for.
 #[derive(Debug, Clone)]
@@ -18,6 +21,8 @@ pub(crate) struct Wanted {
     pub(crate) sample_tokens: Option<u64>,
     /// Longest row that rotary frequencies are made for.
     pub(crate) max_length: u64,
+    /// What values are stored in.
+    pub(crate) policy: PrecisionPolicy,
 }
 
 /// What a training step is.
@@ -27,11 +32,34 @@ pub(crate) struct TrainWanted {
     pub(crate) optimizer: OptimizerKind,
     pub(crate) clip: bool,
     pub(crate) dropout: f32,
+    /// Whether classes of ops may be taken out of f16 while the run goes on.
+    pub(crate) demote: bool,
+}
+
+impl TrainWanted {
+    /// What the settings say, for rows of that shape.
+    pub(crate) fn of(settings: &Settings, shape: StepShape) -> Self {
+        // Skipping a step for its gradient needs all of the gradient before the first update.
+        let skips =
+            settings.policy().precision.scales_loss() || settings.on_nonfinite == OnNonfinite::Skip;
+        Self {
+            shape,
+            optimizer: match settings.optimizer {
+                Optimizer::Adamw => OptimizerKind::AdamW,
+                Optimizer::Sgd => OptimizerKind::Sgd,
+            },
+            clip: settings.max_grad_norm > 0.0 || skips,
+            dropout: settings.dropout as f32,
+            demote: settings.f16_demote,
+        }
+    }
 }
 
 /// The graphs of a run.
 pub(crate) struct Graphs {
     pub(crate) train: Option<Graph>,
+    /// The same step with classes of ops in f32: each alone, then all.
+    pub(crate) variants: Vec<(Vec<OpClass>, Graph)>,
     pub(crate) eval: Option<Graph>,
     pub(crate) sample: Option<Graph>,
 }
@@ -42,23 +70,46 @@ pub(crate) fn build(model: &Model, wanted: &Wanted) -> Result<Graphs> {
         build_for_length(&model.config, purpose, dropout, wanted.max_length)
             .map_err(|e| model_error(&model.dir, &e))
     };
-    let train = match &wanted.train {
-        Some(t) => {
-            let loss = forward(Purpose::Loss, t.dropout)?;
-            let gradients = ounce_passes::differentiate(&loss)?;
-            Some(ounce_passes::attach_optimizer(&gradients, t.optimizer, t.clip)?)
+    let (mut train, mut variants) = (None, Vec::new());
+    if let Some(t) = &wanted.train {
+        let gradients = ounce_passes::differentiate(&forward(Purpose::Loss, t.dropout)?)?;
+        let step = |policy: &PrecisionPolicy| {
+            let lowered = ounce_passes::lower_precision(&gradients, policy);
+            ounce_passes::attach_optimizer(&lowered, t.optimizer, t.clip)
+        };
+        train = Some(step(&wanted.policy)?);
+        if t.demote {
+            for demoted in demotions(&gradients, &wanted.policy) {
+                let mut policy = wanted.policy.clone();
+                policy.keep_f32.extend(&demoted);
+                variants.push((demoted, step(&policy)?));
+            }
         }
-        None => None,
+    }
+    let lowered = |purpose| {
+        Ok::<_, Error>(ounce_passes::lower_precision(&forward(purpose, 0.0)?, &wanted.policy))
     };
-    let eval = wanted.eval.map(|_| forward(Purpose::Loss, 0.0)).transpose()?;
-    let sample = wanted.sample_tokens.map(|_| forward(Purpose::Decode, 0.0)).transpose()?;
-    Ok(Graphs { train, eval, sample })
+    let eval = wanted.eval.map(|_| lowered(Purpose::Loss)).transpose()?;
+    let sample = wanted.sample_tokens.map(|_| lowered(Purpose::Decode)).transpose()?;
+    Ok(Graphs { train, variants, eval, sample })
+}
+
+/// Which classes of ops a run may take out of f16: each that is in it alone, then all of them.
+fn demotions(graph: &Graph, policy: &PrecisionPolicy) -> Vec<Vec<OpClass>> {
+    let mut all = classes(graph);
+    all.retain(|class| !policy.keep_f32.contains(class));
+    let mut sets: Vec<Vec<OpClass>> = all.iter().map(|&class| vec![class]).collect();
+    if all.len() > 1 {
+        sets.push(all);
+    }
+    sets
 }
 
 impl Graphs {
     /// Those that there are.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Graph> {
-        [&self.train, &self.eval, &self.sample].into_iter().flatten()
+        let variants = self.variants.iter().map(|(_, graph)| graph);
+        self.train.iter().chain(variants).chain(&self.eval).chain(&self.sample)
     }
 
     /// Each graph with the shape it is planned for and the bytes after the parameters that it must
@@ -73,7 +124,10 @@ impl Graphs {
             .as_ref()
             .zip(wanted.sample_tokens)
             .map(|(g, n)| (g, sample(n), state_bytes));
-        [train, eval, sample].into_iter().flatten().collect()
+        let shape = wanted.train.map(|t| t.shape);
+        let variants = self.variants.iter().zip(shape.into_iter().cycle());
+        let variants = variants.map(|((_, g), shape)| (g, shape, 0));
+        train.into_iter().chain(variants).chain(eval).chain(sample).collect()
     }
 }
 

@@ -7,8 +7,8 @@
 //!
 //! Files, in reading order: [`error`], [`budget`] (bytes stated, free and used), `baseline` (the
 //! declared size of the process), [`settings`], [`schedule`], [`report`] (what is told), `model` (the
-//! directory that a run starts from), `tokenize`, `text_table` and `data` (tokenizing in a child
-//! process), `weights`, `batch` (rows on the token axis), `graphs`, `planning`, `session`, `output`
+//! directory that a run starts from), [`precision`] (who chooses it; the loss scale), `tokenize`,
+//! `text_table` and `data` (tokenizing in a child process), `weights`, `batch` (rows on the token axis), `graphs`, `planning`, `session`, `output`
 //! (the directory in the making), `checkpoint`, `step`, [`train_loop`], [`mod@evaluate`],
 //! [`mod@generate`], [`mod@bench`], [`mod@init`], [`mod@doctor`], [`watch`].
 //!
@@ -35,6 +35,8 @@ pub mod schedule;
 pub mod report;
 
 mod model;
+
+pub mod precision;
 
 mod tokenize;
 
@@ -81,8 +83,9 @@ pub use error::{Error, ErrorClass, Result};
 pub use evaluate::evaluate;
 pub use generate::{GenerateRecord, GenerateSettings, generate};
 pub use init::{Architecture, InitRecord, InitSettings, ModelShape, init};
+pub use precision::{PrecisionRow, explain_precision, precision_table};
 pub use report::{DoneRecord, EvalRecord, Observer, PlanRecord, Silent, StepRecord};
-pub use settings::{Optimizer, Precision, Settings};
+pub use settings::{OnNonfinite, Optimizer, Precision, Settings};
 pub use tokenize::answer_tokenize_request;
 pub use train_loop::{plan, train};
 

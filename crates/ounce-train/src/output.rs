@@ -15,9 +15,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use ounce_exec::Arena;
 use ounce_io::{StagingDir, write_file};
+use ounce_ir::DType;
 use serde::{Deserialize, Serialize};
 
 use crate::model::Model;
+use crate::precision::config_with_dtype;
 use crate::session::Program;
 use crate::watch::{EventWriter, MetricsWriter, loss_svg};
 use crate::{Error, EvalRecord, Observer, Result, Settings, StepRecord, weights};
@@ -73,16 +75,25 @@ struct AnyLine {
 }
 
 impl Staged {
-    /// Makes the directory and a hidden one in it for what is published at the end.
+    /// Makes the directory and a hidden one in it for what is published at the end: a model whose
+    /// weights are `stored` so.
     ///
     /// # Errors
     /// A failed write.
-    pub(crate) fn create(dir: &Path, model: &Model, plan_html: &str) -> Result<Self> {
+    pub(crate) fn create(
+        dir: &Path,
+        model: &Model,
+        stored: DType,
+        plan_html: &str,
+    ) -> Result<Self> {
         let is_new = !dir.exists();
         // A failure is told by what follows.
         let made = Made((is_new && std::fs::create_dir_all(dir).is_ok()).then(|| dir.to_owned()));
         let staging = StagingDir::create(dir)?;
         ounce_io::copy_side_files(&model.dir, staging.path())?;
+        if let Some(config) = config_with_dtype(&model.dir, stored)? {
+            write_file(&staging.path().join("config.json"), config.as_bytes())?;
+        }
         write_file(&staging.path().join("plan.html"), plan_html.as_bytes())?;
         Ok(Self { dir: dir.to_path_buf(), staging, _made: made })
     }
@@ -137,7 +148,9 @@ impl Output {
     /// # Errors
     /// A failed write.
     pub(crate) fn step(&mut self, r: &StepRecord) -> Result<()> {
-        self.losses.add(r.step, r.loss);
+        if r.loss.is_finite() {
+            self.losses.add(r.step, r.loss);
+        }
         let metrics = self.metrics.path().to_path_buf();
         self.metrics.append(r).map_err(|e| Error::file(&metrics, &e))?;
         let scalars = [
@@ -146,7 +159,9 @@ impl Output {
             ("train/grad_norm", r.grad_norm),
             ("train/tokens_per_s", r.tokens_per_s),
         ];
-        scalars.into_iter().try_for_each(|(tag, value)| self.scalar(r.step, tag, value))
+        let scale = r.loss_scale.map(|scale| ("train/loss_scale", f64::from(scale)));
+        let mut all = scalars.into_iter().chain(scale);
+        all.try_for_each(|(tag, value)| self.scalar(r.step, tag, value))
     }
 
     /// Records an evaluation after `step` steps.

@@ -156,6 +156,7 @@ fn changes(wanted: &Wanted) -> Vec<(String, Wanted)> {
             eval: wanted.eval.map(shape),
             sample_tokens: wanted.sample_tokens.map(|n| n.min(max_length)),
             max_length,
+            ..wanted.clone()
         };
         changes.push((format!("--max-length {max_length}"), shorter));
     }

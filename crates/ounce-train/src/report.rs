@@ -21,6 +21,12 @@ pub struct StepRecord {
     pub tokens_per_s: f64,
     /// Highest resident memory of the process so far.
     pub rss_peak_bytes: u64,
+    /// What the gradient was multiplied with on its way, in f16.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f32>,
+    /// Whether the step updated nothing.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub skipped: bool,
 }
 
 /// The end of a run.
@@ -40,6 +46,8 @@ pub struct DoneRecord {
     pub rss_peak_bytes: u64,
     /// Mean loss on the held-out text, if there is one.
     pub eval_loss: Option<f64>,
+    /// Steps of the run that updated nothing, because a number was not finite.
+    pub skipped_steps: u64,
 }
 
 /// An evaluation.

@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use ounce_exec::{Arena, Executor, MeasuredMachine};
 use ounce_io::checkpoint::Checkpoint;
-use ounce_ir::{Graph, ParamId, ValueId, ValueKind};
+use ounce_ir::{DType, Graph, OpId, ParamId, ValueId, ValueKind};
 use ounce_kernels::pool::Pool;
+use ounce_passes::{OpClass, Precision};
 use ounce_program::{BufferRole, Certificate, Choice, Plan, StepShape};
 
 use crate::baseline::{Baseline, Sizes};
@@ -19,7 +20,7 @@ use crate::graphs::{Graphs, Wanted, build, everything_bytes};
 use crate::model::Model;
 use crate::planning::Planner;
 use crate::watch::plan_html;
-use crate::weights::{Source, fill_fresh};
+use crate::weights::{PIECE_ELEMS, Source, fill_fresh};
 use crate::{Environment, Error, PlanRecord, Result};
 
 /// The budget of a run and the threads that it may use.
@@ -45,11 +46,31 @@ pub(crate) struct Program {
     picture: Option<String>,
     /// (offset, bytes) of every parameter, by `ParamId`.
     params: Vec<(u64, u64)>,
+    /// (offset, bytes) of every optimizer state, by parameter.
+    states: Vec<(u64, u64)>,
+}
+
+/// An op whose numbers left the range of what they are stored in.
+pub(crate) struct Overflow {
+    pub(crate) class: OpClass,
+    /// The op and the value that it wrote.
+    pub(crate) name: String,
+}
+
+impl Program {
+    /// What there is to say of an op that overflowed.
+    pub(crate) fn overflow(&self, (op, value): (OpId, ValueId)) -> Overflow {
+        let kind = &self.graph.ops[op].kind;
+        let name = format!("{} ({})", kind.name(), self.graph.values[value].name);
+        Overflow { class: OpClass::of(kind), name }
+    }
 }
 
 /// Every plan of a run, and the arena they share.
 pub(crate) struct Session {
     pub(crate) train: Option<Program>,
+    /// The training step with classes of ops in f32.
+    variants: Vec<(Vec<OpClass>, Program)>,
     pub(crate) eval: Option<Program>,
     pub(crate) sample: Option<Program>,
     pub(crate) arena: Arena,
@@ -68,6 +89,10 @@ pub(crate) fn compile(
     limits: &Limits,
     env: &Environment,
 ) -> Result<Session> {
+    let precision = wanted.policy.precision;
+    if precision != Precision::F32 {
+        return Err(Error::NotBuilt { what: format!("--precision {precision}") });
+    }
     let graphs = build(model, wanted)?;
     let baseline = &declare(&graphs, model, wanted, limits);
     let budget_bytes = limits.budget_bytes;
@@ -92,8 +117,12 @@ pub(crate) fn compile(
     let mut programs = programs.into_iter();
     // In the order of `Graphs::jobs`.
     let mut take = |is_there: bool| if is_there { programs.next() } else { None };
+    let train = take(graphs.train.is_some());
+    let demoted = graphs.variants.iter().map(|(demoted, _)| demoted.clone());
+    let variants = demoted.filter_map(|demoted| Some((demoted, take(true)?))).collect();
     Ok(Session {
-        train: take(graphs.train.is_some()),
+        train,
+        variants,
         eval: take(graphs.eval.is_some()),
         sample: take(graphs.sample.is_some()),
         arena,
@@ -112,6 +141,10 @@ pub(crate) fn estimate(
     limits: &Limits,
     env: &Environment,
 ) -> Result<(u64, Option<f64>)> {
+    let precision = wanted.policy.precision;
+    if precision != Precision::F32 {
+        return Err(Error::NotBuilt { what: format!("--precision {precision}") });
+    }
     let graphs = build(model, wanted)?;
     let baseline = &declare(&graphs, model, wanted, limits);
     let budget_bytes = limits.budget_bytes;
@@ -162,7 +195,12 @@ fn resolve(
         let buffer = plan.find_buffer(BufferRole::Param(p)).expect("parameters are resident");
         (plan.buffers[buffer].offset, plan.buffers[buffer].bytes)
     };
+    let state = |p: ParamId, k: u32| {
+        let buffer = plan.find_buffer(BufferRole::State(p, k)).expect("states are resident");
+        (plan.buffers[buffer].offset, plan.buffers[buffer].bytes)
+    };
     Ok(Program {
+        states: states(graph).map(|(p, _, k)| state(p, k as u32)).collect(),
         shape,
         inputs: DataInputs::of(graph),
         output,
@@ -177,7 +215,8 @@ fn resolve(
     })
 }
 
-/// Every plan must find the same parameters in the same place.
+/// Every plan must find the same parameters, and every training step the same states, in the same
+/// place.
 fn check_shared_params(programs: &[Program]) {
     let names = |p: &Program| -> Vec<String> {
         p.graph.params.values().map(|param| param.name.clone()).collect()
@@ -185,6 +224,8 @@ fn check_shared_params(programs: &[Program]) {
     for pair in programs.windows(2) {
         assert_eq!(names(&pair[0]), names(&pair[1]), "graphs of one model have one parameter list");
         assert_eq!(pair[0].params, pair[1].params, "plans of one run place parameters alike");
+        let both_train = !pair[0].states.is_empty() && !pair[1].states.is_empty();
+        assert!(!both_train || pair[0].states == pair[1].states, "and training steps their states");
     }
 }
 
@@ -243,7 +284,7 @@ impl Session {
     /// # Errors
     /// A failed read.
     pub(crate) fn load(&mut self, weights: &Source) -> Result<()> {
-        self.fill_params(|_, id, dst| weights.read(id, dst))
+        self.fill_params(|_, id, start, dst| weights.read(id, start, dst))
     }
 
     /// Reads the optimizer's states of a checkpoint into their places.
@@ -255,36 +296,67 @@ impl Session {
         let program = train.as_ref().expect("a run that goes on has a training plan");
         let mut buffers = program.executor.buffers(arena);
         for (id, param, k) in states(&program.graph) {
-            let name = &program.graph.states[k].name;
-            checkpoint.read_state(name, &param.name, buffers.state(id, k as u32))?;
+            let state = &program.graph.states[k];
+            if state.dtype == DType::I16 {
+                let halves = buffers.state_i16(id, k as u32);
+                checkpoint.read_state_i16(&state.name, &param.name, halves)?;
+            } else {
+                checkpoint.read_state(&state.name, &param.name, buffers.state(id, k as u32))?;
+            }
         }
         Ok(())
     }
 
     /// Makes fresh weights in their places, and sets the optimizer's states to zero.
     pub(crate) fn load_fresh(&mut self, seed: u64) {
-        self.fill_params(|param, _, dst| {
-            fill_fresh(param, seed, 0, dst);
+        self.fill_params(|param, _, start, dst| {
+            fill_fresh(param, seed, start, dst);
             Ok(())
         })
         .expect("making numbers cannot fail");
     }
 
+    /// Fills every parameter with what `fill` gives from an element on: in its place where it is f32,
+    /// else piece by piece, split into the halves of its masters.
     fn fill_params(
         &mut self,
-        fill: impl Fn(&ounce_ir::Param, ParamId, &mut [f32]) -> Result<()>,
+        fill: impl Fn(&ounce_ir::Param, ParamId, usize, &mut [f32]) -> Result<()>,
     ) -> Result<()> {
         let Self { train, eval, sample, arena, .. } = self;
         let program = [train, eval, sample].into_iter().flatten().next();
         let program = program.expect("a session has a plan");
         let mut buffers = program.executor.buffers(arena);
         for (id, param) in program.graph.params.iter() {
-            fill(param, id, buffers.param(id))?;
+            if !buffers.param_is_split(id) {
+                fill(param, id, 0, buffers.param(id))?;
+                continue;
+            }
+            let mut piece = vec![0.0; PIECE_ELEMS];
+            let n_elems = param.shape.row_elems() as usize;
+            for start in (0..n_elems).step_by(PIECE_ELEMS) {
+                let part = &mut piece[..PIECE_ELEMS.min(n_elems - start)];
+                fill(param, id, start, part)?;
+                buffers.write_master(id, start, part);
+            }
         }
-        for (id, _, k) in states(&program.graph) {
+        let moments = |k: usize| program.graph.states[k].dtype == DType::F32;
+        for (id, _, k) in states(&program.graph).filter(|(_, _, k)| moments(*k)) {
             buffers.state(id, k as u32).fill(0.0);
         }
         Ok(())
+    }
+
+    /// Goes on with the training step that has these classes of ops in f32: one of them, or all that
+    /// there are if there is more than one.
+    pub(crate) fn demote(&mut self, demoted: &[OpClass]) {
+        let found = match demoted {
+            [] => None,
+            [_] => self.variants.iter().position(|(classes, _)| classes == demoted),
+            _ => self.variants.len().checked_sub(1),
+        };
+        if let (Some(i), Some(train)) = (found, &mut self.train) {
+            std::mem::swap(train, &mut self.variants[i].1);
+        }
     }
 
     /// The training plan, or that of the only purpose there is.

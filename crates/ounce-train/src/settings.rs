@@ -6,24 +6,28 @@
 //! are checked before: an unknown one is an error with the nearest match, a value of the wrong type is
 //! reported with its line.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
+pub use ounce_passes::Precision;
+use ounce_passes::{OpClass, PrecisionPolicy};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::budget::Memory;
+use crate::precision::by_name;
 use crate::schedule::SchedulerType;
 use crate::{Error, Result};
 
-/// Element type of the computation.
+/// What to do with a step whose loss or gradient is infinite or not a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-#[expect(missing_docs, reason = "the names say it")]
-pub enum Precision {
-    F32,
-    Bf16,
-    F16,
+pub enum OnNonfinite {
+    /// The run ends before the update.
+    Stop,
+    /// The step updates nothing and counts as skipped.
+    Skip,
 }
 
 /// Which update rule.
@@ -39,6 +43,7 @@ pub enum Optimizer {
 /// Every setting of `plan`, `train`, `eval` and `generate`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "a bare flag is a bool")]
 pub struct Settings {
     /// Model directory.
     pub model: Option<PathBuf>,
@@ -88,8 +93,18 @@ pub struct Settings {
     pub threads: Option<u32>,
     /// Seed of data order, dropout and sampling.
     pub seed: u64,
-    /// Element type of the computation.
-    pub precision: Precision,
+    /// What values are stored in; f32 if not given, or what `run.yaml` beside the model says where a
+    /// model is only read.
+    #[serde(with = "by_name")]
+    pub precision: Option<Precision>,
+    /// Op classes that keep f32 all the same: `{norm: f32}`.
+    pub precision_overrides: BTreeMap<String, String>,
+    /// First loss scale of f16, a power of two.
+    pub init_loss_scale: f64,
+    /// Takes a class of ops out of f16 that overflows again and again.
+    pub f16_demote: bool,
+    /// What to do with a step that is not finite.
+    pub on_nonfinite: OnNonfinite,
 
     /// Steps between lines of progress; a sensible interval if not given.
     pub logging_steps: Option<u64>,
@@ -111,8 +126,6 @@ pub struct Settings {
     /// Go on from a checkpoint even if that changes the run. A flag only: `run.yaml` does not keep it.
     #[serde(rename = "override", skip_serializing)]
     pub override_begun: bool,
-    /// First loss scale of f16. Not built yet.
-    pub init_loss_scale: Option<f64>,
     /// Several samples per row. Not built yet.
     pub packing: bool,
     /// Low-rank adapters. Not built yet.
@@ -157,7 +170,11 @@ impl Default for Settings {
             memory: Memory::Auto,
             threads: None,
             seed: 42,
-            precision: Precision::F32,
+            precision: None,
+            precision_overrides: BTreeMap::new(),
+            init_loss_scale: 65536.0,
+            f16_demote: false,
+            on_nonfinite: OnNonfinite::Stop,
             logging_steps: None,
             eval_steps: None,
             sample_steps: None,
@@ -167,7 +184,6 @@ impl Default for Settings {
             save_total_limit: None,
             resume_from_checkpoint: None,
             override_begun: false,
-            init_loss_scale: None,
             packing: false,
             use_peft: false,
             lora_r: None,
@@ -204,11 +220,21 @@ impl Settings {
         self.per_device_train_batch_size * self.gradient_accumulation_steps
     }
 
-    /// The settings by name.
+    /// The settings by name; a precision that is not given is f32.
     pub fn to_map(&self) -> Map<String, Value> {
-        match serde_json::to_value(self) {
-            Ok(Value::Object(map)) => map,
-            _ => unreachable!("a struct of plain fields serializes to an object"),
+        let Ok(Value::Object(mut map)) = serde_json::to_value(self) else {
+            unreachable!("a struct of plain fields serializes to an object")
+        };
+        map.insert("precision".to_owned(), self.policy().precision.name().into());
+        map
+    }
+
+    /// What values are stored in, class by class.
+    pub(crate) fn policy(&self) -> PrecisionPolicy {
+        let keeps = |class: &OpClass| self.precision_overrides.contains_key(class.name());
+        PrecisionPolicy {
+            precision: self.precision.unwrap_or_default(),
+            keep_f32: OpClass::CHOSEN.into_iter().filter(keeps).collect(),
         }
     }
 
@@ -225,8 +251,6 @@ impl Settings {
 
     fn check_built(&self) -> Result<()> {
         let refused = [
-            (self.precision != Precision::F32, "--precision bf16 and f16"),
-            (self.init_loss_scale.is_some(), "--init-loss-scale"),
             (self.packing, "--packing"),
             (self.use_peft, "--use-peft"),
             (self.lora_r.is_some(), "--lora-r"),
@@ -265,6 +289,16 @@ impl Settings {
             (positive(self.adam_epsilon), "adam_epsilon", "above 0"),
             (not_negative(self.max_grad_norm), "max_grad_norm", "at least 0 (0 is off)"),
             (share(self.dropout), "dropout", "from 0 to below 1"),
+            (
+                is_power_of_two(self.init_loss_scale),
+                "init_loss_scale",
+                "a power of two from 2^-32 to 2^63",
+            ),
+            (
+                !self.f16_demote || self.policy().precision == Precision::F16,
+                "f16_demote",
+                "given with `--precision f16` only",
+            ),
             (self.threads.is_none_or(|n| (1..=1024).contains(&n)), "threads", "from 1 to 1024"),
             (
                 self.max_length.is_none_or(|n| (2..=1 << 24).contains(&n)),
@@ -280,9 +314,33 @@ impl Settings {
             Some((_, name, range)) => {
                 Err(usage(format!("`{name}` is out of range"), &format!("it may be {range}")))
             }
-            None => Ok(()),
+            None => self.check_overrides(),
         }
     }
+
+    /// Refuses classes that there are not, and dtypes that nothing can be overridden to.
+    fn check_overrides(&self) -> Result<()> {
+        for (class, dtype) in &self.precision_overrides {
+            let names = || OpClass::CHOSEN.iter().map(|c| c.name());
+            if OpClass::from_name(class).is_none() {
+                let hint = nearest(class, names()).map_or_else(
+                    || format!("the classes are {}", names().collect::<Vec<_>>().join(", ")),
+                    |name| format!("the nearest class is `{name}`"),
+                );
+                return Err(usage(format!("precision_overrides: no class `{class}`"), &hint));
+            }
+            if dtype != "f32" {
+                let message = format!("precision_overrides: `{class}` cannot be `{dtype}`");
+                return Err(usage(message, "a class may be overridden to f32"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a loss scale is what it may be.
+fn is_power_of_two(x: f64) -> bool {
+    (-32..=63).any(|power| x == 2.0_f64.powi(power))
 }
 
 /// A usage error with its hint.
@@ -369,8 +427,6 @@ mod tests {
 
     #[test]
     fn a_feature_that_is_not_built_is_refused_as_such() {
-        let e = resolve("precision: bf16\n", json!({})).unwrap_err();
-        assert!(matches!(e, Error::NotBuilt { .. }), "{e}");
         let e = resolve("", json!({ "packing": true })).unwrap_err().to_string();
         assert!(e.contains("--packing is not built yet"), "{e}");
     }
@@ -383,6 +439,11 @@ mod tests {
             json!({ "per_device_train_batch_size": 0 }),
             json!({ "max_length": 1 }),
             json!({ "threads": 0 }),
+            json!({ "precision": "f8" }),
+            json!({ "init_loss_scale": 3.0 }),
+            json!({ "f16_demote": true, "precision": "bf16" }),
+            json!({ "precision_overrides": { "norms": "f32" } }),
+            json!({ "precision_overrides": { "norm": "f16" } }),
         ] {
             assert!(resolve("", flags.clone()).is_err(), "{flags}");
         }
@@ -390,7 +451,14 @@ mod tests {
 
     #[test]
     fn the_resolved_file_reads_back_as_the_same_settings() {
-        let flags = json!({ "model": "m", "data": ["a b.txt"], "memory": "48MiB", "dropout": 0.2 });
+        let flags = json!({
+            "model": "m",
+            "data": ["a b.txt"],
+            "memory": "48MiB",
+            "dropout": 0.2,
+            "precision": "bf16",
+            "precision_overrides": { "rope": "f32" },
+        });
         let s = resolve("", flags).unwrap();
         assert_eq!(resolve(&s.to_yaml(), json!({})).unwrap(), s);
     }

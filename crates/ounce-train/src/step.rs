@@ -1,16 +1,20 @@
 //! One training step: rows onto the axis, the plan run, loss and gradient norm read.
 
+use std::fmt::Write;
 use std::time::Instant;
 
 use ounce_exec::{NonFinite, OptimizerHyper, StepInputs};
 use ounce_io::BlockSampler;
+use ounce_io::checkpoint::ScalerState;
 use ounce_ir::{ValueId, ValueKind};
 
 use crate::batch::Batch;
 use crate::budget::peak_resident_bytes;
+use crate::precision::{Scaler, Strike};
 use crate::schedule::Schedule;
-use crate::session::Session;
-use crate::{Error, Result, Settings, StepRecord};
+use crate::session::{Overflow, Session};
+use crate::settings::OnNonfinite;
+use crate::{Error, Observer, Result, Settings, StepRecord};
 
 /// Where a step's rows come from.
 pub(crate) trait Rows {
@@ -44,14 +48,25 @@ pub(crate) struct Trainer {
     schedule: Schedule,
     seed: u64,
     hyper: OptimizerHyper,
+    /// Infinite in a graph that clips only to see all of the gradient before it is used.
     max_grad_norm: f32,
     /// Parts of the squared gradient norm, by `ParamId`.
     norm_parts: Vec<ValueId>,
+    scaler: Scaler,
+    demotes: bool,
+    skips: bool,
 }
 
 impl Trainer {
-    /// For a run of `n_steps` steps.
-    pub(crate) fn new(settings: &Settings, session: &Session, n_steps: u64) -> Self {
+    /// For a run of `n_steps` steps; `scaler` is where a checkpoint left the loss scale.
+    pub(crate) fn new(
+        settings: &Settings,
+        session: &mut Session,
+        n_steps: u64,
+        scaler: Option<ScalerState>,
+    ) -> Self {
+        let scaler = Scaler::new(settings, scaler);
+        session.demote(&scaler.demoted());
         let program = session.train.as_ref().expect("a training run has a training plan");
         let is_part = |id: &ValueId| {
             let v = &program.graph.values[*id];
@@ -67,12 +82,24 @@ impl Trainer {
                 eps: settings.adam_epsilon as f32,
                 weight_decay: settings.weight_decay as f32,
             },
-            max_grad_norm: settings.max_grad_norm as f32,
+            max_grad_norm: match settings.max_grad_norm {
+                0.0 => f32::INFINITY,
+                norm => norm as f32,
+            },
             norm_parts: program.graph.values.ids().filter(is_part).collect(),
+            scaler,
+            demotes: settings.f16_demote,
+            skips: settings.on_nonfinite == OnNonfinite::Skip,
         }
     }
 
-    /// One step: data, run, loss and norm.
+    /// Where the loss scale stands.
+    pub(crate) fn scaler(&self) -> &Scaler {
+        &self.scaler
+    }
+
+    /// One step: data, run, loss and norm. A step whose numbers are not finite is skipped where the
+    /// loss scale is to blame or the settings say so; parameters and states are then those before it.
     ///
     /// # Errors
     /// Reading the data; [`Error::NonFinite`], in which case parameters and states are those before
@@ -82,6 +109,7 @@ impl Trainer {
         session: &mut Session,
         rows: &dyn Rows,
         step: u64,
+        observer: &mut dyn Observer,
     ) -> Result<StepRecord> {
         let start = Instant::now();
         let Session { train, arena, .. } = session;
@@ -92,40 +120,55 @@ impl Trainer {
         self.batch.fill(&mut buffers, program.inputs, n_rows, read)?;
         let n_predictions = self.batch.n_predictions() as f64;
         let learning_rate = self.schedule.learning_rate(step);
+        let loss_scale = self.scaler.scale();
+        let inputs = StepInputs {
+            seed: self.seed,
+            step,
+            update: step - self.scaler.n_skipped(),
+            grad_scale: (1.0 / n_predictions) as f32,
+            loss_scale,
+            lr: learning_rate as f32,
+            hyper: self.hyper,
+            max_grad_norm: self.max_grad_norm,
+            rows: self.batch.spans(),
+        };
+        let done = program.executor.run(arena, &inputs);
+        let mut buffers = program.executor.buffers(arena);
+        // In token order; gaps and unsupervised tokens hold exact zeros.
+        let losses = buffers.session_f32(program.output).iter();
+        let loss = losses.map(|&x| f64::from(x)).sum::<f64>() / n_predictions;
+        let parts = self.norm_parts.iter().map(|&v| buffers.session_f64(v)[0]);
+        let norm = parts.sum::<f64>().sqrt() / f64::from(loss_scale);
         let non_finite = |what: String, kept| Error::NonFinite {
             step,
             what,
             learning_rate,
             rows: rows.name(step, n_rows),
             kept,
+            checkpoint: None,
         };
-        let done = program.executor.run(
-            arena,
-            &StepInputs {
-                seed: self.seed,
-                step,
-                grad_scale: (1.0 / n_predictions) as f32,
-                loss_scale: 1.0,
-                lr: learning_rate as f32,
-                hyper: self.hyper,
-                max_grad_norm: self.max_grad_norm,
-                rows: self.batch.spans(),
-            },
-        );
-        done.map_err(|e| match e {
-            NonFinite::Loss(sum) => format!("the loss is {}", sum / n_predictions),
-            NonFinite::GradNorm(norm) => format!("the gradient norm is {norm}"),
-        })
-        .map_err(|what| non_finite(what, "the weights are those before the step"))?;
-        let mut buffers = program.executor.buffers(arena);
-        // In token order; gaps and unsupervised tokens hold exact zeros.
-        let losses = buffers.session_f32(program.output).iter();
-        let loss = losses.map(|&x| f64::from(x)).sum::<f64>() / n_predictions;
-        let parts = self.norm_parts.iter().map(|&v| buffers.session_f64(v)[0]);
-        let grad_norm = parts.sum::<f64>().sqrt();
-        if !grad_norm.is_finite() {
-            let what = format!("the loss is {loss}, the gradient norm {grad_norm}");
+        let mut grad_norm = norm;
+        if let Err(e) = done {
+            let first = if self.scaler.scales() {
+                program.executor.first_overflow(arena, &inputs).map(|at| program.overflow(at))
+            } else {
+                None
+            };
+            let what = match e {
+                NonFinite::Loss(_) => format!("the loss is {loss}"),
+                NonFinite::GradNorm(_) => format!("the gradient norm is {norm}"),
+            };
+            // The norm of a gradient that was not run to its end is no number.
+            grad_norm = f64::NAN;
+            let Some(reaction) = self.react(&e, first.as_ref(), session) else {
+                return Err(non_finite(what, "the weights are those before the step"));
+            };
+            observer.note(&format!("step {step} is skipped: {what}{reaction}"));
+        } else if !norm.is_finite() {
+            let what = format!("the loss is {loss}, the gradient norm {norm}");
             return Err(non_finite(what, "nothing of the step is saved"));
+        } else {
+            self.scaler.good_step();
         }
         let (tokens, step_s) = (self.batch.n_tokens(), start.elapsed().as_secs_f64());
         Ok(StepRecord {
@@ -137,6 +180,40 @@ impl Trainer {
             step_s,
             tokens_per_s: tokens as f64 / step_s,
             rss_peak_bytes: peak_resident_bytes(),
+            loss_scale: self.scaler.scales().then_some(loss_scale),
+            skipped: done.is_err(),
         })
+    }
+
+    /// What is done about a step that is not finite, in words; `None` if the run must end. `first` is
+    /// the op that overflowed first.
+    fn react(
+        &mut self,
+        e: &NonFinite,
+        first: Option<&Overflow>,
+        session: &mut Session,
+    ) -> Option<String> {
+        let mut reaction =
+            first.map_or_else(String::new, |first| format!("; {} overflowed first", first.name));
+        let before = self.scaler.scale();
+        // A loss that is not finite was so before anything was scaled.
+        let is_scaled_down = matches!(e, NonFinite::GradNorm(_)) && self.scaler.back_off();
+        let strikes = first.filter(|_| self.demotes).map(|first| {
+            let is_in_f32 = self.scaler.demoted().contains(&first.class);
+            (first.class, is_in_f32, self.scaler.strike(first.class))
+        });
+        let may_help = strikes.is_some_and(|(_, is_in_f32, _)| !is_in_f32);
+        if is_scaled_down {
+            write!(reaction, "; loss scale {before:?} -> {:?}", self.scaler.scale()).ok()?;
+        } else if self.skips || may_help {
+            self.scaler.skip();
+        } else {
+            return None;
+        }
+        if let Some((class, _, Strike::Out)) = strikes {
+            session.demote(&self.scaler.demoted());
+            write!(reaction, "; class {class} is f32 from here on").ok()?;
+        }
+        Some(reaction)
     }
 }

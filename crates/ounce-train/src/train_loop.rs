@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use ounce_ir::OptimizerKind;
 use ounce_program::StepShape;
 
 use crate::budget::peak_resident_bytes;
@@ -14,7 +13,6 @@ use crate::graphs::{TrainWanted, Wanted};
 use crate::model::{Model, missing};
 use crate::output::{Output, Staged};
 use crate::session::{Limits, Session, compile};
-use crate::settings::Optimizer;
 use crate::step::Trainer;
 use crate::watch::{Health, StepNumbers};
 use crate::{DoneRecord, Environment, Error, Observer, PlanRecord, Result, Settings, StepRecord};
@@ -57,7 +55,8 @@ pub fn train(
     let weights = session.open_weights(&model)?;
     let plan_html = session.take_picture();
     let first_step = from.as_ref().map_or(0, |c| c.state().step) + 1;
-    let staged = Staged::create(output_dir, &model, &plan_html)?;
+    let stored = settings.policy().precision.param_dtype();
+    let staged = Staged::create(output_dir, &model, stored, &plan_html)?;
     drop(plan_html);
     let saver = Saver::new(settings, output_dir, &model, &session, from.as_ref())?;
     session.check_baseline()?;
@@ -66,37 +65,32 @@ pub fn train(
     let is_fresh = weights.is_fresh() && from.is_none();
     drop(weights);
     let tokens_seen = from.as_ref().map_or(0, |c| c.state().tokens_seen);
-    if let Some(checkpoint) = from {
-        session.load_states(&checkpoint)?;
+    let scaler = from.as_ref().and_then(|c| c.state().scaler.clone());
+    if let Some(checkpoint) = &from {
+        session.load_states(checkpoint)?;
     }
+    let trainer = Trainer::new(settings, &mut session, n_steps, scaler);
     let output = staged.begin(settings, first_step, observer)?;
     let vocab_size = model.config.vocab_size();
     let health = Health::new(vocab_size, is_fresh);
-    let place = Place { step: first_step - 1, tokens_seen, eval_loss: None };
-    Run { settings, session, data, output, saver, health, n_steps, place }.go(observer)
+    let checkpoint = from.map(|c| c.path().to_path_buf());
+    let place = Place { step: first_step - 1, tokens_seen, eval_loss: None, checkpoint };
+    Run { settings, session, trainer, data, output, saver, health, n_steps, place }.go(observer)
 }
 
 /// The plans that a training run needs.
 fn wanted(settings: &Settings, model: &Model) -> Wanted {
     let max_length = model.max_length(settings);
     let shape = StepShape::new(settings.n_rows(), max_length);
-    let train = TrainWanted {
-        shape,
-        optimizer: match settings.optimizer {
-            Optimizer::Adamw => OptimizerKind::AdamW,
-            Optimizer::Sgd => OptimizerKind::Sgd,
-        },
-        clip: settings.max_grad_norm > 0.0,
-        dropout: settings.dropout as f32,
-    };
     // A token of the prompt is at least a byte, and one more may begin it.
     let sample_tokens = settings.sample_tokens + settings.sample_prompt.len() as u64 + 1;
     let samples = settings.sample_steps != Some(0) && settings.sample_tokens > 0;
     Wanted {
-        train: Some(train),
+        train: Some(TrainWanted::of(settings, shape)),
         eval: (!settings.eval_data.is_empty()).then_some(shape),
         sample_tokens: samples.then_some(sample_tokens.min(max_length)),
         max_length,
+        policy: settings.policy(),
     }
 }
 
@@ -113,6 +107,7 @@ pub(crate) fn limits(settings: &Settings) -> Limits {
 struct Run<'a> {
     settings: &'a Settings,
     session: Session,
+    trainer: Trainer,
     data: Data,
     output: Output,
     saver: Saver,
@@ -128,6 +123,18 @@ struct Place {
     tokens_seen: u64,
     /// The last evaluation.
     eval_loss: Option<f64>,
+    /// The last checkpoint.
+    checkpoint: Option<PathBuf>,
+}
+
+impl Place {
+    /// Tells a step that ended the run where the last good weights are.
+    fn name_checkpoint(&self, mut e: Error) -> Error {
+        if let Error::NonFinite { checkpoint, .. } = &mut e {
+            checkpoint.clone_from(&self.checkpoint);
+        }
+        e
+    }
 }
 
 impl Run<'_> {
@@ -151,26 +158,30 @@ impl Run<'_> {
             budget_bytes: self.session.budget_bytes,
             rss_peak_bytes: peak_resident_bytes(),
             eval_loss: self.place.eval_loss,
+            skipped_steps: self.trainer.scaler().n_skipped(),
         })
     }
 
     /// The steps that are left, with all that happens between them; tokens and seconds they took.
     fn steps(&mut self, observer: &mut dyn Observer) -> Result<(u64, f64)> {
-        let mut trainer = Trainer::new(self.settings, &self.session, self.n_steps);
         let (mut tokens, mut seconds) = (0, 0.0);
         let every = |n: Option<u64>, step: u64| n.is_some_and(|n| n > 0 && step.is_multiple_of(n));
         for step in self.place.step + 1..=self.n_steps {
             if observer.stop_requested() {
                 return Err(Error::Interrupted { step: step - 1, checkpoint: None });
             }
-            let record = trainer.step(&mut self.session, &self.data.train, step)?;
+            let Self { trainer, session, data, .. } = self;
+            let record = trainer.step(session, &data.train, step, observer);
+            let record = record.map_err(|e| self.place.name_checkpoint(e))?;
             (tokens, seconds) = (tokens + record.tokens, seconds + record.step_s);
             self.place.step = step;
             self.place.tokens_seen += record.tokens;
             self.output.step(&record)?;
             observer.step(&record);
-            for warning in self.health.observe(numbers(&record)) {
-                observer.note(&format!("warning: {warning}"));
+            if !record.skipped {
+                for warning in self.health.observe(numbers(&record)) {
+                    observer.note(&format!("warning: {warning}"));
+                }
             }
             if every(self.settings.save_steps, step) {
                 self.save()?;
@@ -191,8 +202,10 @@ impl Run<'_> {
     fn save(&mut self) -> Result<PathBuf> {
         let Place { step, tokens_seen, .. } = self.place;
         let n_blocks = self.data.train.n_blocks();
-        let state = checkpoint::state(self.settings, step, tokens_seen, n_blocks);
+        let scaler = self.trainer.scaler().state().clone();
+        let state = checkpoint::state(self.settings, step, tokens_seen, n_blocks, scaler);
         let path = self.saver.save(&mut self.session, &state)?;
+        self.place.checkpoint = Some(path.clone());
         self.output.keep_metrics()?;
         Ok(path)
     }

@@ -7,8 +7,8 @@
 use std::path::Path;
 
 use ounce_exec::Buffers;
-use ounce_io::{Dtype, SafetensorsDir, SafetensorsWriter, TensorSpec};
-use ounce_ir::{EntityId, Graph, Init, Param, ParamId};
+use ounce_io::{ByteSink, Dtype, SafetensorsDir, SafetensorsWriter, TensorSpec};
+use ounce_ir::{DType, EntityId, Graph, Init, Param, ParamId};
 use ounce_kernels::philox::philox4x32_10;
 use ounce_models::{ModelConfig, alternative_name, is_ignored_tensor};
 
@@ -17,8 +17,8 @@ use crate::{Error, Result};
 /// What the header of a fresh model says.
 const FRESH: (&str, &str) = ("ounce.weights", "fresh");
 
-/// Elements per piece when parameters are made without an arena.
-const PIECE_ELEMS: usize = 16 << 10;
+/// Elements per piece when parameters are made or converted outside their place.
+pub(crate) const PIECE_ELEMS: usize = 16 << 10;
 
 /// Fills `dst` with elements `start..` of a fresh parameter. `start` is a multiple of 4.
 ///
@@ -61,10 +61,19 @@ fn name_key(name: &str) -> u64 {
 pub(crate) fn specs(graph: &Graph) -> Vec<TensorSpec> {
     let spec = |p: &Param| TensorSpec {
         name: p.name.clone(),
-        dtype: Dtype::F32,
+        dtype: on_disk(p.dtype),
         shape: p.shape.dims.iter().map(|&d| d as usize).collect(),
     };
     graph.params.values().map(spec).collect()
+}
+
+/// The element type in a file of what is stored in `dtype`.
+pub(crate) fn on_disk(dtype: DType) -> Dtype {
+    match dtype {
+        DType::Bf16 => Dtype::Bf16,
+        DType::I16 => Dtype::I16,
+        _ => Dtype::F32,
+    }
 }
 
 /// Writes `model.safetensors` of a fresh model into `dir`, piece by piece.
@@ -86,10 +95,26 @@ pub(crate) fn write_fresh(dir: &Path, graph: &Graph, seed: u64) -> Result<()> {
 /// Writes `model.safetensors` into `dir` from the parameters in the arena.
 pub(crate) fn write(dir: &Path, graph: &Graph, buffers: &mut Buffers<'_>) -> Result<()> {
     let mut file = SafetensorsWriter::create(&dir.join("model.safetensors"), &specs(graph), &[])?;
-    for (id, param) in graph.params.iter() {
-        file.write_tensor_f32(&param.name, buffers.param(id))?;
-    }
+    append_params(&mut file, graph, buffers)?;
     Ok(file.finish()?)
+}
+
+/// Appends every parameter as ops read it, piece by piece: a bf16 one is its rounded half.
+pub(crate) fn append_params<F: ByteSink>(
+    file: &mut SafetensorsWriter<F>,
+    graph: &Graph,
+    buffers: &mut Buffers<'_>,
+) -> Result<()> {
+    let mut piece = vec![0.0; PIECE_ELEMS];
+    for (id, param) in graph.params.iter() {
+        let n_elems = param.shape.row_elems() as usize;
+        for start in (0..n_elems).step_by(PIECE_ELEMS) {
+            let part = &mut piece[..PIECE_ELEMS.min(n_elems - start)];
+            buffers.read_param(id, start, part);
+            file.append_f32(&param.name, part)?;
+        }
+    }
+    Ok(())
 }
 
 /// The tensors of a model directory, matched with the parameters of a graph.
@@ -133,9 +158,9 @@ impl Source {
         self.dir.metadata().get(FRESH.0).is_some_and(|v| v == FRESH.1)
     }
 
-    /// Reads a parameter into its place.
-    pub(crate) fn read(&self, id: ParamId, dst: &mut [f32]) -> Result<()> {
-        Ok(self.dir.read_f32(&self.names[id.index()], dst)?)
+    /// Reads elements of a parameter, from `start` on.
+    pub(crate) fn read(&self, id: ParamId, start: usize, dst: &mut [f32]) -> Result<()> {
+        Ok(self.dir.read_f32_at(&self.names[id.index()], start, dst)?)
     }
 }
 
@@ -196,7 +221,7 @@ mod tests {
         for (id, param) in graph.params.iter() {
             let n = param.shape.row_elems() as usize;
             let (mut read, mut made) = (vec![0.0; n], vec![0.0; n]);
-            source.read(id, &mut read).unwrap();
+            source.read(id, 0, &mut read).unwrap();
             fill_fresh(param, 3, 0, &mut made);
             assert_eq!(read, made, "{}", param.name);
         }

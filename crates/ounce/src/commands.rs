@@ -7,12 +7,13 @@ use std::sync::atomic::AtomicUsize;
 
 use ounce_train::{
     Architecture, BenchSettings, DoctorRecord, Environment, Error, GenerateSettings, InitSettings,
-    ModelShape, Optimizer, Result, Settings, format_bytes,
+    ModelShape, Optimizer, Precision, Result, Settings, format_bytes,
 };
 
 use crate::console::{Console, print_err, print_json, print_out};
 use crate::flags::{
-    BenchFlags, BenchStepFlags, BenchWhat, Command, DoctorFlags, GenerateFlags, InitFlags, RunFlags,
+    BenchFlags, BenchStepFlags, BenchWhat, Command, DoctorFlags, GenerateFlags, InitFlags,
+    PlanFlags, RunFlags,
 };
 
 /// Runs a command; `signal` holds the number of a signal that arrived.
@@ -96,10 +97,20 @@ fn init(flags: InitFlags) -> Result<()> {
     Ok(())
 }
 
-fn plan(flags: &RunFlags) -> Result<()> {
-    let settings = settings(flags)?;
+fn plan(flags: &PlanFlags) -> Result<()> {
+    let settings = settings(&flags.run)?;
+    if flags.explain.is_some() {
+        let rows = ounce_train::explain_precision(&settings)?;
+        if flags.run.json {
+            rows.iter().for_each(print_json);
+        } else {
+            let precision = settings.precision.unwrap_or_default();
+            print_out(&ounce_train::precision_table(precision, &rows));
+        }
+        return Ok(());
+    }
     let record = ounce_train::plan(&settings, &environment()?)?;
-    if flags.json {
+    if flags.run.json {
         print_json(&record);
     } else {
         print_out(&format!("{}\n", record.table.trim_end()));
@@ -169,9 +180,6 @@ fn generate(flags: GenerateFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
 }
 
 fn bench_step(flags: BenchStepFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
-    if flags.precision != "f32" {
-        return Err(Error::NotBuilt { what: format!("--precision {}", flags.precision) });
-    }
     let wanted = BenchSettings {
         model: flags.model,
         n_rows: flags.batch_size,
@@ -181,6 +189,7 @@ fn bench_step(flags: BenchStepFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
         memory: flags.memory,
         threads: flags.threads,
         seed: flags.seed,
+        precision: Precision::from_name(&flags.precision).unwrap_or_default(),
         optimizer: if flags.optimizer == "sgd" { Optimizer::Sgd } else { Optimizer::Adamw },
         learning_rate: flags.learning_rate,
         max_grad_norm: flags.max_grad_norm,

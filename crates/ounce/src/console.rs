@@ -80,8 +80,14 @@ impl Console {
         let left_s = self.start.map_or(0.0, |start| {
             start.elapsed().as_secs_f64() / r.step as f64 * (self.n_steps - r.step) as f64
         });
+        let scale = match (r.loss_scale, r.skipped) {
+            (Some(scale), true) => format!("  scale {scale:?} (skipped)"),
+            (Some(scale), false) => format!("  scale {scale:?}"),
+            (None, true) => "  (skipped)".to_owned(),
+            (None, false) => String::new(),
+        };
         format!(
-            "step {}/{}  loss {:.4}  {} tok/s  ETA {}  peak {}/{}",
+            "step {}/{}  loss {:.4}{scale}  {} tok/s  ETA {}  peak {}/{}",
             r.step,
             self.n_steps,
             r.loss,

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use ounce_train::Memory;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
 /// Trains transformer language models inside a memory budget that you state in bytes.
@@ -26,7 +26,7 @@ pub(crate) enum Command {
     /// Make a fresh model directory: config, random weights, tokenizer
     Init(InitFlags),
     /// Show what a run would take, without running it
-    Plan(RunFlags),
+    Plan(PlanFlags),
     /// Train a model inside a memory budget
     Train(RunFlags),
     /// Loss and perplexity of a model on a text
@@ -98,9 +98,13 @@ pub(crate) struct RunFlags {
     /// Seed of data order, dropout and sampling [default: 42]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Element type of the computation [default: f32]
+    /// What values are stored in [default: f32; where a model is read only, that of its run]
     #[arg(long, value_parser = ["f32", "bf16", "f16"])]
     precision: Option<String>,
+    /// Op classes that keep f32, as in norm=f32,rope=f32
+    #[arg(long, value_name = "CLASS=f32", value_delimiter = ',', value_parser = assignment)]
+    #[serde(serialize_with = "as_object")]
+    precision_overrides: Vec<(String, String)>,
 
     /// Rows per step, times the accumulation steps [default: 8]
     #[arg(long, value_name = "B", help_heading = "Optimization")]
@@ -144,6 +148,15 @@ pub(crate) struct RunFlags {
     /// Largest norm of the gradient; 0 is off [default: 1]
     #[arg(long, value_name = "X", help_heading = "Optimization")]
     max_grad_norm: Option<f64>,
+    /// f16: first loss scale, a power of two [default: 65536]
+    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    init_loss_scale: Option<f64>,
+    /// f16: take a class of ops that overflows three times back to f32
+    #[arg(long, help_heading = "Optimization")]
+    f16_demote: bool,
+    /// A step whose loss or gradient is not finite ends the run, or is skipped [default: stop]
+    #[arg(long, value_parser = ["stop", "skip"], help_heading = "Optimization")]
+    on_nonfinite: Option<String>,
     /// Dropout of embedding and residual branches [default: 0]
     #[arg(long, value_name = "P", help_heading = "Optimization")]
     dropout: Option<f64>,
@@ -179,8 +192,6 @@ pub(crate) struct RunFlags {
     override_begun: bool,
     // Named by the contract and refused by `Settings::resolve`.
     #[arg(long, hide = true)]
-    init_loss_scale: Option<f64>,
-    #[arg(long, hide = true)]
     packing: bool,
     #[arg(long, hide = true)]
     use_peft: bool,
@@ -198,6 +209,17 @@ pub(crate) struct RunFlags {
     scratch_limit: Option<String>,
 }
 
+/// `class=dtype` as a pair.
+fn assignment(text: &str) -> Result<(String, String), String> {
+    let pair = text.split_once('=').ok_or_else(|| format!("`{text}` is not of the form norm=f32"));
+    pair.map(|(class, dtype)| (class.to_owned(), dtype.to_owned()))
+}
+
+/// Pairs as an object.
+fn as_object<S: Serializer>(pairs: &[(String, String)], s: S) -> Result<S::Ok, S::Error> {
+    s.collect_map(pairs.iter().map(|(key, value)| (key, value)))
+}
+
 impl RunFlags {
     /// The settings that were given, as an object.
     pub(crate) fn given(&self) -> Map<String, Value> {
@@ -207,6 +229,7 @@ impl RunFlags {
         flags.retain(|_, v| match v {
             Value::Null | Value::Bool(false) => false,
             Value::Array(items) => !items.is_empty(),
+            Value::Object(items) => !items.is_empty(),
             _ => true,
         });
         flags
@@ -218,6 +241,15 @@ pub(crate) struct DoctorFlags {
     /// Print one JSON line on stdout
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlanFlags {
+    #[command(flatten)]
+    pub(crate) run: RunFlags,
+    /// Show the table of op classes and what they are stored in, instead of the plan
+    #[arg(long, value_parser = ["precision"])]
+    pub(crate) explain: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -319,7 +351,7 @@ pub(crate) struct BenchStepFlags {
     /// Seed of weights and batch
     #[arg(long, value_name = "N", default_value_t = 1337)]
     pub(crate) seed: u64,
-    /// Element type of the computation
+    /// What values are stored in
     #[arg(long, value_parser = ["f32", "bf16", "f16"], default_value = "f32")]
     pub(crate) precision: String,
     /// Update rule

@@ -519,6 +519,7 @@ pub(crate) fn step_inputs(step: u64, grad_scale: f32, rows: &[RowSpan]) -> StepI
     StepInputs {
         seed: SEED,
         step,
+        update: step,
         grad_scale,
         loss_scale: 1.0,
         lr: HYPER.lr as f32,

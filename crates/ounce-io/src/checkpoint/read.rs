@@ -135,4 +135,12 @@ impl Checkpoint {
     pub fn read_state(&self, state: &str, param: &str, dst: &mut [f32]) -> Result<(), IoError> {
         self.optimizer.read_f32(&state_name(state, param), dst)
     }
+
+    /// Reads one state of a parameter that is 16-bit integers.
+    ///
+    /// # Errors
+    /// `BadTensor` where it is missing, of another type or length; `Read`.
+    pub fn read_state_i16(&self, state: &str, param: &str, dst: &mut [i16]) -> Result<(), IoError> {
+        self.optimizer.read_i16(&state_name(state, param), dst)
+    }
 }

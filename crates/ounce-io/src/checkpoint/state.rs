@@ -4,6 +4,7 @@
 //! (step, row, position), and so is the order of the data. Numbers are written in the shortest form that reads back
 //! as the same bits.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -27,7 +28,7 @@ pub struct DataCursor {
 }
 
 /// Where the dynamic loss scale of f16 stands.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ScalerState {
     /// The factor of the loss.
@@ -36,6 +37,9 @@ pub struct ScalerState {
     pub n_good_steps: u64,
     /// Steps that were skipped since the run began.
     pub n_skipped_steps: u64,
+    /// Overflows by class of ops.
+    #[serde(default)]
+    pub strikes: BTreeMap<String, u32>,
 }
 
 /// Where a run stands, apart from its tensors.
@@ -85,7 +89,7 @@ impl TrainerState {
                 .into(),
         };
         let is_finite = self.last_losses.iter().all(|loss| loss.is_finite())
-            && self.scaler.is_none_or(|scaler| scaler.scale.is_finite());
+            && self.scaler.as_ref().is_none_or(|scaler| scaler.scale.is_finite());
         if !is_finite {
             return Err(unusable("a number is not finite".into()));
         }
@@ -154,7 +158,12 @@ mod tests {
             code_version: "0.1.0".into(),
             tokens_seen: 1 << 40,
             last_losses: vec![1.0 / 3.0, f64::MIN_POSITIVE, 3.0e300],
-            scaler: Some(ScalerState { scale: 0.1, n_good_steps: 1, n_skipped_steps: 1 }),
+            scaler: Some(ScalerState {
+                scale: 0.1,
+                n_good_steps: 1,
+                n_skipped_steps: 1,
+                strikes: BTreeMap::from([("linear".to_owned(), 2)]),
+            }),
         }
     }
 

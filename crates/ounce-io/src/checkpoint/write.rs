@@ -88,13 +88,22 @@ impl CheckpointWriter {
         Ok(Self { temp, output_dir: output_dir.into(), step, needed_bytes, files: Vec::new() })
     }
 
-    /// Copies configuration and tokenizer from a model directory, byte for byte.
+    /// Copies configuration and tokenizer from a model directory, byte for byte; `config` is the text
+    /// of `config.json` where it is another.
     ///
     /// # Errors
     /// `Missing` without a `config.json`, `Read`, `Save`.
-    pub fn copy_side_files(&mut self, model_dir: &Path) -> Result<(), IoError> {
+    pub fn copy_side_files(
+        &mut self,
+        model_dir: &Path,
+        config: Option<&str>,
+    ) -> Result<(), IoError> {
         open_regular(&model_dir.join("config.json"))?;
         for name in side_files(model_dir) {
+            if let (Some(text), "config.json") = (config, name) {
+                self.write_file(name, text.as_bytes())?;
+                continue;
+            }
             let path = model_dir.join(name);
             let mut source = open_regular(&path)?;
             let mut file = self.file(name)?;

@@ -116,17 +116,27 @@ impl SafetensorsDir {
     /// # Errors
     /// `BadTensor` where it is missing, of another type or length; `Read`.
     pub fn read_f32(&self, name: &str, dst: &mut [f32]) -> Result<(), IoError> {
-        let info = self.require(name)?;
-        if info.n_elems() != dst.len() {
-            let reason = format!(
-                "has {} elements (shape {:?}), but {} are needed",
-                info.n_elems(),
-                info.shape,
-                dst.len()
-            );
+        self.require_elems(name, dst.len())?;
+        self.read_f32_at(name, 0, dst)
+    }
+
+    /// Reads a whole I16 tensor.
+    ///
+    /// # Errors
+    /// `BadTensor` where it is missing, of another type or length; `Read`.
+    pub fn read_i16(&self, name: &str, dst: &mut [i16]) -> Result<(), IoError> {
+        let info = self.require_elems(name, dst.len())?;
+        if info.dtype != Dtype::I16 {
+            let reason = format!("has type {}, but I16 is needed", info.dtype.name());
             return Err(self.bad_tensor(info, reason, BELONG_TOGETHER));
         }
-        self.read_f32_at(name, 0, dst)
+        let mut buffer = [0; CHUNK_BYTES];
+        for (i, part) in dst.chunks_mut(CHUNK_BYTES / 2).enumerate() {
+            let bytes = &mut buffer[..part.len() * 2];
+            self.read_exact_bytes(name, (i * CHUNK_BYTES) as u64, bytes)?;
+            convert(part, bytes, i16::from_le_bytes);
+        }
+        Ok(())
     }
 
     /// Reads elements `start_elem..start_elem + dst.len()` of an F32, F16 or BF16 tensor as f32.
@@ -174,6 +184,17 @@ impl SafetensorsDir {
         file.read_exact_at(dst, info.offset + start).map_err(|e| IoError::reading(path, e))
     }
 
+    /// The tensor, if it has that many elements.
+    fn require_elems(&self, name: &str, n_elems: usize) -> Result<&TensorInfo, IoError> {
+        let info = self.require(name)?;
+        if info.n_elems() == n_elems {
+            return Ok(info);
+        }
+        let (n, shape) = (info.n_elems(), &info.shape);
+        let reason = format!("has {n} elements (shape {shape:?}), but {n_elems} are needed");
+        Err(self.bad_tensor(info, reason, BELONG_TOGETHER))
+    }
+
     fn require(&self, name: &str) -> Result<&TensorInfo, IoError> {
         self.get(name).ok_or_else(|| {
             let reason = format!("is missing among {} tensors", self.tensors.len());
@@ -201,7 +222,7 @@ impl SafetensorsDir {
 }
 
 /// Converts little-endian elements of `N` bytes.
-fn convert<const N: usize>(dst: &mut [f32], bytes: &[u8], widen: impl Fn([u8; N]) -> f32) {
+fn convert<T, const N: usize>(dst: &mut [T], bytes: &[u8], widen: impl Fn([u8; N]) -> T) {
     let (elems, rest) = bytes.as_chunks::<N>();
     debug_assert!(rest.is_empty() && elems.len() == dst.len());
     for (x, &elem) in dst.iter_mut().zip(elems) {

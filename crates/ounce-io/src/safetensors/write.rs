@@ -144,6 +144,26 @@ impl<F: ByteSink> SafetensorsWriter<F> {
         Ok(())
     }
 
+    /// Writes one whole I16 tensor, the next in declared order.
+    ///
+    /// # Errors
+    /// `Write`.
+    ///
+    /// # Panics
+    /// If `name` is not the next tensor, `data` has another length, or the type on disk is not I16.
+    pub fn write_tensor_i16(&mut self, name: &str, data: &[i16]) -> Result<(), IoError> {
+        let dtype = self.due(name, |_| size_of_val(data) as u64);
+        assert_eq!(dtype, Dtype::I16, "type on disk of tensor `{name}`");
+        let mut buffer = [0; CHUNK_BYTES];
+        for part in data.chunks(CHUNK_BYTES / 2) {
+            let bytes = &mut buffer[..part.len() * 2];
+            convert(bytes, part, i16::to_le_bytes);
+            self.file.write_all(bytes)?;
+        }
+        assert_eq!(self.n_missing_bytes_of(name), 0, "tensor `{name}` is incomplete");
+        Ok(())
+    }
+
     /// Writes the next bytes of the next tensor in declared order, whatever its type.
     ///
     /// # Errors
@@ -251,7 +271,7 @@ fn header_text(
 }
 
 /// Converts to little-endian elements of `N` bytes.
-fn convert<const N: usize>(bytes: &mut [u8], src: &[f32], narrow: impl Fn(f32) -> [u8; N]) {
+fn convert<T: Copy, const N: usize>(bytes: &mut [u8], src: &[T], narrow: impl Fn(T) -> [u8; N]) {
     let (elems, rest) = bytes.as_chunks_mut::<N>();
     debug_assert!(rest.is_empty() && elems.len() == src.len());
     for (elem, &x) in elems.iter_mut().zip(src) {

@@ -1,5 +1,6 @@
 //! A run of a model with a handful of numbers, whose checkpoints take a millisecond to save.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -55,7 +56,7 @@ impl SmallRun {
     ) -> Result<PathBuf, IoError> {
         let needed_bytes = checkpoint_bytes(&self.weights, &self.optimizer, &self.model_dir)?;
         let mut writer = CheckpointWriter::begin_on(disk, output_dir, step, needed_bytes)?;
-        writer.copy_side_files(&self.model_dir)?;
+        writer.copy_side_files(&self.model_dir, None)?;
         writer.write_file("run.yaml", format!("max_steps: {step}\n").as_bytes())?;
         write_tensors(writer.weights(&self.weights)?, &self.weights, step)?;
         write_tensors(writer.optimizer(&self.optimizer)?, &self.optimizer, step)?;
@@ -115,6 +116,7 @@ impl SmallRun {
                 scale: 65536.0,
                 n_good_steps: step,
                 n_skipped_steps: step / 8,
+                strikes: BTreeMap::new(),
             }),
         }
     }

@@ -12,10 +12,8 @@ fn what_is_not_built_is_refused_as_such() {
         "prune",
         "export --model x --format gguf",
         "data inspect",
-        "train --precision bf16",
         "train --use-peft --lora-r 8",
         "train --packing",
-        "bench step --model gpt2 --precision f16",
     ] {
         let error = lab.fail(2, &words(line));
         assert!(error.contains("not built yet"), "{line}: {error}");
