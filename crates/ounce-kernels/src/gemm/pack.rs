@@ -235,7 +235,7 @@ fn gather_panels<S: Source>(
     }
 }
 
-/// Rows are neighbours in memory: copies of neighbours.
+/// Rows are neighbours in memory: copies of neighbours, for the widths of tiles a constant number.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,f16c")]
 fn copy_panels<S: Source>(
@@ -245,32 +245,63 @@ fn copy_panels<S: Source>(
     depth: Range<usize>,
     width: usize,
 ) {
+    match width {
+        4 => copy_panels_of::<S, 4>(dst, src, rows, depth),
+        6 => copy_panels_of::<S, 6>(dst, src, rows, depth),
+        12 => copy_panels_of::<S, 12>(dst, src, rows, depth),
+        16 => copy_panels_of::<S, 16>(dst, src, rows, depth),
+        32 => copy_panels_of::<S, 32>(dst, src, rows, depth),
+        64 => copy_panels_of::<S, 64>(dst, src, rows, depth),
+        _ => gather_panels::<S>(dst, src, rows, depth, width),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c")]
+fn copy_panels_of<S: Source, const W: usize>(
+    dst: &mut [f32],
+    src: &Strided<'_, S::Elem>,
+    rows: Range<usize>,
+    depth: Range<usize>,
+) {
     let units = depth.len().div_ceil(S::DEPTHS);
     // Units of which all depths exist.
     let whole = depth.len() / S::DEPTHS;
-    let beyond_unit = (S::DEPTHS - 1) * src.col_stride + LANES;
+    // From the first row of a unit to behind what its last vector reads.
+    let reach = W.next_multiple_of(LANES) + (S::DEPTHS - 1) * src.col_stride;
     for first in (0..units).step_by(COPY_UNITS) {
-        let panels = dst.chunks_exact_mut(width * units);
-        for (panel, i) in panels.zip(rows.clone().step_by(width)) {
-            let height = width.min(rows.end - i);
-            for unit in first..(first + COPY_UNITS).min(units) {
+        let some = first..(first + COPY_UNITS).min(units);
+        let panels = dst.chunks_exact_mut(W * units);
+        for (panel, i) in panels.zip(rows.clone().step_by(W)) {
+            let part = &mut panel[some.start * W..some.end * W];
+            for (dst, unit) in part.as_chunks_mut::<W>().0.iter_mut().zip(some.clone()) {
                 let p = depth.start + unit * S::DEPTHS;
-                for r in (0..width).step_by(LANES) {
-                    let dst = &mut panel[unit * width + r..][..LANES.min(width - r)];
-                    let at = p * src.col_stride + i + r;
-                    if height == width && unit < whole && at + beyond_unit <= src.data.len() {
-                        // SAFETY: eight elements at both depths exist; not all need to be ours.
-                        let v =
-                            unsafe { S::across_rows(src.data.as_ptr().add(at), src.col_stride) };
-                        store_lanes(dst, v);
-                    } else {
-                        for (row, dst) in (i + r..).zip(dst) {
-                            *dst = unit_or_zero::<S>(src, row, p, &rows, &depth);
-                        }
+                let at = p * src.col_stride + i;
+                if i + W <= rows.end && unit < whole && at + reach <= src.data.len() {
+                    // SAFETY: all that is read exists, though not all of it need be ours.
+                    unsafe { copy_unit::<S, W>(dst, src.data.as_ptr().add(at), src.col_stride) };
+                } else {
+                    for (row, dst) in (i..).zip(dst) {
+                        *dst = unit_or_zero::<S>(src, row, p, &rows, &depth);
                     }
                 }
             }
         }
+    }
+}
+
+/// A unit of `W` rows, which are neighbours at `p`.
+///
+/// # Safety
+/// `W` rounded up to whole vectors of elements exist there and, for a second depth, `next` on.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+unsafe fn copy_unit<S: Source, const W: usize>(dst: &mut [f32; W], p: *const S::Elem, next: usize) {
+    for r in (0..W).step_by(LANES) {
+        // SAFETY: the caller's promise.
+        let v = unsafe { S::across_rows(p.add(r), next) };
+        store_lanes(&mut dst[r..W.min(r + LANES)], v);
     }
 }
 
