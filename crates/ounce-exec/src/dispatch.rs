@@ -3,7 +3,7 @@
 //! Everything numeric is in the kernels; here operands meet parameters of kernels, and the few
 //! scalars of the update are worked out.
 
-use ounce_ir::{AttentionSpec, GeluKind, OpKind, RopeTable, WeightLayout};
+use ounce_ir::{AttentionSpec, Gate, GeluKind, OpKind, RopeTable, WeightLayout};
 use ounce_kernels::attention::{
     HeadsMut, HeadsRef, RowSpan, attention_backward, attention_forward,
 };
@@ -56,9 +56,10 @@ pub(crate) fn dispatch(op: &OpSpec, mut o: Operands<'_>, cx: &Context<'_>) {
             let (x, w, b) = (o.input_view(0), o.weight(0), o.weight_if_any(1));
             norm::layer_norm_forward(pool, o.output_view(0), x, w, b, eps, o.input_width(0));
         }
-        OpKind::RmsNorm { eps } => {
-            let (x, w, c) = (o.input_view(0), o.weight(0), o.input_width(0));
-            norm::rms_norm_forward(pool, o.output_view(0), x, w, eps, c);
+        OpKind::RmsNorm { eps, unit_offset } => {
+            let (x, w) = (o.input_view(0), o.weight(0));
+            let offset = f32::from(unit_offset);
+            norm::rms_norm_forward(pool, o.output_view(0), x, w, eps, offset, w.len());
         }
         OpKind::LayerNormGrad { eps, .. } => {
             let NormGrads { dx, dw, db, scratch } = NormGrads::new(op, &mut o);
@@ -66,11 +67,11 @@ pub(crate) fn dispatch(op: &OpSpec, mut o: Operands<'_>, cx: &Context<'_>) {
             let c = o.input_width(0);
             norm::layer_norm_backward(pool, dx, dw, db, dy, x, w, eps, c, scratch);
         }
-        OpKind::RmsNormGrad { eps } => {
+        OpKind::RmsNormGrad { eps, unit_offset } => {
             let NormGrads { dx, dw, scratch, .. } = NormGrads::new(op, &mut o);
             let (x, dy, w) = (o.input_view(0), o.input_view(1), o.weight(0));
-            let c = o.input_width(0);
-            norm::rms_norm_backward(pool, dx, dw, dy, x, w, eps, c, scratch);
+            let offset = f32::from(unit_offset);
+            norm::rms_norm_backward(pool, dx, dw, dy, x, w, eps, offset, w.len(), scratch);
         }
         OpKind::Rope { table, n_heads, head_dim, inverse } => {
             let RopeTable { inv_freq, scale } = &cx.rope_tables[table.0 as usize];
@@ -84,13 +85,27 @@ pub(crate) fn dispatch(op: &OpSpec, mut o: Operands<'_>, cx: &Context<'_>) {
         OpKind::GeluGrad(kind) => {
             activation::gelu_backward(pool, o.in_out(0, 1), o.input_view(0), gelu(kind));
         }
-        OpKind::Swiglu => {
+        OpKind::Glu { gate: kind, packed: false } => {
             let y = InOut::separate(o.output_view(0), o.input_view(0));
-            activation::swiglu_forward(pool, y, o.input_view(1));
+            activation::glu_forward(pool, y, o.input_view(1), gate(kind));
         }
-        OpKind::SwigluGrad => {
+        OpKind::Glu { gate: kind, packed: true } => {
+            let (y, x, width) = (o.output_view(0), o.input_view(0), o.output_width(0));
+            activation::glu_packed_forward(pool, y, x, width, gate(kind));
+        }
+        OpKind::GluGrad { gate: kind, packed: false } => {
             let (dgate, dup) = (o.in_out(0, 0), o.in_out(1, 1));
-            activation::swiglu_backward(pool, dgate, dup, o.input_view(2));
+            activation::glu_backward(pool, dgate, dup, o.input_view(2), gate(kind));
+        }
+        OpKind::GluGrad { gate: kind, packed: true } => {
+            let (dx, x, dy) = (o.output_view(0), o.input_view(0), o.input_view(1));
+            let width = o.input_width(1);
+            activation::glu_packed_backward(pool, dx, dy, x, width, gate(kind));
+        }
+        OpKind::Scale { factor } => elementwise::scale(pool, o.in_out(0, 0), factor),
+        OpKind::SoftCap { cap } => activation::soft_cap_forward(pool, o.in_out(0, 0), cap),
+        OpKind::SoftCapGrad { cap } => {
+            activation::soft_cap_backward(pool, o.in_out(0, 1), o.input_view(0), cap);
         }
         OpKind::Add => {
             // Addition commutes bit for bit, so either input may hand on its place.
@@ -103,18 +118,18 @@ pub(crate) fn dispatch(op: &OpSpec, mut o: Operands<'_>, cx: &Context<'_>) {
             let (c, first) = (o.output_width(0), cx.first_token as usize);
             elementwise::dropout(pool, o.in_out(0, 0), c, p, key, first);
         }
-        OpKind::CrossEntropy => {
+        OpKind::CrossEntropy { soft_cap } => {
             let (x, targets, w) = (o.input_view(0), o.input(1), o.weight(0));
             let chunk = cx.n_tokens as usize;
-            head::head_forward(pool, o.output(0), x, w, targets, chunk, o.scratch());
+            head::head_forward(pool, o.output(0), x, w, targets, soft_cap, chunk, o.scratch());
         }
-        OpKind::CrossEntropyTrain => {
+        OpKind::CrossEntropyTrain { soft_cap } => {
             let (loss, dx, dw, scratch) =
                 (o.output(0), o.output_view(1), o.sum_if_any(0), o.scratch());
             let (x, targets, w) = (o.input_view(0), o.input(1), o.weight(0));
             let scale = cx.inputs.grad_scale * cx.inputs.loss_scale;
-            let chunk = cx.n_tokens as usize;
-            head::head_train(pool, loss, dx, dw, x, w, targets, scale, chunk, scratch);
+            let (cap, chunk) = (soft_cap, cx.n_tokens as usize);
+            head::head_train(pool, loss, dx, dw, x, w, targets, cap, scale, chunk, scratch);
         }
         OpKind::EmbedGradRows => elementwise::copy(pool, o.sum_view(), o.input_view(0)),
         OpKind::EmbedScatter => {
@@ -251,6 +266,13 @@ fn gelu(kind: GeluKind) -> activation::GeluKind {
     match kind {
         GeluKind::Tanh => activation::GeluKind::Tanh,
         GeluKind::Erf => activation::GeluKind::Erf,
+    }
+}
+
+fn gate(kind: Gate) -> activation::Gate {
+    match kind {
+        Gate::Silu => activation::Gate::Silu,
+        Gate::Gelu(kind) => activation::Gate::Gelu(gelu(kind)),
     }
 }
 

@@ -30,7 +30,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use half::{bf16, f16};
-use ounce_ir::{DType, GeluKind, Graph, Lead, OpId, OpKind, RopeTable, WeightLayout};
+use ounce_ir::{DType, Gate, GeluKind, Graph, Lead, OpId, OpKind, RopeTable, WeightLayout};
 use ounce_kernels::attention::RowSpan;
 use ounce_kernels::elementwise;
 use ounce_kernels::optim::any_nonfinite;
@@ -307,7 +307,8 @@ impl Problem {
             problem.unit_tokens = measured.row_stride();
             problem.n_tokens_max = measured.n_tokens();
             problem.tokens_ratio = measured.row_stride() as f64 / shape.row_stride() as f64;
-            problem.factor = (shape.row_tokens as f64 / row_tokens as f64).powi(2);
+            let of_row = |shape: &StepShape| flop(graph, op, shape, shape.row_tokens);
+            problem.factor = of_row(shape) / of_row(&measured);
         }
         problem
     }
@@ -365,7 +366,7 @@ impl Problem {
         match self.spec.kind {
             OpKind::Embed => width(1) / width(2),
             OpKind::EmbedScatter => width(2) / width(1),
-            OpKind::CrossEntropy | OpKind::CrossEntropyTrain => width(2) / width(0),
+            OpKind::CrossEntropy { .. } | OpKind::CrossEntropyTrain { .. } => width(2) / width(0),
             _ => GRANULE_TOKENS,
         }
     }
@@ -390,7 +391,7 @@ fn shrink(spec: &mut OpSpec, limit_bytes: u64) -> f64 {
             operands[table].row_elems = n_rows * n_channels;
             1.0
         }
-        OpKind::CrossEntropy | OpKind::CrossEntropyTrain => {
+        OpKind::CrossEntropy { .. } | OpKind::CrossEntropyTrain { .. } => {
             let n_channels = operands[0].row_elems;
             // The weight, its sum if there is one, and the logits.
             let most = share(first_output - 2) / (n_channels + GRANULE_TOKENS);
@@ -442,8 +443,10 @@ fn shrink(spec: &mut OpSpec, limit_bytes: u64) -> f64 {
         | OpKind::Rope { .. }
         | OpKind::Attention(_)
         | OpKind::Gelu(_)
-        | OpKind::Swiglu
+        | OpKind::Glu { .. }
         | OpKind::Add
+        | OpKind::Scale { .. }
+        | OpKind::SoftCap { .. }
         | OpKind::Dropout { .. }
         | OpKind::TakeRows
         | OpKind::BiasGrad
@@ -451,7 +454,8 @@ fn shrink(spec: &mut OpSpec, limit_bytes: u64) -> f64 {
         | OpKind::RmsNormGrad { .. }
         | OpKind::AttentionGrad(_)
         | OpKind::GeluGrad(_)
-        | OpKind::SwigluGrad
+        | OpKind::GluGrad { .. }
+        | OpKind::SoftCapGrad { .. }
         | OpKind::EmbedGradRows
         | OpKind::ClipScale => 1.0,
     }
@@ -471,9 +475,23 @@ fn attributes(kind: &OpKind, tables: &[RopeTable]) -> [u64; 4] {
         }
         OpKind::Attention(a) | OpKind::AttentionGrad(a) => {
             let (h, k, d) = (a.n_heads, a.n_kv_heads, a.head_dim);
-            [u64::from(h), u64::from(k), u64::from(d), u64::from(a.packed)]
+            // Three facts in one number: packed or not, capped or not, and the window.
+            let layout = u64::from(a.packed) + 2 * u64::from(a.soft_cap.is_some());
+            let window = a.window.map_or(0, u64::from);
+            [u64::from(h), u64::from(k), u64::from(d), layout + 4 * window]
         }
         OpKind::Gelu(g) | OpKind::GeluGrad(g) => [u64::from(g == GeluKind::Erf), 0, 0, 0],
+        OpKind::Glu { gate, packed } | OpKind::GluGrad { gate, packed } => {
+            let gate = match gate {
+                Gate::Silu => 0,
+                Gate::Gelu(GeluKind::Tanh) => 1,
+                Gate::Gelu(GeluKind::Erf) => 2,
+            };
+            [gate, u64::from(packed), 0, 0]
+        }
+        OpKind::CrossEntropy { soft_cap } | OpKind::CrossEntropyTrain { soft_cap } => {
+            [u64::from(soft_cap.is_some()), 0, 0, 0]
+        }
         _ => [0; 4],
     }
 }

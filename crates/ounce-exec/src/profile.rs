@@ -51,17 +51,22 @@ impl TimeClass {
             | OpKind::LinearGradInput { .. }
             | OpKind::LinearGradWeight { .. } => Self::Linear,
             OpKind::Attention(_) | OpKind::AttentionGrad(_) => Self::Attention,
-            OpKind::CrossEntropy | OpKind::CrossEntropyTrain => Self::Head,
+            OpKind::CrossEntropy { .. } | OpKind::CrossEntropyTrain { .. } => Self::Head,
             OpKind::LayerNorm { .. }
             | OpKind::LayerNormGrad { .. }
             | OpKind::RmsNorm { .. }
             | OpKind::RmsNormGrad { .. } => Self::Norm,
-            OpKind::Gelu(_) | OpKind::GeluGrad(_) | OpKind::Swiglu | OpKind::SwigluGrad => {
-                Self::Activation
-            }
-            OpKind::Add | OpKind::Rope { .. } | OpKind::Dropout { .. } | OpKind::BiasGrad => {
-                Self::Elementwise
-            }
+            OpKind::Gelu(_)
+            | OpKind::GeluGrad(_)
+            | OpKind::Glu { .. }
+            | OpKind::GluGrad { .. }
+            | OpKind::SoftCap { .. }
+            | OpKind::SoftCapGrad { .. } => Self::Activation,
+            OpKind::Add
+            | OpKind::Scale { .. }
+            | OpKind::Rope { .. }
+            | OpKind::Dropout { .. }
+            | OpKind::BiasGrad => Self::Elementwise,
             OpKind::SumSquares | OpKind::ClipScale | OpKind::AdamW | OpKind::Sgd => Self::Optimizer,
             OpKind::Embed | OpKind::TakeRows | OpKind::EmbedGradRows | OpKind::EmbedScatter => {
                 Self::Embedding

@@ -32,7 +32,7 @@ pub(crate) fn scratch_bytes(op: &OpSpec, n_tokens: u64, n_threads: usize) -> u64
             };
             f32s(gemm_scratch_elems(rows, cols, n, FloatType::F32, n_threads))
         }
-        OpKind::CrossEntropy | OpKind::CrossEntropyTrain => {
+        OpKind::CrossEntropy { .. } | OpKind::CrossEntropyTrain { .. } => {
             let n_channels = width(0);
             let x = float_type(op.operands[0].dtype);
             f32s(head_scratch_elems(n, width(op.n_inputs) / n_channels, n_channels, x, n_threads))
@@ -41,7 +41,8 @@ pub(crate) fn scratch_bytes(op: &OpSpec, n_tokens: u64, n_threads: usize) -> u64
             f32s(layer_norm_backward_scratch_elems(n, n_threads) + frozen_dw_elems(op))
         }
         OpKind::RmsNormGrad { .. } => {
-            f32s(rms_norm_backward_scratch_elems(n, n_threads) + frozen_dw_elems(op))
+            let n_groups = n * (width(0) / width(op.n_inputs));
+            f32s(rms_norm_backward_scratch_elems(n_groups, n_threads) + frozen_dw_elems(op))
         }
         OpKind::Attention(spec) => {
             f32s(attention_forward_scratch_elems(attention_dims(&spec), n_threads))
@@ -56,13 +57,16 @@ pub(crate) fn scratch_bytes(op: &OpSpec, n_tokens: u64, n_threads: usize) -> u64
         | OpKind::RmsNorm { .. }
         | OpKind::Rope { .. }
         | OpKind::Gelu(_)
-        | OpKind::Swiglu
+        | OpKind::Glu { .. }
         | OpKind::Add
+        | OpKind::Scale { .. }
+        | OpKind::SoftCap { .. }
         | OpKind::Dropout { .. }
         | OpKind::TakeRows
         | OpKind::BiasGrad
         | OpKind::GeluGrad(_)
-        | OpKind::SwigluGrad
+        | OpKind::GluGrad { .. }
+        | OpKind::SoftCapGrad { .. }
         | OpKind::EmbedGradRows
         | OpKind::ClipScale
         | OpKind::AdamW
@@ -82,7 +86,7 @@ fn float_type(dtype: DType) -> FloatType {
 
 /// The kernels of norm gradients always add to `dw`; a frozen norm lends them scratch for it.
 pub(crate) fn frozen_dw_elems(op: &OpSpec) -> usize {
-    if op.n_sums == 0 { op.operands[0].row_elems as usize } else { 0 }
+    if op.n_sums == 0 { op.operands[op.n_inputs].row_elems as usize } else { 0 }
 }
 
 /// The kernels' name for the sizes of an attention.
@@ -92,5 +96,7 @@ pub(crate) fn attention_dims(spec: &AttentionSpec) -> AttentionDims {
         n_kv_heads: spec.n_kv_heads as usize,
         head_dim: spec.head_dim as usize,
         scale: spec.scale,
+        window: spec.window.map(|window| window as usize),
+        soft_cap: spec.soft_cap,
     }
 }

@@ -48,11 +48,11 @@ fn a_pool_of_another_size_is_refused() {
 fn overlapping_operands_are_refused_by_instruction() {
     let mut at = 0;
     let error = refused(|graph, plan| {
-        let (i, operands) = first(graph, plan, |k| matches!(k, OpKind::Swiglu));
+        let (i, operands) = first(graph, plan, |k| matches!(k, OpKind::Glu { .. }));
         operands[2] = operands[0];
         at = i;
     });
-    let ExecError::Operand { instr, op: "swiglu", what } = error else { panic!("{error}") };
+    let ExecError::Operand { instr, op: "glu", what } = error else { panic!("{error}") };
     assert_eq!(instr, at);
     assert!(what.contains("overlaps"), "{what}");
 }

@@ -5,9 +5,9 @@
 //! that a later stage reads from the one before becomes its cut value.
 
 use crate::{
-    AttentionSpec, DType, GeluKind, Graph, InferError, Init, InputKind, Op, OpKind, Param, ParamId,
-    Phase, RandomSite, RopeTable, RopeTableId, Shape, Stage, Use, Value, ValueId, ValueKind,
-    WeightLayout, infer_outputs,
+    AttentionSpec, DType, Gate, GeluKind, Graph, InferError, Init, InputKind, Op, OpKind, Param,
+    ParamId, Phase, RandomSite, RopeTable, RopeTableId, Shape, Stage, Use, Value, ValueId,
+    ValueKind, WeightLayout, infer_outputs,
 };
 
 /// Builds a forward graph.
@@ -95,19 +95,24 @@ impl GraphBuilder {
         self.push(kind, &[x], &[Some(w), b].into_iter().flatten().collect::<Vec<_>>())
     }
 
-    /// RMS normalization over the last dimension.
+    /// RMS normalization of every group of channels as wide as `w`.
     pub fn rms_norm(&mut self, x: ValueId, w: ParamId, eps: f32) -> ValueId {
-        self.push(OpKind::RmsNorm { eps }, &[x], &[w])
+        self.push(OpKind::RmsNorm { eps, unit_offset: false }, &[x], &[w])
     }
 
-    /// Rotary position embedding of `n_heads` heads side by side.
+    /// As [`GraphBuilder::rms_norm`], multiplied with `1 + w` instead of `w`.
+    pub fn rms_norm_unit_offset(&mut self, x: ValueId, w: ParamId, eps: f32) -> ValueId {
+        self.push(OpKind::RmsNorm { eps, unit_offset: true }, &[x], &[w])
+    }
+
+    /// Rotary position embedding of the first `n_heads` of the heads side by side in `x`.
     pub fn rope(&mut self, x: ValueId, table: RopeTableId, n_heads: u32, head_dim: u32) -> ValueId {
         let positions = self.input(InputKind::Positions);
         let kind = OpKind::Rope { table, n_heads, head_dim, inverse: false };
         self.push(kind, &[x, positions], &[])
     }
 
-    /// Causal attention of separate q, k and v.
+    /// Causal attention of q, k and v, separate or packed.
     pub fn attention(&mut self, qkv: &[ValueId], spec: AttentionSpec) -> ValueId {
         self.push(OpKind::Attention(spec), qkv, &[])
     }
@@ -119,7 +124,28 @@ impl GraphBuilder {
 
     /// `silu(gate) * up`.
     pub fn swiglu(&mut self, gate: ValueId, up: ValueId) -> ValueId {
-        self.push(OpKind::Swiglu, &[gate, up], &[])
+        self.glu(&[gate, up], Gate::Silu)
+    }
+
+    /// `act(gate) * up` of two values, or of one that holds both side by side.
+    pub fn glu(&mut self, gate_and_up: &[ValueId], gate: Gate) -> ValueId {
+        self.push(OpKind::Glu { gate, packed: gate_and_up.len() == 1 }, gate_and_up, &[])
+    }
+
+    /// `factor * x`; `x` itself if the factor is 1.
+    pub fn scale(&mut self, x: ValueId, factor: f32) -> ValueId {
+        if factor == 1.0 {
+            return x;
+        }
+        self.push(OpKind::Scale { factor }, &[x], &[])
+    }
+
+    /// `cap * tanh(x / cap)`; `x` itself without a cap.
+    pub fn soft_cap(&mut self, x: ValueId, cap: Option<f32>) -> ValueId {
+        match cap {
+            Some(cap) => self.push(OpKind::SoftCap { cap }, &[x], &[]),
+            None => x,
+        }
     }
 
     /// `a + b`.
@@ -145,8 +171,18 @@ impl GraphBuilder {
 
     /// The fused head: loss of every token, never all logits. `w` is `[V, C]`.
     pub fn cross_entropy(&mut self, x: ValueId, w: ParamId) -> ValueId {
+        self.cross_entropy_capped(x, w, None)
+    }
+
+    /// As [`GraphBuilder::cross_entropy`], of logits `l` that become `cap * tanh(l / cap)` first.
+    pub fn cross_entropy_capped(
+        &mut self,
+        x: ValueId,
+        w: ParamId,
+        soft_cap: Option<f32>,
+    ) -> ValueId {
         let targets = self.input(InputKind::Targets);
-        let loss = self.push(OpKind::CrossEntropy, &[x, targets], &[w]);
+        let loss = self.push(OpKind::CrossEntropy { soft_cap }, &[x, targets], &[w]);
         self.graph.values[loss].kind = ValueKind::Loss;
         loss
     }

@@ -125,16 +125,23 @@ impl Rule<'_> {
             OpKind::Embed => self.embed(),
             OpKind::Linear { layout, bias } => self.linear(layout, bias),
             OpKind::LayerNorm { bias, .. } => self.norm(1 + usize::from(bias)),
-            OpKind::RmsNorm { .. } => self.norm(1),
+            OpKind::RmsNorm { .. } => {
+                self.arity(1, 1, &[0])?;
+                same(self.groups()?)
+            }
             OpKind::Rope { n_heads, head_dim, table, .. } => {
                 self.rope(u64::from(n_heads) * u64::from(head_dim), head_dim, table)
             }
             OpKind::Attention(spec) => self.attention(&spec),
-            OpKind::Gelu(_) | OpKind::Dropout { .. } => {
+            OpKind::Gelu(_)
+            | OpKind::Dropout { .. }
+            | OpKind::Scale { .. }
+            | OpKind::SoftCap { .. } => {
                 self.arity(1, 0, &[0])?;
                 same(self.matrix(0)?)
             }
-            OpKind::Swiglu | OpKind::Add => {
+            OpKind::Glu { packed, .. } => self.glu(packed),
+            OpKind::Add => {
                 self.arity(2, 0, &[0])?;
                 let s = self.matrix(0)?;
                 self.want_float(1, &s)?;
@@ -146,8 +153,8 @@ impl Rule<'_> {
                 self.want(1, &Shape::selected(&[]), DType::I32)?;
                 same(Shape::selected(&s.dims))
             }
-            OpKind::CrossEntropy => self.cross_entropy(false),
-            OpKind::CrossEntropyTrain => self.cross_entropy(true),
+            OpKind::CrossEntropy { .. } => self.cross_entropy(false),
+            OpKind::CrossEntropyTrain { .. } => self.cross_entropy(true),
             OpKind::LinearGradInput { layout } => self.linear_grad_input(layout),
             OpKind::LinearGradWeight { layout } => self.linear_grad_weight(layout),
             OpKind::BiasGrad => {
@@ -157,21 +164,15 @@ impl Rule<'_> {
                 Ok(Vec::new())
             }
             OpKind::LayerNormGrad { bias, .. } => self.norm_grad(1 + usize::from(bias)),
-            OpKind::RmsNormGrad { .. } => self.norm_grad(1),
+            OpKind::RmsNormGrad { .. } => self.rms_norm_grad(),
             OpKind::AttentionGrad(spec) => self.attention_grad(&spec),
-            OpKind::GeluGrad(_) => {
+            OpKind::GeluGrad(_) | OpKind::SoftCapGrad { .. } => {
                 self.arity(2, 0, &[0])?;
                 let s = self.matrix(0)?;
                 self.want_float(1, &s)?;
                 same(s)
             }
-            OpKind::SwigluGrad => {
-                self.arity(3, 0, &[0])?;
-                let s = self.matrix(0)?;
-                self.want_float(1, &s)?;
-                self.want_float(2, &s)?;
-                Ok(vec![(s.clone(), DType::F32), (s, DType::F32)])
-            }
+            OpKind::GluGrad { packed, .. } => self.glu_grad(packed),
             OpKind::EmbedGradRows => {
                 self.arity(1, 0, &[1])?;
                 let s = self.matrix(0)?;
@@ -239,17 +240,71 @@ impl Rule<'_> {
         same(x)
     }
 
+    /// The shape of input 0, whose channels are whole groups as wide as the first use.
+    fn groups(&self) -> Result<Shape, InferError> {
+        let x = self.matrix(0)?;
+        let p = &self.graph.params[self.graph.param_of(self.op.uses[0])];
+        match p.shape.dims[..] {
+            [c] if c > 0 && x.last().is_multiple_of(c) => Ok(x),
+            _ => self.fail(format!(
+                "use 0 ({}) is {}, needs one dimension that divides {}",
+                p.name,
+                p.shape,
+                x.last()
+            )),
+        }
+    }
+
+    fn rms_norm_grad(&self) -> Result<Vec<(Shape, DType)>, InferError> {
+        self.arity(2, 1, &[0, 1])?;
+        let x = self.groups()?;
+        self.want_float(1, &x)?;
+        if !self.op.sums.is_empty() {
+            let p = &self.graph.params[self.graph.param_of(self.op.uses[0])];
+            self.want_sum(0, &p.shape)?;
+        }
+        same(x)
+    }
+
+    /// Gate and up of a gated linear unit, from input 0 on; returns the shape of one of them.
+    fn gate_and_up(&self, packed: bool) -> Result<Shape, InferError> {
+        let s = self.matrix(0)?;
+        if !packed {
+            self.want_float(1, &s)?;
+            return Ok(s);
+        }
+        if !s.last().is_multiple_of(2) {
+            return self.fail(format!("input 0 is {s}, needs gate and up of one width"));
+        }
+        Ok(Shape { lead: s.lead, dims: vec![s.last() / 2] })
+    }
+
+    fn glu(&self, packed: bool) -> Result<Vec<(Shape, DType)>, InferError> {
+        self.arity(2 - usize::from(packed), 0, &[0])?;
+        same(self.gate_and_up(packed)?)
+    }
+
+    fn glu_grad(&self, packed: bool) -> Result<Vec<(Shape, DType)>, InferError> {
+        let n = 2 - usize::from(packed);
+        self.arity(n + 1, 0, &[0])?;
+        self.want_float(n, &self.gate_and_up(packed)?)?;
+        Ok((0..n).map(|i| (self.shape(i).clone(), DType::F32)).collect())
+    }
+
     fn rope(
         &self,
-        width: u64,
+        turned: u64,
         head_dim: u32,
         table: crate::RopeTableId,
     ) -> Result<Vec<(Shape, DType)>, InferError> {
         self.arity(2, 0, &[0])?;
-        self.want_float(0, &Shape::tokens(&[width]))?;
+        let x = self.matrix(0)?;
+        if x.lead != Lead::Tokens || x.last() < turned {
+            return self.fail(format!("input 0 is {x}, needs at least {turned} columns to turn"));
+        }
         self.want(1, &Shape::tokens(&[]), DType::I32)?;
         match self.graph.rope_tables.get(table) {
-            Some(t) if 2 * t.inv_freq.len() <= head_dim as usize => same(Shape::tokens(&[width])),
+            Some(t) if 2 * t.inv_freq.len() <= head_dim as usize => same(x),
             Some(t) => self.fail(format!(
                 "table {table} rotates {} elements, the head has {head_dim}",
                 2 * t.inv_freq.len()

@@ -55,7 +55,7 @@ pub use graph::{
     RopeTableId, Stage, StageId, StateSpec, Use, UseId, Value, ValueId, ValueKind,
 };
 pub use infer::{InferError, infer_outputs};
-pub use op::{AttentionSpec, GeluKind, Op, OpId, OpKind, WeightLayout};
+pub use op::{AttentionSpec, Gate, GeluKind, Op, OpId, OpKind, WeightLayout};
 pub use parse::ParseError;
 pub use shape::{Lead, Shape};
 pub use verify::{VerifyError, verify};

@@ -8,15 +8,17 @@
 //! | `embed` | idx `[N]` | table `[V,C]` | | y `[N,C]`; a negative index gives a zero row |
 //! | `linear` | x `[N,K]` | w, (b `[M]`) | | y `[N,M]` |
 //! | `layer_norm` | x `[N,C]` | w `[C]`, (b `[C]`) | | y `[N,C]` |
-//! | `rms_norm` | x `[N,C]` | w `[C]` | | y `[N,C]` |
-//! | `rope` | x `[N,H*D]`, pos `[N]` | | | y `[N,H*D]`; `inverse` rotates back (the gradient) |
+//! | `rms_norm` | x `[N,G*C]` | w `[C]` | | y `[N,G*C]`: every C channels are normalized on their own |
+//! | `rope` | x `[N,W]`, pos `[N]` | | | y `[N,W]`: the first H*D columns are turned, the others copied; `inverse` rotates back (the gradient) |
 //! | `attention` | q `[N,H*D]`, k, v `[N,Hkv*D]`, or qkv side by side in one | | | o `[N,H*D]`, lse `[N,H]` |
 //! | `gelu` | x | | | y |
-//! | `swiglu` | gate, up `[N,F]` | | | silu(gate) * up |
+//! | `glu` | gate, up `[N,F]`, or both side by side in one | | | act(gate) * up |
 //! | `add` | a, b | | | a + b |
+//! | `scale` | x | | | factor * x; the same op is its own gradient |
+//! | `soft_cap` | x | | | cap * tanh(x / cap) |
 //! | `dropout` | x | | | x * mask / (1 - p); the same op is its own gradient |
 //! | `take_rows` | x `[N,C]`, idx `[R]` | | | y `[R,C]` |
-//! | `cross_entropy` | x `[N,C]`, targets `[N]` | w `[V,C]` | | loss `[N]`; 0 where target < 0 |
+//! | `cross_entropy` | x `[N,C]`, targets `[N]` | w `[V,C]` | | loss `[N]`; 0 where target < 0; logits may have a soft cap |
 //! | `cross_entropy_train` | x, targets | w | dw, if w is trained | loss `[N]`, dx `[N,C]` |
 //! | `linear_grad_input` | dy `[N,M]` | w | | dx `[N,K]` |
 //! | `linear_grad_weight` | x, dy | | dw | |
@@ -25,7 +27,8 @@
 //! | `rms_norm_grad` | x, dy | w | (dw) | dx |
 //! | `attention_grad` | q, k, v (or qkv), o, lse, d_o | | | dq, dk, dv (or dqkv) |
 //! | `gelu_grad` | x, dy | | | dx |
-//! | `swiglu_grad` | gate, up, dy | | | dgate, dup |
+//! | `glu_grad` | gate, up (or both in one), dy | | | dgate, dup (or both in one) |
+//! | `soft_cap_grad` | x, dy | | | dx |
 //! | `embed_grad_rows` | dy `[N,C]` | | rows `[N,C]`, of dy's dtype | (copies dy into its place on the token axis) |
 //! | `embed_scatter` | idx `[N]`, rows `[N,C]` | | dw `[V,C]` | runs once, over the whole step |
 //! | `sum_squares` | dw | | | part `[1]` f64 |
@@ -62,6 +65,15 @@ pub enum GeluKind {
     Erf,
 }
 
+/// What the gate of a gated linear unit goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Gate {
+    /// `x * sigmoid(x)`: SwiGLU.
+    Silu,
+    /// GELU: GeGLU.
+    Gelu(GeluKind),
+}
+
 /// Causal grouped-query attention within the rows of the token axis.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionSpec {
@@ -75,6 +87,10 @@ pub struct AttentionSpec {
     pub scale: f32,
     /// Whether q, k and v stand side by side in one value `[N, (H + 2 Hkv) * D]`.
     pub packed: bool,
+    /// Keys that a query sees, itself included; `None` is all of its row up to itself.
+    pub window: Option<u32>,
+    /// Scores `s` become `cap * tanh(s / cap)` before the softmax.
+    pub soft_cap: Option<f32>,
 }
 
 impl AttentionSpec {
@@ -93,26 +109,73 @@ impl AttentionSpec {
 #[expect(missing_docs, reason = "the table at the top of the file documents every op")]
 pub enum OpKind {
     Embed,
-    Linear { layout: WeightLayout, bias: bool },
-    LayerNorm { eps: f32, bias: bool },
-    RmsNorm { eps: f32 },
-    Rope { table: RopeTableId, n_heads: u32, head_dim: u32, inverse: bool },
+    Linear {
+        layout: WeightLayout,
+        bias: bool,
+    },
+    LayerNorm {
+        eps: f32,
+        bias: bool,
+    },
+    /// `unit_offset`: the factor is `1 + w` instead of `w`.
+    RmsNorm {
+        eps: f32,
+        unit_offset: bool,
+    },
+    Rope {
+        table: RopeTableId,
+        n_heads: u32,
+        head_dim: u32,
+        inverse: bool,
+    },
     Attention(AttentionSpec),
     Gelu(GeluKind),
-    Swiglu,
+    Glu {
+        gate: Gate,
+        packed: bool,
+    },
     Add,
-    Dropout { p: f32, site: RandomSite },
+    Scale {
+        factor: f32,
+    },
+    SoftCap {
+        cap: f32,
+    },
+    Dropout {
+        p: f32,
+        site: RandomSite,
+    },
     TakeRows,
-    CrossEntropy,
-    CrossEntropyTrain,
-    LinearGradInput { layout: WeightLayout },
-    LinearGradWeight { layout: WeightLayout },
+    CrossEntropy {
+        soft_cap: Option<f32>,
+    },
+    CrossEntropyTrain {
+        soft_cap: Option<f32>,
+    },
+    LinearGradInput {
+        layout: WeightLayout,
+    },
+    LinearGradWeight {
+        layout: WeightLayout,
+    },
     BiasGrad,
-    LayerNormGrad { eps: f32, bias: bool },
-    RmsNormGrad { eps: f32 },
+    LayerNormGrad {
+        eps: f32,
+        bias: bool,
+    },
+    RmsNormGrad {
+        eps: f32,
+        unit_offset: bool,
+    },
     AttentionGrad(AttentionSpec),
     GeluGrad(GeluKind),
-    SwigluGrad,
+    GluGrad {
+        gate: Gate,
+        packed: bool,
+    },
+    SoftCapGrad {
+        cap: f32,
+    },
     EmbedGradRows,
     EmbedScatter,
     SumSquares,
@@ -132,12 +195,14 @@ impl OpKind {
             Self::Rope { .. } => "rope",
             Self::Attention(_) => "attention",
             Self::Gelu(_) => "gelu",
-            Self::Swiglu => "swiglu",
+            Self::Glu { .. } => "glu",
             Self::Add => "add",
+            Self::Scale { .. } => "scale",
+            Self::SoftCap { .. } => "soft_cap",
             Self::Dropout { .. } => "dropout",
             Self::TakeRows => "take_rows",
-            Self::CrossEntropy => "cross_entropy",
-            Self::CrossEntropyTrain => "cross_entropy_train",
+            Self::CrossEntropy { .. } => "cross_entropy",
+            Self::CrossEntropyTrain { .. } => "cross_entropy_train",
             Self::LinearGradInput { .. } => "linear_grad_input",
             Self::LinearGradWeight { .. } => "linear_grad_weight",
             Self::BiasGrad => "bias_grad",
@@ -145,7 +210,8 @@ impl OpKind {
             Self::RmsNormGrad { .. } => "rms_norm_grad",
             Self::AttentionGrad(_) => "attention_grad",
             Self::GeluGrad(_) => "gelu_grad",
-            Self::SwigluGrad => "swiglu_grad",
+            Self::GluGrad { .. } => "glu_grad",
+            Self::SoftCapGrad { .. } => "soft_cap_grad",
             Self::EmbedGradRows => "embed_grad_rows",
             Self::EmbedScatter => "embed_scatter",
             Self::SumSquares => "sum_squares",
@@ -166,16 +232,18 @@ impl OpKind {
     pub const fn may_round(&self, output: usize) -> bool {
         match self {
             Self::Attention(_) => output == 0,
-            Self::CrossEntropyTrain => output == 1,
-            Self::CrossEntropy | Self::SumSquares | Self::ClipScale => false,
+            Self::CrossEntropyTrain { .. } => output == 1,
+            Self::CrossEntropy { .. } | Self::SumSquares | Self::ClipScale => false,
             Self::Embed
             | Self::Linear { .. }
             | Self::LayerNorm { .. }
             | Self::RmsNorm { .. }
             | Self::Rope { .. }
             | Self::Gelu(_)
-            | Self::Swiglu
+            | Self::Glu { .. }
             | Self::Add
+            | Self::Scale { .. }
+            | Self::SoftCap { .. }
             | Self::Dropout { .. }
             | Self::TakeRows
             | Self::LinearGradInput { .. }
@@ -183,7 +251,8 @@ impl OpKind {
             | Self::RmsNormGrad { .. }
             | Self::AttentionGrad(_)
             | Self::GeluGrad(_)
-            | Self::SwigluGrad => true,
+            | Self::GluGrad { .. }
+            | Self::SoftCapGrad { .. } => true,
             // No outputs.
             Self::LinearGradWeight { .. }
             | Self::BiasGrad
@@ -199,25 +268,30 @@ impl OpKind {
     /// element of the output, and reads it no more afterwards.
     pub const fn in_place(&self) -> &'static [(usize, usize)] {
         match self {
-            Self::Gelu(_) | Self::Rope { .. } | Self::Dropout { .. } => &[(0, 0)],
+            Self::Gelu(_)
+            | Self::Rope { .. }
+            | Self::Dropout { .. }
+            | Self::Scale { .. }
+            | Self::SoftCap { .. } => &[(0, 0)],
             Self::Add => &[(0, 0), (1, 0)],
-            Self::GeluGrad(_) => &[(1, 0)],
-            Self::SwigluGrad => &[(0, 0), (1, 1)],
+            Self::GeluGrad(_) | Self::SoftCapGrad { .. } => &[(1, 0)],
+            Self::GluGrad { packed: false, .. } => &[(0, 0), (1, 1)],
             Self::Embed
             | Self::Linear { .. }
             | Self::LayerNorm { .. }
             | Self::RmsNorm { .. }
             | Self::Attention(_)
-            | Self::Swiglu
+            | Self::Glu { .. }
             | Self::TakeRows
-            | Self::CrossEntropy
-            | Self::CrossEntropyTrain
+            | Self::CrossEntropy { .. }
+            | Self::CrossEntropyTrain { .. }
             | Self::LinearGradInput { .. }
             | Self::LinearGradWeight { .. }
             | Self::BiasGrad
             | Self::LayerNormGrad { .. }
             | Self::RmsNormGrad { .. }
             | Self::AttentionGrad(_)
+            | Self::GluGrad { packed: true, .. }
             | Self::EmbedGradRows
             | Self::EmbedScatter
             | Self::SumSquares

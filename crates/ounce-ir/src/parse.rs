@@ -4,10 +4,10 @@
 //! A line is a list of words; a name in quotes is one word. Ids of definitions must count up from
 //! zero. Whether the entities fit together is [`crate::verify`]'s question, not the parser's.
 
-use crate::text::{gelu_name, layout_name, phase_name};
+use crate::text::{gate_name, gelu_name, layout_name, phase_name};
 use crate::{
-    Arena, AttentionSpec, DType, EntityId, GeluKind, Graph, Init, InputKind, Lead, Op, OpKind,
-    Param, Phase, RandomSite, RopeTable, RopeTableId, Shape, Stage, StateSpec, Use, Value,
+    Arena, AttentionSpec, DType, EntityId, Gate, GeluKind, Graph, Init, InputKind, Lead, Op,
+    OpKind, Param, Phase, RandomSite, RopeTable, RopeTableId, Shape, Stage, StateSpec, Use, Value,
     ValueKind, WeightLayout,
 };
 
@@ -197,6 +197,13 @@ impl Words {
         text.parse().map_err(|_| format!("`{text}` is no value of {key}"))
     }
 
+    /// The value after `key=`, if that is next.
+    fn optional<T: std::str::FromStr>(&mut self, key: &str) -> Parsed<Option<T>> {
+        let is_next =
+            self.peek().and_then(|w| w.strip_prefix(key)).is_some_and(|rest| rest.starts_with('='));
+        if is_next { self.value(key).map(Some) } else { Ok(None) }
+    }
+
     /// One of `all`, by its printed name.
     fn one_of<T: Copy>(&mut self, key: &str, all: &[T], name: fn(T) -> &'static str) -> Parsed<T> {
         let text = self.attribute(key)?;
@@ -358,7 +365,7 @@ fn kind(w: &mut Words, name: &str) -> Parsed<OpKind> {
         "embed" => OpKind::Embed,
         "linear" => OpKind::Linear { layout: layout(w)?, bias: w.value("bias")? },
         "layer_norm" => OpKind::LayerNorm { eps: w.value("eps")?, bias: w.value("bias")? },
-        "rms_norm" => OpKind::RmsNorm { eps: w.value("eps")? },
+        "rms_norm" => OpKind::RmsNorm { eps: w.value("eps")?, unit_offset: unit_offset(w)? },
         "rope" => OpKind::Rope {
             table: id_of::<RopeTableId>(&w.attribute("table")?)?,
             n_heads: w.value("n_heads")?,
@@ -367,22 +374,27 @@ fn kind(w: &mut Words, name: &str) -> Parsed<OpKind> {
         },
         "attention" => OpKind::Attention(attention(w)?),
         "gelu" => OpKind::Gelu(gelu(w)?),
-        "swiglu" => OpKind::Swiglu,
+        "glu" => OpKind::Glu { gate: gate(w)?, packed: w.value("packed")? },
         "add" => OpKind::Add,
+        "scale" => OpKind::Scale { factor: w.value("factor")? },
+        "soft_cap" => OpKind::SoftCap { cap: w.value("cap")? },
         "dropout" => {
             OpKind::Dropout { p: w.value("p")?, site: id_of::<RandomSite>(&w.attribute("site")?)? }
         }
         "take_rows" => OpKind::TakeRows,
-        "cross_entropy" => OpKind::CrossEntropy,
-        "cross_entropy_train" => OpKind::CrossEntropyTrain,
+        "cross_entropy" => OpKind::CrossEntropy { soft_cap: w.optional("soft_cap")? },
+        "cross_entropy_train" => OpKind::CrossEntropyTrain { soft_cap: w.optional("soft_cap")? },
         "linear_grad_input" => OpKind::LinearGradInput { layout: layout(w)? },
         "linear_grad_weight" => OpKind::LinearGradWeight { layout: layout(w)? },
         "bias_grad" => OpKind::BiasGrad,
         "layer_norm_grad" => OpKind::LayerNormGrad { eps: w.value("eps")?, bias: w.value("bias")? },
-        "rms_norm_grad" => OpKind::RmsNormGrad { eps: w.value("eps")? },
+        "rms_norm_grad" => {
+            OpKind::RmsNormGrad { eps: w.value("eps")?, unit_offset: unit_offset(w)? }
+        }
         "attention_grad" => OpKind::AttentionGrad(attention(w)?),
         "gelu_grad" => OpKind::GeluGrad(gelu(w)?),
-        "swiglu_grad" => OpKind::SwigluGrad,
+        "glu_grad" => OpKind::GluGrad { gate: gate(w)?, packed: w.value("packed")? },
+        "soft_cap_grad" => OpKind::SoftCapGrad { cap: w.value("cap")? },
         "embed_grad_rows" => OpKind::EmbedGradRows,
         "embed_scatter" => OpKind::EmbedScatter,
         "sum_squares" => OpKind::SumSquares,
@@ -400,7 +412,18 @@ fn attention(w: &mut Words) -> Parsed<AttentionSpec> {
         head_dim: w.value("head_dim")?,
         scale: w.value("scale")?,
         packed: w.value("packed")?,
+        window: w.optional("window")?,
+        soft_cap: w.optional("soft_cap")?,
     })
+}
+
+fn unit_offset(w: &mut Words) -> Parsed<bool> {
+    Ok(w.optional("unit_offset")?.unwrap_or(false))
+}
+
+fn gate(w: &mut Words) -> Parsed<Gate> {
+    let all = [Gate::Silu, Gate::Gelu(GeluKind::Tanh), Gate::Gelu(GeluKind::Erf)];
+    w.one_of("gate", &all, gate_name)
 }
 
 fn layout(w: &mut Words) -> Parsed<WeightLayout> {
@@ -442,8 +465,15 @@ fn typed_shape(w: &mut Words) -> Parsed<(DType, Shape)> {
 mod tests {
     use super::*;
 
-    const SPEC: AttentionSpec =
-        AttentionSpec { n_heads: 4, n_kv_heads: 2, head_dim: 8, scale: 0.1, packed: true };
+    const SPEC: AttentionSpec = AttentionSpec {
+        n_heads: 4,
+        n_kv_heads: 2,
+        head_dim: 8,
+        scale: 0.1,
+        packed: true,
+        window: None,
+        soft_cap: None,
+    };
 
     /// One op of every kind; the match fails to compile when a kind is added.
     fn every_kind() -> Vec<OpKind> {
@@ -452,24 +482,28 @@ mod tests {
             OpKind::Embed,
             OpKind::Linear { layout: out_in, bias: true },
             OpKind::LayerNorm { eps: 1e-5, bias: false },
-            OpKind::RmsNorm { eps: 3.0e-7 },
+            OpKind::RmsNorm { eps: 3.0e-7, unit_offset: false },
             OpKind::Rope { table: RopeTableId(3), n_heads: 2, head_dim: 6, inverse: true },
             OpKind::Attention(SPEC),
             OpKind::Gelu(GeluKind::Tanh),
-            OpKind::Swiglu,
+            OpKind::Glu { gate: Gate::Silu, packed: false },
             OpKind::Add,
+            OpKind::Scale { factor: 1.5 },
+            OpKind::SoftCap { cap: 30.0 },
             OpKind::Dropout { p: 0.1, site: RandomSite(7) },
             OpKind::TakeRows,
-            OpKind::CrossEntropy,
-            OpKind::CrossEntropyTrain,
+            OpKind::CrossEntropy { soft_cap: None },
+            OpKind::CrossEntropyTrain { soft_cap: Some(30.0) },
             OpKind::LinearGradInput { layout: in_out },
             OpKind::LinearGradWeight { layout: out_in },
             OpKind::BiasGrad,
             OpKind::LayerNormGrad { eps: 1e-5, bias: true },
-            OpKind::RmsNormGrad { eps: 1e-6 },
-            OpKind::AttentionGrad(AttentionSpec { packed: false, ..SPEC }),
+            OpKind::RmsNormGrad { eps: 1e-6, unit_offset: true },
+            OpKind::AttentionGrad(AttentionSpec { packed: false, window: Some(3), ..SPEC }),
+            OpKind::Attention(AttentionSpec { soft_cap: Some(50.0), ..SPEC }),
             OpKind::GeluGrad(GeluKind::Erf),
-            OpKind::SwigluGrad,
+            OpKind::GluGrad { gate: Gate::Gelu(GeluKind::Tanh), packed: true },
+            OpKind::SoftCapGrad { cap: 50.0 },
             OpKind::EmbedGradRows,
             OpKind::EmbedScatter,
             OpKind::SumSquares,
@@ -486,12 +520,14 @@ mod tests {
                 | OpKind::Rope { .. }
                 | OpKind::Attention(_)
                 | OpKind::Gelu(_)
-                | OpKind::Swiglu
+                | OpKind::Glu { .. }
                 | OpKind::Add
+                | OpKind::Scale { .. }
+                | OpKind::SoftCap { .. }
                 | OpKind::Dropout { .. }
                 | OpKind::TakeRows
-                | OpKind::CrossEntropy
-                | OpKind::CrossEntropyTrain
+                | OpKind::CrossEntropy { .. }
+                | OpKind::CrossEntropyTrain { .. }
                 | OpKind::LinearGradInput { .. }
                 | OpKind::LinearGradWeight { .. }
                 | OpKind::BiasGrad
@@ -499,7 +535,8 @@ mod tests {
                 | OpKind::RmsNormGrad { .. }
                 | OpKind::AttentionGrad(_)
                 | OpKind::GeluGrad(_)
-                | OpKind::SwigluGrad
+                | OpKind::GluGrad { .. }
+                | OpKind::SoftCapGrad { .. }
                 | OpKind::EmbedGradRows
                 | OpKind::EmbedScatter
                 | OpKind::SumSquares

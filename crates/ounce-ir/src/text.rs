@@ -16,7 +16,7 @@
 use std::fmt::{Display, Formatter, Result, Write};
 
 use crate::{
-    AttentionSpec, EntityId, GeluKind, Graph, Init, Op, OpId, OpKind, Param, ParamId, Phase,
+    AttentionSpec, EntityId, Gate, GeluKind, Graph, Init, Op, OpId, OpKind, Param, ParamId, Phase,
     RopeTable, RopeTableId, Stage, StageId, StateSpec, UseId, Value, ValueId, ValueKind,
     WeightLayout,
 };
@@ -144,21 +144,27 @@ fn attributes(kind: &OpKind) -> String {
         OpKind::LayerNorm { eps, bias } | OpKind::LayerNormGrad { eps, bias } => {
             format!(" eps={eps:?} bias={bias}")
         }
-        OpKind::RmsNorm { eps } | OpKind::RmsNormGrad { eps } => format!(" eps={eps:?}"),
+        OpKind::RmsNorm { eps, unit_offset } | OpKind::RmsNormGrad { eps, unit_offset } => {
+            format!(" eps={eps:?}{}", optional("unit_offset", unit_offset.then_some(true)))
+        }
         OpKind::Rope { table, n_heads, head_dim, inverse } => {
             format!(" table={table} n_heads={n_heads} head_dim={head_dim} inverse={inverse}")
         }
         OpKind::Attention(spec) | OpKind::AttentionGrad(spec) => attention(spec),
         OpKind::Gelu(kind) | OpKind::GeluGrad(kind) => format!(" kind={}", gelu_name(*kind)),
+        OpKind::Glu { gate, packed } | OpKind::GluGrad { gate, packed } => {
+            format!(" gate={} packed={packed}", gate_name(*gate))
+        }
+        OpKind::Scale { factor } => format!(" factor={factor:?}"),
+        OpKind::SoftCap { cap } | OpKind::SoftCapGrad { cap } => format!(" cap={cap:?}"),
+        OpKind::CrossEntropy { soft_cap } | OpKind::CrossEntropyTrain { soft_cap } => {
+            optional("soft_cap", *soft_cap)
+        }
         OpKind::Dropout { p, site } => format!(" p={p:?} site={site}"),
         OpKind::Embed
-        | OpKind::Swiglu
         | OpKind::Add
         | OpKind::TakeRows
-        | OpKind::CrossEntropy
-        | OpKind::CrossEntropyTrain
         | OpKind::BiasGrad
-        | OpKind::SwigluGrad
         | OpKind::EmbedGradRows
         | OpKind::EmbedScatter
         | OpKind::SumSquares
@@ -169,11 +175,18 @@ fn attributes(kind: &OpKind) -> String {
 }
 
 fn attention(spec: &AttentionSpec) -> String {
-    let AttentionSpec { n_heads, n_kv_heads, head_dim, scale, packed } = spec;
+    let AttentionSpec { n_heads, n_kv_heads, head_dim, scale, packed, window, soft_cap } = spec;
     format!(
         " n_heads={n_heads} n_kv_heads={n_kv_heads} head_dim={head_dim} scale={scale:?} \
-         packed={packed}"
+         packed={packed}{}{}",
+        optional("window", *window),
+        optional("soft_cap", *soft_cap)
     )
+}
+
+/// ` key=value` if there is a value.
+fn optional(key: &str, value: Option<impl std::fmt::Debug>) -> String {
+    value.map_or_else(String::new, |value| format!(" {key}={value:?}"))
 }
 
 /// The name of a weight layout in the text.
@@ -189,6 +202,15 @@ pub(crate) const fn gelu_name(kind: GeluKind) -> &'static str {
     match kind {
         GeluKind::Tanh => "tanh",
         GeluKind::Erf => "erf",
+    }
+}
+
+/// The name of a gate in the text.
+pub(crate) const fn gate_name(gate: Gate) -> &'static str {
+    match gate {
+        Gate::Silu => "silu",
+        Gate::Gelu(GeluKind::Tanh) => "gelu_tanh",
+        Gate::Gelu(GeluKind::Erf) => "gelu_erf",
     }
 }
 

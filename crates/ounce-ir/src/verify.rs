@@ -26,7 +26,8 @@
 //!
 //! **Ops**
 //! 9. Shapes and dtypes of operands and outputs are those of the op's shape rule.
-//! 10. Attributes make sense: epsilons above 0, dropout between 0 and 1, finite scales.
+//! 10. Attributes make sense: epsilons, windows and soft caps above 0, dropout between 0 and 1,
+//!     finite scales.
 //! 11. Phases come in order. Each kind of op runs in its phase; a forward op has no sums and reads
 //!     no gradient, sum or scalar; it writes activations, a loss or a result, a backward op gradients
 //!     or the loss, an update op scalars.
@@ -193,7 +194,7 @@ impl Verifier<'_> {
         let g = self.graph;
         let mut owner: Vec<Option<OpId>> = vec![None; g.uses.len()];
         for (id, op) in g.ops.iter() {
-            if op.phase == Phase::Forward || op.kind == OpKind::CrossEntropyTrain {
+            if op.phase == Phase::Forward || matches!(op.kind, OpKind::CrossEntropyTrain { .. }) {
                 for u in &op.uses {
                     if let Some(first) = owner[u.index()].replace(id) {
                         self.fail_op(id, format!("{u} is {first}'s already"));
@@ -644,7 +645,7 @@ fn blocks_message(shape: &Shape, block: u64) -> String {
 /// The parameter whose gradient `op` adds to its `i`-th sum, where its operands tell.
 fn param_of_gradient(g: &Graph, op: &Op, i: usize) -> Option<ParamId> {
     match op.kind {
-        OpKind::CrossEntropyTrain | OpKind::RmsNormGrad { .. } => {
+        OpKind::CrossEntropyTrain { .. } | OpKind::RmsNormGrad { .. } => {
             Some(g.param_of(*op.uses.first()?))
         }
         // The second sum is the bias's, which the op does not read.
@@ -667,12 +668,15 @@ fn phases_of(kind: &OpKind) -> &'static [Phase] {
         | OpKind::RmsNorm { .. }
         | OpKind::Attention(_)
         | OpKind::Gelu(_)
-        | OpKind::Swiglu
+        | OpKind::Glu { .. }
+        | OpKind::SoftCap { .. }
         | OpKind::TakeRows
-        | OpKind::CrossEntropy => &[Forward],
+        | OpKind::CrossEntropy { .. } => &[Forward],
         // Their own gradients, or where gradients meet.
-        OpKind::Rope { .. } | OpKind::Add | OpKind::Dropout { .. } => &[Forward, Backward],
-        OpKind::CrossEntropyTrain
+        OpKind::Rope { .. } | OpKind::Add | OpKind::Scale { .. } | OpKind::Dropout { .. } => {
+            &[Forward, Backward]
+        }
+        OpKind::CrossEntropyTrain { .. }
         | OpKind::LinearGradInput { .. }
         | OpKind::LinearGradWeight { .. }
         | OpKind::BiasGrad
@@ -680,7 +684,8 @@ fn phases_of(kind: &OpKind) -> &'static [Phase] {
         | OpKind::RmsNormGrad { .. }
         | OpKind::AttentionGrad(_)
         | OpKind::GeluGrad(_)
-        | OpKind::SwigluGrad
+        | OpKind::GluGrad { .. }
+        | OpKind::SoftCapGrad { .. }
         | OpKind::EmbedGradRows => &[Backward],
         OpKind::EmbedScatter
         | OpKind::SumSquares
@@ -695,14 +700,30 @@ fn bad_attribute(kind: &OpKind) -> Option<&'static str> {
     match *kind {
         OpKind::LayerNorm { eps, .. }
         | OpKind::LayerNormGrad { eps, .. }
-        | OpKind::RmsNorm { eps }
-        | OpKind::RmsNormGrad { eps } => {
+        | OpKind::RmsNorm { eps, .. }
+        | OpKind::RmsNormGrad { eps, .. } => {
             (!(eps > 0.0 && eps.is_finite())).then_some("eps is not above 0 and finite")
         }
         OpKind::Dropout { p, .. } => (!(p > 0.0 && p < 1.0)).then_some("p is not between 0 and 1"),
         OpKind::Attention(spec) | OpKind::AttentionGrad(spec) => {
-            (!spec.scale.is_finite()).then_some("the scale is not finite")
+            if !spec.scale.is_finite() {
+                Some("the scale is not finite")
+            } else if spec.window == Some(0) {
+                Some("the window is empty")
+            } else {
+                bad_cap(spec.soft_cap)
+            }
+        }
+        OpKind::Scale { factor } => (!factor.is_finite()).then_some("the factor is not finite"),
+        OpKind::SoftCap { cap } | OpKind::SoftCapGrad { cap } => bad_cap(Some(cap)),
+        OpKind::CrossEntropy { soft_cap } | OpKind::CrossEntropyTrain { soft_cap } => {
+            bad_cap(soft_cap)
         }
         _ => None,
     }
+}
+
+fn bad_cap(cap: Option<f32>) -> Option<&'static str> {
+    let is_good = cap.is_none_or(|cap| cap > 0.0 && cap.is_finite());
+    (!is_good).then_some("the soft cap is not above 0 and finite")
 }

@@ -156,7 +156,14 @@ impl Bench {
             if !name.contains(&self.filter) {
                 continue;
             }
-            let dims = AttentionDims { n_heads, n_kv_heads, head_dim, scale: 0.125 };
+            let dims = AttentionDims {
+                n_heads,
+                n_kv_heads,
+                head_dim,
+                scale: 0.125,
+                window: None,
+                soft_cap: None,
+            };
             let rows: Vec<_> = (0..n_rows).map(|row| RowSpan { start: row * t, len: t }).collect();
             let (n, width) = (n_rows * t, (n_heads + 2 * n_kv_heads) * head_dim);
             let offsets = [0, n_heads * head_dim, (n_heads + n_kv_heads) * head_dim];
@@ -212,12 +219,12 @@ impl Bench {
         let product = 2.0 * (n * v * c) as f64;
         let (x, w) = (View::from(&x), View::from(&w));
         self.compute("head forward", product, |pool| {
-            head_forward(pool, &mut loss, x, w, &targets, chunk, &mut scratch);
+            head_forward(pool, &mut loss, x, w, &targets, None, chunk, &mut scratch);
         });
         self.compute("head train", 3.0 * product, |pool| {
             let dw = Some(&mut dw[..]);
             let dx = (&mut dx).into();
-            head_train(pool, &mut loss, dx, dw, x, w, &targets, 1e-3, chunk, &mut scratch);
+            head_train(pool, &mut loss, dx, dw, x, w, &targets, None, 1e-3, chunk, &mut scratch);
         });
     }
 

@@ -1,7 +1,8 @@
 //! Causal attention with grouped heads, in tiles: never a T x T matrix.
 //!
 //! Shapes: N tokens, H query heads, K key-value heads (H a multiple of K), D head dim. Rows are
-//! spans of the token axis; a token attends within its span, to itself and what came before.
+//! spans of the token axis; a token attends within its span, to itself and what came before, or to
+//! itself and what came before within a window. A soft cap turns a score `s` into `cap tanh(s / cap)`.
 //!
 //! Idea: a span is cut into tiles of 64 tokens, counted from its start. For a tile of queries and
 //! one of keys all intermediate matrices are 64 x 64 and stay in L1; operands are laid out so that
@@ -12,6 +13,9 @@
 //!                          right operand of p v, p dO, ds q, ds k
 //! ```
 //! Files: `forward` (online softmax), `backward` (scores again, then gradients), `layout`.
+//!
+//! Key tiles that lie outside of the window of every query of a tile are not touched. Key 0 of a
+//! window may fall into the middle of a tile; what is outside is masked there.
 //!
 //! Invariants: an output row of the forward is folded over ascending key tiles; `dq` over ascending
 //! key tiles; `dk` and `dv` of one query head over ascending query tiles, from zero, and then the

@@ -4,6 +4,8 @@
 //! them into their own gradient in place and multiplies twice more, so that loss, `dx` and `dw`
 //! come from one pass and nothing is saved for a backward. N tokens, C channels, V words.
 //!
+//! A soft cap turns a logit `l` into `cap tanh(l / cap)` before anything else.
+//!
 //! Logits, softmax and losses are f32 whatever the operands are stored as. So is the gradient of the
 //! logits, with one exception: for bf16 tokens it is rounded to bf16 (in place, to the front of its
 //! row), so that the products for `dx` and `dw` multiply bf16 with bf16, and on every tier alike.
@@ -17,7 +19,7 @@
 
 use crate::convert::f32_to_bf16;
 use crate::gemm::{MatMut, MatRef, Start, gemm, gemm_scratch_elems};
-use crate::math::{fold_lanes, lane_sum, softmax_term};
+use crate::math::{fold_lanes, lane_sum, softmax_term, tanh};
 use crate::pool::{Pool, SharedMut, split_by};
 use crate::view::{BLOCK, FloatType, View, ViewMut, blocks};
 use half::bf16;
@@ -55,6 +57,7 @@ pub fn head_forward(
     x: View<'_>,
     w: View<'_>,
     targets: &[i32],
+    soft_cap: Option<f32>,
     chunk_tokens: usize,
     scratch: &mut [f32],
 ) {
@@ -67,7 +70,7 @@ pub fn head_forward(
         let (logits, scratch) = scratch.split_at_mut(n * head.n_vocab);
         head.logits(pool, logits, chunk, scratch);
         let (loss_n, targets) = (&mut loss_n[chunk..chunk + n], &targets[chunk..chunk + n]);
-        losses(pool, loss_n, logits, targets, head.n_vocab, None);
+        losses(pool, loss_n, logits, targets, head.n_vocab, soft_cap, None);
     }
 }
 
@@ -89,6 +92,7 @@ pub fn head_train(
     x: View<'_>,
     w: View<'_>,
     targets: &[i32],
+    soft_cap: Option<f32>,
     grad_scale: f32,
     chunk_tokens: usize,
     scratch: &mut [f32],
@@ -106,7 +110,7 @@ pub fn head_train(
         head.logits(pool, logits, chunk, scratch);
         let (loss_n, targets) = (&mut loss_n[chunk..chunk + n], &targets[chunk..chunk + n]);
         let gradient = Gradient { scale: grad_scale, stored: head.gradient_type() };
-        losses(pool, loss_n, logits, targets, v, Some(gradient));
+        losses(pool, loss_n, logits, targets, v, soft_cap, Some(gradient));
         let dlogits = gradient.matrix(logits, n, v);
         let tokens = chunk * c..(chunk + n) * c;
         let dx = MatMut::new(dx.reborrow().slice(tokens.clone()), n, c);
@@ -183,14 +187,15 @@ impl<'a> Head<'a> {
     }
 }
 
-/// Losses of a chunk; with `gradient` the logits become `(softmax - onehot) * scale`, stored as it
-/// says.
+/// Losses of a chunk; with `gradient` the logits become `(softmax - onehot) * scale`, times the
+/// slope of the soft cap, stored as it says.
 fn losses(
     pool: &Pool,
     loss_n: &mut [f32],
     logits: &mut [f32],
     targets: &[i32],
     n_vocab: usize,
+    soft_cap: Option<f32>,
     gradient: Option<Gradient>,
 ) {
     let (loss, logits) = (SharedMut::new(loss_n), SharedMut::new(logits));
@@ -200,7 +205,7 @@ fn losses(
             let logits = unsafe { logits.range(row * n_vocab..(row + 1) * n_vocab) };
             // SAFETY: as above.
             let loss = unsafe { &mut loss.range(row..row + 1)[0] };
-            *loss = loss_row(logits, targets[row], gradient.map(|g| g.scale));
+            *loss = loss_row(logits, targets[row], soft_cap, gradient.map(|g| g.scale));
             if gradient.is_some_and(|g| g.stored == FloatType::Bf16) {
                 round_in_place(logits);
             }
@@ -223,7 +228,12 @@ fn round_in_place(row: &mut [f32]) {
 }
 
 tiered! {
-    fn loss_row(logits: &mut [f32], target: i32, grad_scale: Option<f32>) -> f32 {
+    fn loss_row(
+        logits: &mut [f32],
+        target: i32,
+        soft_cap: Option<f32>,
+        grad_scale: Option<f32>,
+    ) -> f32 {
         if target < 0 {
             if grad_scale.is_some() {
                 logits.fill(0.0);
@@ -231,10 +241,26 @@ tiered! {
             return 0.0;
         }
         let target = target as usize;
+        if let Some(cap) = soft_cap {
+            let inverse = 1.0 / cap;
+            for x in logits.iter_mut() {
+                *x = cap * tanh(*x * inverse);
+            }
+        }
         let (max, sum) = max_and_sum(logits);
         let loss = (max - logits[target]) + sum.ln();
-        if let Some(scale) = grad_scale {
-            let factor = scale / sum;
+        let Some(scale) = grad_scale else { return loss };
+        let factor = scale / sum;
+        if let Some(cap) = soft_cap {
+            // Logits are capped by now: what is divided by the cap is the tanh.
+            let inverse = 1.0 / cap;
+            let slope = |x: f32| (-(x * inverse)).mul_add(x * inverse, 1.0);
+            let at_target = scale * slope(logits[target]);
+            for x in logits.iter_mut() {
+                *x = softmax_term(*x - max) * factor * slope(*x);
+            }
+            logits[target] -= at_target;
+        } else {
             for x in logits.iter_mut() {
                 *x = softmax_term(*x - max) * factor;
             }
@@ -297,7 +323,12 @@ mod tests {
         (Stored::new(&noise(N * C, 1), float_type), Stored::new(&noise(V * C, 2), float_type))
     }
 
-    fn train(float_type: FloatType, n_threads: usize, chunk_tokens: usize) -> Output {
+    fn train(
+        float_type: FloatType,
+        n_threads: usize,
+        chunk_tokens: usize,
+        soft_cap: Option<f32>,
+    ) -> Output {
         let (x, w) = inputs(float_type);
         let (mut loss, mut dw) = (vec![9.0; N], vec![0.5; V * C]);
         let mut dx = Stored::new(&vec![9.0; N * C], float_type);
@@ -311,6 +342,7 @@ mod tests {
             x.view(),
             w.view(),
             &targets(),
+            soft_cap,
             0.25,
             chunk_tokens,
             &mut scratch,
@@ -328,11 +360,14 @@ mod tests {
     #[test]
     fn losses_and_gradients_agree_with_the_definition_in_f64() {
         for float_type in FLOAT_TYPES {
-            agrees_with_the_definition(float_type);
+            for soft_cap in [None, Some(1.5)] {
+                agrees_with_the_definition(float_type, soft_cap);
+            }
         }
     }
 
-    fn agrees_with_the_definition(float_type: FloatType) {
+    fn agrees_with_the_definition(float_type: FloatType, soft_cap: Option<f32>) {
+        let cap = soft_cap.map_or(f64::INFINITY, f64::from);
         let (x, w) = inputs(float_type);
         let (x, w, targets) = (x.wide(), w.wide(), targets());
         let (mut loss, mut dx) = (vec![0.0; N], vec![0.0; N * C]);
@@ -342,18 +377,20 @@ mod tests {
             let dot = |v: usize| -> f64 {
                 x_n.iter().zip(&w[v * C..]).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum()
             };
-            let logits: Vec<f64> = (0..V).map(dot).collect();
+            let capped = |x: f64| if soft_cap.is_some() { cap * (x / cap).tanh() } else { x };
+            let logits: Vec<f64> = (0..V).map(dot).map(capped).collect();
             let sum: f64 = logits.iter().map(|l| l.exp()).sum();
             loss[n] = sum.ln() - logits[target as usize];
             for (v, logit) in logits.iter().enumerate() {
                 let d = 0.25 * (logit.exp() / sum - f64::from(u8::from(v == target as usize)));
+                let d = d * (1.0 - (logit / cap).powi(2));
                 for c in 0..C {
                     dx[n * C + c] += d * f64::from(w[v * C + c]);
                     dw[v * C + c] += d * f64::from(x_n[c]);
                 }
             }
         }
-        let got = train(float_type, 2, 64);
+        let got = train(float_type, 2, 64, soft_cap);
         assert!(targets.iter().any(|&t| t < 0), "some tokens are not supervised");
         assert_close(&got.0, &loss, 2e-6);
         assert_close(&got.1, &dx, tolerance(float_type));
@@ -365,9 +402,9 @@ mod tests {
         for tier in [Tier::detect(), Tier::available().last().expect("portable at least")] {
             set_tier(Some(tier));
             for float_type in FLOAT_TYPES {
-                let want = train(float_type, 1, 256);
+                let want = train(float_type, 1, 256, None);
                 for (n_threads, chunk_tokens) in [(2, 64), (3, 128), (1, 64)] {
-                    let got = train(float_type, n_threads, chunk_tokens);
+                    let got = train(float_type, n_threads, chunk_tokens, None);
                     assert!(got == want, "{float_type:?}, {n_threads} threads, {chunk_tokens}");
                 }
             }
@@ -382,8 +419,8 @@ mod tests {
             let mut loss = vec![9.0; N];
             let mut scratch = vec![f32::NAN; head_scratch_elems(64, V, C, float_type, 2)];
             let (x, w) = (x.view(), w.view());
-            head_forward(&Pool::new(2), &mut loss, x, w, &targets(), 64, &mut scratch);
-            assert_eq!(loss, train(float_type, 1, 256).0);
+            head_forward(&Pool::new(2), &mut loss, x, w, &targets(), None, 64, &mut scratch);
+            assert_eq!(loss, train(float_type, 1, 256, None).0);
         }
     }
 
@@ -394,7 +431,7 @@ mod tests {
         let mut scratch = vec![0.0; head_scratch_elems(64, 3, 2, FloatType::F32, 1)];
         let (x, w, dx_view) = (View::from(&x), View::from(&w), ViewMut::from(&mut dx));
         let pool = Pool::new(1);
-        head_train(&pool, &mut loss, dx_view, None, x, w, &[1], 1.0, 64, &mut scratch);
+        head_train(&pool, &mut loss, dx_view, None, x, w, &[1], None, 1.0, 64, &mut scratch);
         assert_close(&loss, &[600.000_045], 1e-6);
         assert_close(&dx, &[599.999_55, 0.0], 1e-6);
     }

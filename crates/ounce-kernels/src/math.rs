@@ -33,21 +33,40 @@ pub(crate) fn softmax_term(x: f32) -> f32 {
 fn exp_or_zero(x: f32, cutoff: f32) -> f32 {
     // Above 88.73 the result is infinite; 100 keeps the exponent arithmetic in range.
     let z_in = if x > 100.0 { 100.0 } else { x };
-    let z = z_in.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let (p, n) = exp_parts(z_in);
+    let p = p + 1.0;
+    // 2^n in two halves: 2^128 is no f32, but 2^64 * 2^64 overflows to infinity as it should.
+    let half = n >> 1;
+    let result = p * power_of_two(half) * power_of_two(n.wrapping_sub(half));
+    if x < cutoff { 0.0 } else { result }
+}
+
+/// `(p, n)` with `e^x = 2^n (1 + p)` and `|p| < 0.42`.
+#[inline(always)]
+fn exp_parts(x: f32) -> (f32, i32) {
+    let z = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = z - ROUND;
-    let r = n.mul_add(-LN2_LO, n.mul_add(-LN2_HI, z_in));
+    let r = n.mul_add(-LN2_LO, n.mul_add(-LN2_HI, x));
     // (e^r - 1 - r) / r^2 on |r| <= ln(2)/2, relative error of e^r 1.0e-8.
     let mut q = 0.001_392_621_3;
     q = r.mul_add(q, 0.008_363_203);
     q = r.mul_add(q, 0.041_666_554);
     q = r.mul_add(q, 0.166_665_77);
     q = r.mul_add(q, 0.5);
-    let p = (r * r).mul_add(q, r) + 1.0;
-    // 2^n in two halves: 2^128 is no f32, but 2^64 * 2^64 overflows to infinity as it should.
-    let n_int = (z.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
-    let half = n_int >> 1;
-    let result = p * power_of_two(half) * power_of_two(n_int.wrapping_sub(half));
-    if x < cutoff { 0.0 } else { result }
+    ((r * r).mul_add(q, r), (z.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32))
+}
+
+/// `tanh(x)` to full relative precision, also around 0: `(e^2x - 1) / (e^2x + 1)`, where the
+/// difference is taken before anything is lost.
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    // Beyond 10 the result is 1 to the last bit; NaN stays NaN.
+    let x = if x > 10.0 { 10.0 } else { x };
+    let x = if x < -10.0 { -10.0 } else { x };
+    let (p, n) = exp_parts(2.0 * x);
+    let power = power_of_two(n);
+    let minus_one = power.mul_add(p, power - 1.0);
+    minus_one / (minus_one + 2.0)
 }
 
 #[inline(always)]
@@ -194,6 +213,16 @@ mod tests {
             assert!((f64::from(r) - rest).abs() < 5e-7 * rest, "1 - sigmoid({x})");
         }
         assert!(sigmoid_pair(f32::NAN).0.is_nan());
+    }
+
+    #[test]
+    fn tanh_keeps_relative_precision_around_zero() {
+        for x in points().chain((1..2000).map(|i| i as f32 * 1e-6)) {
+            let want = f64::from(x).tanh();
+            assert!((f64::from(tanh(x)) - want).abs() <= 4e-7 * want.abs(), "tanh({x})");
+        }
+        assert_eq!((tanh(0.0), tanh(1e30), tanh(f32::NEG_INFINITY)), (0.0, 1.0, -1.0));
+        assert!(tanh(f32::NAN).is_nan());
     }
 
     /// Probability below x by Simpson's rule from the mean, in f64.

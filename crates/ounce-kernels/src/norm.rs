@@ -46,7 +46,8 @@ pub fn layer_norm_forward(
     });
 }
 
-/// `y = x / sqrt(mean(x^2) + eps) * w`, per token.
+/// `y = x / sqrt(mean(x^2) + eps) * (offset + w)`, per token, or per head: a row is what `w` is as
+/// wide as.
 ///
 /// # Shapes
 /// `x`, `y` (N, C); `w` (C); `n_channels` is C.
@@ -56,11 +57,12 @@ pub fn rms_norm_forward(
     x: View<'_>,
     w: View<'_>,
     eps: f32,
+    offset: f32,
     n_channels: usize,
 ) {
     assert_shapes(y.len(), x, w, n_channels);
     pool.split_view_rows(usize::MAX, y, n_channels, ROW_GRANULE, |rows, y| {
-        rms_norm_rows(y, x.slice(rows.start * n_channels..rows.end * n_channels), w, eps);
+        rms_norm_rows(y, x.slice(rows.start * n_channels..rows.end * n_channels), w, eps, offset);
     });
 }
 
@@ -112,11 +114,12 @@ pub fn rms_norm_backward(
     x: View<'_>,
     w: View<'_>,
     eps: f32,
+    offset: f32,
     n_channels: usize,
     scratch: &mut [f32],
 ) {
     backward(pool, dx, dw, None, dy, x, w, n_channels, scratch, |dx, stats, dy, x, w| {
-        rms_norm_dx_rows(dx, stats, dy, x, w, eps);
+        rms_norm_dx_rows(dx, stats, dy, x, w, eps, offset);
     });
 }
 
@@ -189,7 +192,7 @@ tiered! {
 }
 
 tiered! {
-    fn rms_norm_rows(y: ViewMut<'_>, x: View<'_>, w: View<'_>, eps: f32) {
+    fn rms_norm_rows(y: ViewMut<'_>, x: View<'_>, w: View<'_>, eps: f32, offset: f32) {
         let (mut y, n) = (y, w.len());
         let (mut bufs, mut buf_y) = ([[0.0; BLOCK]; 2], [0.0; BLOCK]);
         for row in (0..x.len()).step_by(n) {
@@ -199,7 +202,7 @@ tiered! {
                 let [x, w] = load_all([x, w], cols.clone(), &mut bufs);
                 let y = y.begin(row + cols.start..row + cols.end, &mut buf_y);
                 for ((y, &x), &w) in y.out.iter_mut().zip(x).zip(w) {
-                    *y = x * rrms * w;
+                    *y = x * rrms * (offset + w);
                 }
                 y.end();
             }
@@ -234,18 +237,28 @@ tiered! {
 
 tiered! {
     /// As the layer norm without the mean; stores 0 as the mean, so that the columns are the same.
-    fn rms_norm_dx_rows(dx: ViewMut<'_>, stats: &mut [f32], dy: View<'_>, x: View<'_>, w: View<'_>, eps: f32) {
+    fn rms_norm_dx_rows(
+        dx: ViewMut<'_>,
+        stats: &mut [f32],
+        dy: View<'_>,
+        x: View<'_>,
+        w: View<'_>,
+        eps: f32,
+        offset: f32,
+    ) {
         let (mut dx, n) = (dx, w.len());
         let (mut bufs, mut buf_dx) = ([[0.0; BLOCK]; 3], [0.0; BLOCK]);
         for (row, stats) in (0..x.len()).step_by(n).zip(stats.chunks_exact_mut(2)) {
             let [dy, x] = [dy, x].map(|v| v.slice(row..row + n));
             let rrms = reciprocal_rms(x, eps, &mut bufs);
-            let mean_gx = row_sum([dy, w, x], &mut bufs, |[dy, w, x]| dy * w * (x * rrms)) / n as f32;
+            let mean_gx = row_sum([dy, w, x], &mut bufs, |[dy, w, x]| {
+                dy * (offset + w) * (x * rrms)
+            }) / n as f32;
             for cols in blocks(0..n) {
                 let [dy, x, w] = load_all([dy, x, w], cols.clone(), &mut bufs);
                 let dx = dx.begin(row + cols.start..row + cols.end, &mut buf_dx);
                 for (((dx, &dy), &x), &w) in dx.out.iter_mut().zip(dy).zip(x).zip(w) {
-                    *dx = rrms * (-(x * rrms)).mul_add(mean_gx, dy * w);
+                    *dx = rrms * (-(x * rrms)).mul_add(mean_gx, dy * (offset + w));
                 }
                 dx.end();
             }
@@ -340,7 +353,7 @@ mod tests {
             let dx = ViewMut::F32(&mut dx[range.clone()]);
             let [dy, x, w] = [&dy[range.clone()], &x[range], &w].map(View::F32);
             if rms {
-                rms_norm_backward(pool, dx, &mut dw, dy, x, w, EPS, C, &mut scratch);
+                rms_norm_backward(pool, dx, &mut dw, dy, x, w, EPS, 0.0, C, &mut scratch);
             } else {
                 let db = Some(&mut db[..]);
                 layer_norm_backward(pool, dx, &mut dw, db, dy, x, w, EPS, C, &mut scratch);
@@ -382,7 +395,7 @@ mod tests {
             let mut y = vec![9.0; N * C];
             let [x, w] = [&x, &w].map(View::from);
             if rms {
-                rms_norm_forward(&pool, (&mut y).into(), x, w, EPS, C);
+                rms_norm_forward(&pool, (&mut y).into(), x, w, EPS, 0.0, C);
             } else {
                 layer_norm_forward(&pool, (&mut y).into(), x, w, None, EPS, C);
                 assert_close(&y, &y_want, 2e-6);
@@ -413,6 +426,25 @@ mod tests {
                 );
             }
         }
+    }
+
+    /// With weights that are one less and an offset of one, everything is as before.
+    #[test]
+    fn an_offset_is_added_to_the_weight() {
+        let (x, dy) = (noise(N * C, 1), noise(N * C, 2));
+        let w: Vec<f32> = noise(C, 3).iter().map(|w| (w * 64.0).round() / 64.0).collect();
+        let less: Vec<f32> = w.iter().map(|w| w - 1.0).collect();
+        let pool = Pool::new(2);
+        let run = |w: &[f32], offset: f32| {
+            let (mut y, mut dx, mut dw) = (vec![9.0; N * C], vec![9.0; N * C], vec![1.0; C]);
+            let mut scratch = vec![f32::NAN; rms_norm_backward_scratch_elems(N, 2)];
+            let [x, dy, w] = [&x[..], &dy, w].map(View::F32);
+            rms_norm_forward(&pool, (&mut y).into(), x, w, EPS, offset, C);
+            let out = (&mut dx).into();
+            rms_norm_backward(&pool, out, &mut dw, dy, x, w, EPS, offset, C, &mut scratch);
+            (y, dx, dw)
+        };
+        assert_eq!(run(&less, 1.0), run(&w, 0.0));
     }
 
     #[test]

@@ -1,21 +1,22 @@
 //! Rotary position embedding in Hugging Face's half-split form.
 //!
 //! Idea: with R = `inv_freq.len()`, channel `i < R` of a head is paired with channel `i + R`, and
-//! the pair is turned by the angle `position * inv_freq[i]`. Channels from `2R` on are copied. The
-//! inverse turn is the gradient. Source: Su et al. 2021 (arXiv:2104.09864).
+//! the pair is turned by the angle `position * inv_freq[i]`. Channels from `2R` on are copied, and so
+//! are columns behind the heads (values packed with queries and keys). The inverse turn is the
+//! gradient. Source: Su et al. 2021 (arXiv:2104.09864).
 
 use crate::inout::{Buffers, InOut};
 use crate::math::sin_cos;
 use crate::pool::{Pool, split_by};
-use crate::view::BLOCK;
+use crate::view::{BLOCK, blocks};
 
 /// The largest `inv_freq.len()`: cosines and sines of one token live on the stack.
 pub const MAX_PAIRS: usize = 512;
 
-/// Rotates every head of `x` by its token's position; `y` may overwrite `x`.
+/// Rotates the first `n_heads` heads of `x` by its token's position; `y` may overwrite `x`.
 ///
 /// # Shapes
-/// `x`, `y` (N, n_heads, head_dim); `positions` (N); `inv_freq` (R), `2 R <= head_dim`.
+/// `x`, `y` (N, W), W at least `n_heads * head_dim`; `positions` (N); `inv_freq` (R), `2 R <= head_dim`.
 /// A head of 16-bit numbers has at most [`BLOCK`] channels, and so has one rotated in place.
 /// Cosine and sine are multiplied by `scale` (1 unless the model scales its attention by length).
 /// `inverse` rotates back: with it the same call on `dy` gives `dx`.
@@ -31,7 +32,10 @@ pub fn rope(
 ) {
     let n_pairs = inv_freq.len();
     assert!(n_pairs <= MAX_PAIRS && 2 * n_pairs <= head_dim, "{n_pairs} pairs in {head_dim}");
-    assert_eq!(y.len(), positions.len() * n_heads * head_dim, "length of x");
+    let columns = y.len() / positions.len().max(1);
+    assert_eq!(y.len(), positions.len() * columns, "length of x");
+    let turned = n_heads * head_dim;
+    assert!(turned <= columns || positions.is_empty(), "{n_heads} heads fit {columns} columns");
     // As many heads of a token as fit a block.
     let width = (BLOCK / head_dim).clamp(1, n_heads.max(1)) * head_dim;
     let shared = y.share();
@@ -41,8 +45,8 @@ pub fn rope(
         for token in split_by(positions.len(), 4, pool.n_threads(), thread_idx) {
             let sin_scale = if inverse { -scale } else { scale };
             angles(&mut cos, &mut sin, inv_freq, positions[token] as f32, scale, sin_scale);
-            let row = token * n_heads * head_dim;
-            let end = row + n_heads * head_dim;
+            let row = token * columns;
+            let end = row + turned;
             for at in (row..end).step_by(width) {
                 // SAFETY: every thread has its own tokens.
                 unsafe {
@@ -50,6 +54,10 @@ pub fn rope(
                         rotate_heads(y, x, &cos[..n_pairs], &sin[..n_pairs], head_dim);
                     });
                 }
+            }
+            for range in blocks(end..row + columns) {
+                // SAFETY: as above.
+                unsafe { shared.with(range, &mut buffers, <[f32]>::copy_from_slice) };
             }
         }
     });
@@ -109,6 +117,20 @@ mod tests {
             }
         }
         assert_close(&y, &want, 4e-7);
+    }
+
+    #[test]
+    fn columns_behind_the_heads_are_copied() {
+        let x = noise(5 * 43, 1);
+        let heads: Vec<f32> = x.chunks(43).flat_map(|row| row[..30].to_vec()).collect();
+        let (mut want, mut y, mut z) = (vec![9.0; heads.len()], vec![9.0; x.len()], x.clone());
+        run(&Pool::new(1), InOut::separate(&mut want, &heads), 0.5, false);
+        run(&Pool::new(2), InOut::separate(&mut y, &x), 0.5, false);
+        run(&Pool::new(3), InOut::in_place(&mut z), 0.5, false);
+        for ((y, want), x) in y.chunks(43).zip(want.chunks(30)).zip(x.chunks(43)) {
+            assert_eq!((&y[..30], &y[30..]), (want, &x[30..]));
+        }
+        assert_eq!(y, z);
     }
 
     #[test]

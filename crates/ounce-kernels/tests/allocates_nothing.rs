@@ -2,7 +2,8 @@
 
 use half::{bf16, f16};
 use ounce_kernels::activation::{
-    GeluKind, gelu_backward, gelu_forward, swiglu_backward, swiglu_forward,
+    Gate, GeluKind, gelu_backward, gelu_forward, glu_backward, glu_forward, glu_packed_backward,
+    glu_packed_forward,
 };
 use ounce_kernels::attention::{
     AttentionDims, HeadsMut, HeadsRef, RowSpan, attention_backward,
@@ -82,13 +83,20 @@ fn kernels_allocate_nothing() {
     let mut scratch = vec![0.0; head_scratch_elems(64, V, C, FloatType::F32, 3)];
     quiet("head", || {
         let (x, w) = (View::from(&x), View::from(&w));
-        head_forward(&pool, &mut loss, x, w, &targets, 64, &mut scratch);
+        head_forward(&pool, &mut loss, x, w, &targets, None, 64, &mut scratch);
         let dw = Some(&mut dtable[..]);
         let dx = ViewMut::from(&mut y);
-        head_train(&pool, &mut loss, dx, dw, x, w, &targets, 1.0, 64, &mut scratch);
+        head_train(&pool, &mut loss, dx, dw, x, w, &targets, Some(30.0), 1.0, 64, &mut scratch);
     });
 
-    let dims = AttentionDims { n_heads: 2, n_kv_heads: 2, head_dim: C / 2, scale: 0.1 };
+    let dims = AttentionDims {
+        n_heads: 2,
+        n_kv_heads: 2,
+        head_dim: C / 2,
+        scale: 0.1,
+        window: Some(9),
+        soft_cap: Some(5.0),
+    };
     let heads = HeadsRef::dense(&x, 2, C / 2);
     let rows = [RowSpan { start: 0, len: 100 }];
     let mut lse = vec![0.0; N * 2];
@@ -137,18 +145,22 @@ fn elementwise_kernels_allocate_nothing(pool: &Pool) {
     quiet("norm", || {
         let (mut y, b) = (ViewMut::F16(&mut y), Some(norm_w));
         layer_norm_forward(pool, y.reborrow(), x16, norm_w, b, 1e-5, C);
-        rms_norm_forward(pool, y.reborrow(), x, norm_w, 1e-5, C);
+        rms_norm_forward(pool, y.reborrow(), x, norm_w, 1e-5, 0.0, C);
         let (dx, db) = (y.reborrow(), Some(&mut db[..]));
         layer_norm_backward(pool, dx, &mut dw, db, x, x16, norm_w, 1e-5, C, &mut scratch);
-        rms_norm_backward(pool, y, &mut dw, x, x16, norm_w, 1e-5, C, &mut scratch);
+        rms_norm_backward(pool, y, &mut dw, x, x16, norm_w, 1e-5, 1.0, C, &mut scratch);
     });
 
     quiet("activation", || {
         let mut y = ViewMut::F16(&mut y);
         gelu_forward(pool, InOut::InPlace(y.reborrow()), GeluKind::Tanh);
         gelu_backward(pool, InOut::separate(y.reborrow(), x), x16, GeluKind::Erf);
-        swiglu_forward(pool, InOut::separate(y.reborrow(), x16), x);
-        swiglu_backward(pool, InOut::InPlace(y), InOut::in_place(&mut z), x16);
+        let gate = Gate::Silu;
+        glu_forward(pool, InOut::separate(y.reborrow(), x16), x, gate);
+        let (wide, half) = (ViewMut::F32(&mut z), N * C / 2);
+        glu_packed_backward(pool, wide, x16.slice(0..half), x, C / 2, gate);
+        glu_packed_forward(pool, y.reborrow().slice(0..half), x16, C / 2, gate);
+        glu_backward(pool, InOut::InPlace(y), InOut::in_place(&mut z), x16, gate);
     });
 
     let key = PhiloxKey { seed: 1, step: 1, site: 1 };

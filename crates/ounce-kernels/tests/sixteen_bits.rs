@@ -3,7 +3,8 @@
 
 use half::{bf16, f16};
 use ounce_kernels::activation::{
-    GeluKind, gelu_backward, gelu_forward, swiglu_backward, swiglu_forward,
+    Gate, GeluKind, gelu_backward, gelu_forward, glu_backward, glu_forward, glu_packed_backward,
+    soft_cap_backward, soft_cap_forward,
 };
 use ounce_kernels::elementwise;
 use ounce_kernels::embed::{embed_forward, embed_scatter, embed_scatter_scratch_u64};
@@ -127,7 +128,7 @@ fn norms_round_once() {
         vec![]
     });
     check("rms norm", [N * C, C], 1, |pool, y, [x, w]| {
-        rms_norm_forward(pool, y[0].view_mut(), x, w, EPS, C);
+        rms_norm_forward(pool, y[0].view_mut(), x, w, EPS, 1.0, C);
         vec![]
     });
     check("layer norm gradient", [N * C, N * C, C], 1, |pool, dx, [dy, x, w]| {
@@ -141,7 +142,7 @@ fn norms_round_once() {
         let mut dw = vec![1.0; C];
         let mut scratch = vec![0.0; layer_norm_backward_scratch_elems(N, pool.n_threads())];
         let dx = dx[0].view_mut();
-        rms_norm_backward(pool, dx, &mut dw, dy, x, w, EPS, C, &mut scratch);
+        rms_norm_backward(pool, dx, &mut dw, dy, x, w, EPS, 1.0, C, &mut scratch);
         dw
     });
 }
@@ -159,13 +160,26 @@ fn activations_round_once_also_in_place() {
         });
     }
     check("swiglu", [N * C, N * C], 1, |pool, y, [gate, up]| {
-        swiglu_forward(pool, InOut::separate(y[0].view_mut(), gate), up);
+        glu_forward(pool, InOut::separate(y[0].view_mut(), gate), up, Gate::Silu);
         vec![]
     });
     check("swiglu gradient in place", [N * C; 3], 2, |pool, out, [_, _, dy]| {
         let [gate, up] = out else { unreachable!("two outputs") };
         let (dgate, dup) = (InOut::in_place(gate.view_mut()), InOut::in_place(up.view_mut()));
-        swiglu_backward(pool, dgate, dup, dy);
+        glu_backward(pool, dgate, dup, dy, Gate::Silu);
+        vec![]
+    });
+    check("packed geglu gradient", [N * C, N * C / 2], 1, |pool, out, [x, dy]| {
+        let gate = Gate::Gelu(GeluKind::Tanh);
+        glu_packed_backward(pool, out[0].view_mut(), dy, x, C / 2, gate);
+        vec![]
+    });
+    check("soft cap", [N * C], 1, |pool, y, [x]| {
+        soft_cap_forward(pool, InOut::separate(y[0].view_mut(), x), 0.7);
+        vec![]
+    });
+    check("soft cap gradient", [N * C; 2], 1, |pool, dx, [x, dy]| {
+        soft_cap_backward(pool, InOut::separate(dx[0].view_mut(), dy), x, 0.7);
         vec![]
     });
 }
@@ -223,11 +237,19 @@ fn gathered_rows_and_sums_over_tokens_are_those_of_f32() {
 fn operands_of_one_call_may_differ_in_type() {
     let (x, w) = (Stored::new(FloatType::F16, &noise(N * C, 1)), noise(C, 2));
     let mut want = vec![0.0; N * C];
-    rms_norm_forward(&Pool::new(1), (&mut want).into(), (&x.wide()).into(), (&w).into(), EPS, C);
+    rms_norm_forward(
+        &Pool::new(1),
+        (&mut want).into(),
+        (&x.wide()).into(),
+        (&w).into(),
+        EPS,
+        1.0,
+        C,
+    );
     let mut got = vec![0.0; N * C];
-    rms_norm_forward(&Pool::new(2), (&mut got).into(), x.view(), (&w).into(), EPS, C);
+    rms_norm_forward(&Pool::new(2), (&mut got).into(), x.view(), (&w).into(), EPS, 1.0, C);
     assert_eq!(got, want);
     let mut got = Stored::zeros(FloatType::Bf16, N * C);
-    rms_norm_forward(&Pool::new(2), got.view_mut(), x.view(), (&w).into(), EPS, C);
+    rms_norm_forward(&Pool::new(2), got.view_mut(), x.view(), (&w).into(), EPS, 1.0, C);
     assert_eq!(got, Stored::new(FloatType::Bf16, &want));
 }

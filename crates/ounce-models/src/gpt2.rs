@@ -260,6 +260,8 @@ impl Writer<'_> {
                 1.0
             },
             packed: true,
+            window: None,
+            soft_cap: None,
         };
         let y = self.norm(x, &format!("{name}.ln_1"));
         let qkv =

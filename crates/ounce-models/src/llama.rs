@@ -238,6 +238,8 @@ impl Writer<'_> {
             head_dim: d,
             scale,
             packed: false,
+            window: None,
+            soft_cap: None,
         };
         let o = self.b.attention(&[q, k, v], spec);
         let y = self.linear(o, &format!("{name}.self_attn.o_proj"), q_width, c.hidden, c.o_bias);

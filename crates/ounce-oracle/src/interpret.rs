@@ -211,7 +211,7 @@ impl<'g> Interpreter<'g> {
     pub fn run_forward(&mut self) {
         self.run(|op| match (op.phase, op.kind) {
             (Phase::Forward, kind) => Some(kind),
-            (_, OpKind::CrossEntropyTrain) => Some(OpKind::CrossEntropy),
+            (_, OpKind::CrossEntropyTrain { soft_cap }) => Some(OpKind::CrossEntropy { soft_cap }),
             _ => None,
         });
     }
@@ -290,12 +290,14 @@ impl<'g> Interpreter<'g> {
             OpKind::LayerNorm { eps, bias } => {
                 vec![ops::layer_norm(x(0), used(0), biased(bias), eps.into())]
             }
-            OpKind::RmsNorm { eps } => vec![ops::rms_norm(x(0), used(0), eps.into())],
-            OpKind::Rope { table, head_dim, inverse, .. } => {
+            OpKind::RmsNorm { eps, unit_offset } => {
+                vec![ops::rms_norm(x(0), used(0), eps.into(), f64::from(unit_offset))]
+            }
+            OpKind::Rope { table, n_heads, head_dim, inverse } => {
                 let table = &self.graph.rope_tables[table];
                 let (inv_freq, scale) = (&table.inv_freq[..], table.scale.into());
-                let head_dim = head_dim as usize;
-                let rotation = Rotation { inv_freq, scale, head_dim, inverse };
+                let (n_heads, head_dim) = (n_heads as usize, head_dim as usize);
+                let rotation = Rotation { inv_freq, scale, n_heads, head_dim, inverse };
                 vec![ops::rope(x(0), ints(1), rotation)]
             }
             OpKind::Attention(spec) => {
@@ -303,7 +305,12 @@ impl<'g> Interpreter<'g> {
                 vec![o, lse]
             }
             OpKind::Gelu(kind) => vec![ops::gelu(x(0), kind)],
-            OpKind::Swiglu => vec![ops::swiglu(x(0), x(1))],
+            OpKind::Glu { gate: kind, packed } => {
+                let (gate, up, _) = self.glu(op, packed);
+                vec![ops::glu(&gate, &up, kind)]
+            }
+            OpKind::Scale { factor } => vec![ops::scale(x(0), factor.into())],
+            OpKind::SoftCap { cap } => vec![ops::soft_caps(x(0), cap.into())],
             OpKind::Add => vec![ops::add(x(0), x(1))],
             OpKind::Dropout { p, site } => {
                 let word =
@@ -311,15 +318,15 @@ impl<'g> Interpreter<'g> {
                 vec![ops::dropout(x(0), width(0), p.into(), word)]
             }
             OpKind::TakeRows => vec![ops::take_rows(x(0), ints(1), width(0))],
-            OpKind::CrossEntropy => {
+            OpKind::CrossEntropy { soft_cap } => {
                 let w = self.weight(op, WeightLayout::OutIn);
-                vec![ops::cross_entropy(x(0), ints(1), w)]
+                vec![ops::cross_entropy(x(0), ints(1), w, soft_cap.map(f64::from))]
             }
-            OpKind::CrossEntropyTrain => {
+            OpKind::CrossEntropyTrain { soft_cap } => {
                 let w = self.weight(op, WeightLayout::OutIn);
                 let dw = sums.first_mut().map(Vec::as_mut_slice);
-                let scale = self.grad_scale() * self.loss_scale;
-                let (loss, dx) = ops::cross_entropy_train(x(0), ints(1), w, scale, dw);
+                let (cap, scale) = (soft_cap.map(f64::from), self.grad_scale() * self.loss_scale);
+                let (loss, dx) = ops::cross_entropy_train(x(0), ints(1), w, scale, cap, dw);
                 vec![loss, dx]
             }
             OpKind::LinearGradInput { layout } => {
@@ -338,9 +345,10 @@ impl<'g> Interpreter<'g> {
                 let (dw, db) = (sums.next(), sums.next());
                 vec![ops::layer_norm_grad(x(0), x(1), used(0), eps.into(), dw, db)]
             }
-            OpKind::RmsNormGrad { eps } => {
+            OpKind::RmsNormGrad { eps, unit_offset } => {
                 let dw = sums.first_mut().map(Vec::as_mut_slice);
-                vec![ops::rms_norm_grad(x(0), x(1), used(0), eps.into(), dw)]
+                let offset = f64::from(unit_offset);
+                vec![ops::rms_norm_grad(x(0), x(1), used(0), eps.into(), offset, dw)]
             }
             OpKind::AttentionGrad(spec) => {
                 let (qkv, n) = self.qkv(op, &spec);
@@ -348,10 +356,16 @@ impl<'g> Interpreter<'g> {
                 if spec.packed { vec![d.pack(&spec)] } else { vec![d.q, d.k, d.v] }
             }
             OpKind::GeluGrad(kind) => vec![ops::gelu_grad(x(0), x(1), kind)],
-            OpKind::SwigluGrad => {
-                let (d_gate, d_up) = ops::swiglu_grad(x(0), x(1), x(2));
-                vec![d_gate, d_up]
+            OpKind::GluGrad { gate: kind, packed } => {
+                let (gate, up, n) = self.glu(op, packed);
+                let (d_gate, d_up) = ops::glu_grad(&gate, &up, x(n), kind);
+                if packed {
+                    vec![ops::join_glu(&d_gate, &d_up, width(0) / 2)]
+                } else {
+                    vec![d_gate, d_up]
+                }
             }
+            OpKind::SoftCapGrad { cap } => vec![ops::soft_caps_grad(x(0), x(1), cap.into())],
             OpKind::EmbedGradRows => {
                 sums[0].copy_from_slice(x(0));
                 Vec::new()
@@ -410,6 +424,18 @@ impl<'g> Interpreter<'g> {
             (Qkv::unpack(x(0), spec), 1)
         } else {
             (Qkv { q: x(0).to_vec(), k: x(1).to_vec(), v: x(2).to_vec() }, 3)
+        }
+    }
+
+    /// Gate and up of a gated linear unit, and how many inputs they take.
+    fn glu(&self, op: &Op, packed: bool) -> (Vec<f64>, Vec<f64>, usize) {
+        let x = |i: usize| self.value(op.inputs[i]);
+        if packed {
+            let width = self.graph.values[op.inputs[0]].shape.last() as usize / 2;
+            let (gate, up) = ops::split_glu(x(0), width);
+            (gate, up, 1)
+        } else {
+            (x(0).to_vec(), x(1).to_vec(), 2)
         }
     }
 

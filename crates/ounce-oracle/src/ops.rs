@@ -8,7 +8,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use ounce_ir::{AttentionSpec, GeluKind, WeightLayout};
+use ounce_ir::{AttentionSpec, Gate, GeluKind, WeightLayout};
 
 /// `table[idx]` (N, C), a zero row for a negative index.
 pub fn embed(idx: &[i32], table: &[f64], n_channels: usize) -> Vec<f64> {
@@ -154,25 +154,31 @@ pub fn layer_norm_grad(
     dx
 }
 
-/// `y = x / sqrt(mean(x^2) + eps) * w` over the last dimension.
-pub fn rms_norm(x: &[f64], w: &[f64], eps: f64) -> Vec<f64> {
-    let tokens = x.chunks(w.len());
-    tokens.flat_map(|x| x.iter().zip(w).map(move |(v, w)| v * reciprocal_rms(x, eps) * w)).collect()
+/// `y = x / sqrt(mean(x^2) + eps) * (offset + w)` over groups of as many channels as `w` has.
+pub fn rms_norm(x: &[f64], w: &[f64], eps: f64, offset: f64) -> Vec<f64> {
+    let groups = x.chunks(w.len());
+    let y = groups.flat_map(|x| {
+        let r = reciprocal_rms(x, eps);
+        x.iter().zip(w).map(move |(x, w)| x * r * (offset + w))
+    });
+    y.collect()
 }
 
 fn reciprocal_rms(x: &[f64], eps: f64) -> f64 {
     1.0 / (mean(x.iter().map(|x| x * x)) + eps).sqrt()
 }
 
-/// `dx = r (g - z mean(g z))` with `z = x r`, `r` the reciprocal root mean square and `g = dy w`;
-/// adds `dy z` to `dw`.
+/// `dx = r (g - z mean(g z))` with `z = x r`, `r` the reciprocal root mean square and
+/// `g = dy (offset + w)`; adds `dy z` to `dw`.
 pub fn rms_norm_grad(
     x: &[f64],
     dy: &[f64],
     w: &[f64],
     eps: f64,
+    offset: f64,
     mut dw: Option<&mut [f64]>,
 ) -> Vec<f64> {
+    let factor: Vec<f64> = w.iter().map(|w| offset + w).collect();
     let mut dx = Vec::new();
     for (x, dy) in x.chunks(w.len()).zip(dy.chunks(w.len())) {
         let r = reciprocal_rms(x, eps);
@@ -180,7 +186,7 @@ pub fn rms_norm_grad(
         if let Some(dw) = dw.as_deref_mut() {
             add_to(dw, &product(dy, &z));
         }
-        let g = product(dy, w);
+        let g = product(dy, &factor);
         let mean_gz = mean(product(&g, &z).into_iter());
         dx.extend(g.iter().zip(&z).map(|(g, z)| r * (g - z * mean_gz)));
     }
@@ -194,19 +200,21 @@ pub struct Rotation<'a> {
     pub inv_freq: &'a [f32],
     /// Multiplies cosine and sine.
     pub scale: f64,
+    /// H, heads that are turned.
+    pub n_heads: usize,
     /// D.
     pub head_dim: usize,
     /// Whether to turn back, which is the gradient.
     pub inverse: bool,
 }
 
-/// Turns elements `i` and `i + R` of every head by `positions[n] * inv_freq[i]`; elements from 2R on
-/// stay as they are. `x` (N, H D).
+/// Turns elements `i` and `i + R` of the first heads by `positions[n] * inv_freq[i]`; elements of a
+/// head from 2R on and columns behind those heads stay as they are. `x` (N, H D or more).
 pub fn rope(x: &[f64], positions: &[i32], rotation: Rotation<'_>) -> Vec<f64> {
     let mut y = x.to_vec();
     let n_pairs = rotation.inv_freq.len();
     for (y, &position) in y.chunks_mut(x.len() / positions.len()).zip(positions) {
-        for head in y.chunks_mut(rotation.head_dim) {
+        for head in y.chunks_mut(rotation.head_dim).take(rotation.n_heads) {
             for (i, &inv_freq) in rotation.inv_freq.iter().enumerate() {
                 let angle = f64::from(position) * f64::from(inv_freq);
                 let sign = if rotation.inverse { -1.0 } else { 1.0 };
@@ -273,8 +281,23 @@ fn queries<'a>(
     tokens.flat_map(move |(row, i)| (0..n_heads).map(move |h| (row, i, h, h / group)))
 }
 
-/// `o[i] = sum over j <= i in the row of softmax(scale q[i] k[j]) v[j]` per head, and
-/// `lse[i] = log(sum over j of exp(scale q[i] k[j]))`. Tokens outside of `rows` get zeros.
+/// Keys that query `i` of a row sees: `window` of them up to itself, within the row.
+fn keys(row: &Range<usize>, i: usize, spec: &AttentionSpec) -> Range<usize> {
+    let first = spec.window.map_or(0, |window| (i + 1).saturating_sub(window as usize));
+    row.start.max(first)..i + 1
+}
+
+/// A score and its slope: `s = scale x`, or `cap tanh(scale x / cap)` with the soft cap.
+fn score(x: f64, spec: &AttentionSpec) -> (f64, f64) {
+    let scale = f64::from(spec.scale);
+    let Some(cap) = spec.soft_cap.map(f64::from) else { return (scale * x, scale) };
+    let y = soft_cap(scale * x, cap);
+    (y, scale * soft_cap_slope(scale * x, cap))
+}
+
+/// `o[i] = sum over keys j of softmax(s[i, j]) v[j]` per head, with `s[i, j] = scale q[i] k[j]`,
+/// perhaps softly capped, and `lse[i] = log(sum over j of exp(s[i, j]))`. The keys are those of the
+/// row from the window's start to `i`. Tokens outside of `rows` get zeros.
 ///
 /// Returns o (N, H D) and lse (N, H).
 pub fn attention(qkv: &Qkv, rows: &[Range<usize>], spec: &AttentionSpec) -> (Vec<f64>, Vec<f64>) {
@@ -284,10 +307,10 @@ pub fn attention(qkv: &Qkv, rows: &[Range<usize>], spec: &AttentionSpec) -> (Vec
     for (row, i, h, kv_head) in queries(rows, spec) {
         let at_q = head_at(spec, spec.n_heads, i, h);
         let at_kv = |j| head_at(spec, spec.n_kv_heads, j, kv_head);
-        let keys = row.start..=i;
+        let keys = keys(row, i, spec);
         let scores: Vec<f64> = keys
             .clone()
-            .map(|j| f64::from(spec.scale) * dot(&qkv.q[at_q.clone()], &qkv.k[at_kv(j)]))
+            .map(|j| score(dot(&qkv.q[at_q.clone()], &qkv.k[at_kv(j)]), spec).0)
             .collect();
         let sum = log_sum_exp(&scores);
         lse[i * n_heads + h] = sum;
@@ -302,7 +325,8 @@ pub fn attention(qkv: &Qkv, rows: &[Range<usize>], spec: &AttentionSpec) -> (Vec
 }
 
 /// Gradients of [`attention`]. With `p` the softmax: `dv[j] += p d_o[i]`,
-/// `ds = p (d_o[i] v[j] - d_o[i] o[i])`, `dq[i] += scale ds k[j]`, `dk[j] += scale ds q[i]`.
+/// `ds = p (d_o[i] v[j] - d_o[i] o[i])` times the slope of the score, `dq[i] += ds k[j]`,
+/// `dk[j] += ds q[i]`.
 pub fn attention_grad(
     qkv: &Qkv,
     o: &[f64],
@@ -311,21 +335,21 @@ pub fn attention_grad(
     rows: &[Range<usize>],
     spec: &AttentionSpec,
 ) -> Qkv {
-    let scale = f64::from(spec.scale);
     let zeros = |x: &[f64]| vec![0.0; x.len()];
     let mut d = Qkv { q: zeros(&qkv.q), k: zeros(&qkv.k), v: zeros(&qkv.v) };
     for (row, i, h, kv_head) in queries(rows, spec) {
         let at_q = head_at(spec, spec.n_heads, i, h);
         let (q, d_o) = (&qkv.q[at_q.clone()], &d_o[at_q.clone()]);
         let d_o_o = dot(d_o, &o[at_q.clone()]);
-        for j in row.start..=i {
+        for j in keys(row, i, spec) {
             let at_kv = head_at(spec, spec.n_kv_heads, j, kv_head);
             let (k, v) = (&qkv.k[at_kv.clone()], &qkv.v[at_kv.clone()]);
-            let p = (scale * dot(q, k) - lse[i * spec.n_heads as usize + h]).exp();
-            let ds = p * (dot(d_o, v) - d_o_o);
+            let (s, slope) = score(dot(q, k), spec);
+            let p = (s - lse[i * spec.n_heads as usize + h]).exp();
+            let ds = p * (dot(d_o, v) - d_o_o) * slope;
             add_scaled(&mut d.v[at_kv.clone()], p, d_o);
-            add_scaled(&mut d.q[at_q.clone()], scale * ds, k);
-            add_scaled(&mut d.k[at_kv], scale * ds, q);
+            add_scaled(&mut d.q[at_q.clone()], ds, k);
+            add_scaled(&mut d.k[at_kv], ds, q);
         }
     }
     d
@@ -349,14 +373,18 @@ fn gelu_angle(x: f64) -> f64 {
 
 /// `dx = dy (gate(x) + x gate'(x))`.
 pub fn gelu_grad(x: &[f64], dy: &[f64], kind: GeluKind) -> Vec<f64> {
-    let slope = |x: f64| match kind {
+    x.iter().zip(dy).map(|(&x, dy)| dy * gelu_slope(x, kind)).collect()
+}
+
+fn gelu_slope(x: f64, kind: GeluKind) -> f64 {
+    let d_gate = match kind {
         GeluKind::Tanh => {
             let d_angle = (2.0 / std::f64::consts::PI).sqrt() * (1.0 + 3.0 * 0.044715 * x * x);
             0.5 * (1.0 - gelu_angle(x).tanh().powi(2)) * d_angle
         }
         GeluKind::Erf => (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt(),
     };
-    x.iter().zip(dy).map(|(&x, dy)| dy * (gelu_gate(x, kind) + x * slope(x))).collect()
+    gelu_gate(x, kind) + x * d_gate
 }
 
 /// The error function, to the last few bits: `2/sqrt(pi) exp(-x^2) sum of 2^n x^(2n+1) / (2n+1)!!`,
@@ -380,17 +408,61 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
-/// `silu(gate) up`, with `silu(x) = x sigmoid(x)`.
-pub fn swiglu(gate: &[f64], up: &[f64]) -> Vec<f64> {
-    gate.iter().zip(up).map(|(g, u)| g * sigmoid(*g) * u).collect()
+/// What a gate goes through, and its slope: `silu(x) = x sigmoid(x)`, or GELU.
+fn through(x: f64, gate: Gate) -> (f64, f64) {
+    match gate {
+        Gate::Silu => (x * sigmoid(x), sigmoid(x) * (1.0 + x * (1.0 - sigmoid(x)))),
+        Gate::Gelu(kind) => (x * gelu_gate(x, kind), gelu_slope(x, kind)),
+    }
 }
 
-/// `dgate = dy up s (1 + gate (1 - s))` with `s = sigmoid(gate)`, and `dup = dy silu(gate)`.
-pub fn swiglu_grad(gate: &[f64], up: &[f64], dy: &[f64]) -> (Vec<f64>, Vec<f64>) {
-    let slope = |g: f64| sigmoid(g) * (1.0 + g * (1.0 - sigmoid(g)));
-    let d_silu: Vec<f64> = gate.iter().map(|&g| slope(g)).collect();
-    let silu: Vec<f64> = gate.iter().map(|&g| g * sigmoid(g)).collect();
-    (product(&product(dy, up), &d_silu), product(dy, &silu))
+/// Takes apart gate and up that stand side by side in each token's 2 `width` elements.
+pub fn split_glu(x: &[f64], width: usize) -> (Vec<f64>, Vec<f64>) {
+    let half = |range: Range<usize>| {
+        x.chunks(2 * width).flat_map(|token| token[range.clone()].to_vec()).collect()
+    };
+    (half(0..width), half(width..2 * width))
+}
+
+/// The reverse of [`split_glu`].
+pub fn join_glu(gate: &[f64], up: &[f64], width: usize) -> Vec<f64> {
+    gate.chunks(width).zip(up.chunks(width)).flat_map(|(g, u)| [g, u].concat()).collect()
+}
+
+/// `act(gate) up`.
+pub fn glu(gate: &[f64], up: &[f64], kind: Gate) -> Vec<f64> {
+    gate.iter().zip(up).map(|(&g, u)| through(g, kind).0 * u).collect()
+}
+
+/// `dgate = dy up act'(gate)` and `dup = dy act(gate)`.
+pub fn glu_grad(gate: &[f64], up: &[f64], dy: &[f64], kind: Gate) -> (Vec<f64>, Vec<f64>) {
+    let (act, slope): (Vec<f64>, Vec<f64>) = gate.iter().map(|&g| through(g, kind)).unzip();
+    (product(&product(dy, up), &slope), product(dy, &act))
+}
+
+/// `cap tanh(x / cap)`.
+fn soft_cap(x: f64, cap: f64) -> f64 {
+    cap * (x / cap).tanh()
+}
+
+/// `1 - tanh(x / cap)^2`.
+fn soft_cap_slope(x: f64, cap: f64) -> f64 {
+    1.0 - (x / cap).tanh().powi(2)
+}
+
+/// `cap tanh(x / cap)` of every element.
+pub fn soft_caps(x: &[f64], cap: f64) -> Vec<f64> {
+    x.iter().map(|&x| soft_cap(x, cap)).collect()
+}
+
+/// `dx = dy (1 - tanh(x / cap)^2)`.
+pub fn soft_caps_grad(x: &[f64], dy: &[f64], cap: f64) -> Vec<f64> {
+    x.iter().zip(dy).map(|(&x, dy)| dy * soft_cap_slope(x, cap)).collect()
+}
+
+/// `factor x`. Its own gradient.
+pub fn scale(x: &[f64], factor: f64) -> Vec<f64> {
+    x.iter().map(|x| factor * x).collect()
 }
 
 /// `a + b`.
@@ -417,11 +489,21 @@ pub fn take_rows(x: &[f64], idx: &[i32], n_channels: usize) -> Vec<f64> {
     idx.iter().flat_map(row).collect()
 }
 
-/// `log(sum(exp(logits))) - logits[target]` per token, with `logits = x w^T`; 0 without a target.
+/// `x w^T`, softly capped if there is a cap.
+fn logits(x: &[f64], w: Weight<'_>, cap: Option<f64>) -> Vec<f64> {
+    let logits = linear(x, w, None);
+    match cap {
+        Some(cap) => soft_caps(&logits, cap),
+        None => logits,
+    }
+}
+
+/// `log(sum(exp(logits))) - logits[target]` per token, with `logits = x w^T`, softly capped if there
+/// is a cap; 0 without a target.
 ///
 /// `x` (N, C), `targets` (N), `w` (V, C); returns the losses (N).
-pub fn cross_entropy(x: &[f64], targets: &[i32], w: Weight<'_>) -> Vec<f64> {
-    let logits = linear(x, w, None);
+pub fn cross_entropy(x: &[f64], targets: &[i32], w: Weight<'_>, cap: Option<f64>) -> Vec<f64> {
+    let logits = logits(x, w, cap);
     let loss = |(&target, logits): (&i32, &[f64])| {
         let target = usize::try_from(target).ok()?;
         Some(log_sum_exp(logits) - logits[target])
@@ -430,16 +512,17 @@ pub fn cross_entropy(x: &[f64], targets: &[i32], w: Weight<'_>) -> Vec<f64> {
 }
 
 /// Losses as [`cross_entropy`] gives them, and the gradients of `grad_scale` times their sum:
-/// with `d_logits = grad_scale (softmax - onehot)`, returns `dx = d_logits w` and adds
-/// `d_logits^T x` to `dw`.
+/// with `d_logits = grad_scale (softmax - onehot)`, times the slope of the cap, returns
+/// `dx = d_logits w` and adds `d_logits^T x` to `dw`.
 pub fn cross_entropy_train(
     x: &[f64],
     targets: &[i32],
     w: Weight<'_>,
     grad_scale: f64,
+    cap: Option<f64>,
     dw: Option<&mut [f64]>,
 ) -> (Vec<f64>, Vec<f64>) {
-    let mut d_logits = linear(x, w, None);
+    let mut d_logits = logits(x, w, cap);
     for (&target, logits) in targets.iter().zip(d_logits.chunks_mut(w.n_out)) {
         let Ok(target) = usize::try_from(target) else {
             logits.fill(0.0);
@@ -448,13 +531,15 @@ pub fn cross_entropy_train(
         let sum = log_sum_exp(logits);
         for (v, logit) in logits.iter_mut().enumerate() {
             let onehot = if v == target { 1.0 } else { 0.0 };
-            *logit = grad_scale * ((*logit - sum).exp() - onehot);
+            // `logit / cap` is the tanh already.
+            let slope = cap.map_or(1.0, |cap| 1.0 - (*logit / cap).powi(2));
+            *logit = grad_scale * ((*logit - sum).exp() - onehot) * slope;
         }
     }
     if let Some(dw) = dw {
         linear_grad_weight(dw, x, &d_logits, w.n_in, w.n_out, w.layout);
     }
-    (cross_entropy(x, targets, w), linear_grad_input(&d_logits, w))
+    (cross_entropy(x, targets, w, cap), linear_grad_input(&d_logits, w))
 }
 
 /// `sum(g^2)`.
@@ -566,8 +651,15 @@ mod tests {
 
     #[test]
     fn packing_puts_query_keys_and_values_of_a_token_side_by_side() {
-        let spec =
-            AttentionSpec { n_heads: 2, n_kv_heads: 1, head_dim: 1, scale: 1.0, packed: true };
+        let spec = AttentionSpec {
+            n_heads: 2,
+            n_kv_heads: 1,
+            head_dim: 1,
+            scale: 1.0,
+            packed: true,
+            window: None,
+            soft_cap: None,
+        };
         let qkv = Qkv { q: vec![1.0, 2.0, 5.0, 6.0], k: vec![3.0, 7.0], v: vec![4.0, 8.0] };
         let packed = qkv.pack(&spec);
         assert_eq!(packed, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
@@ -576,8 +668,15 @@ mod tests {
 
     #[test]
     fn equal_scores_attend_equally_to_the_tokens_before() {
-        let spec =
-            AttentionSpec { n_heads: 1, n_kv_heads: 1, head_dim: 1, scale: 1.0, packed: false };
+        let spec = AttentionSpec {
+            n_heads: 1,
+            n_kv_heads: 1,
+            head_dim: 1,
+            scale: 1.0,
+            packed: false,
+            window: None,
+            soft_cap: None,
+        };
         let qkv = Qkv { q: vec![0.0; 4], k: vec![1.0; 4], v: vec![1.0, 3.0, 8.0, 9.0] };
         let (o, lse) = attention(&qkv, std::slice::from_ref(&(0..3)), &spec);
         assert_eq!(o[..2], [1.0, 2.0]);

@@ -1,15 +1,20 @@
 //! Random small models for property tests: every op, every wiring that the families use, odd sizes.
 //!
 //! A case is a chain of random stages (attention halves packed or separate, with or without rotary
-//! positions and grouped heads; MLP halves with GELU or SwiGLU; layer or RMS norms; biases; dropout)
-//! between an embedding (with or without learned positions) and a tied or untied head, and a small
-//! step shape. Same seed, same case.
+//! positions, norms of queries and keys, windows, soft caps and grouped heads; MLP halves with GELU or
+//! a gated unit, packed or not; layer or RMS norms, before or behind a half; biases; dropout) between
+//! an embedding (with or without learned positions, scaled or not) and a tied or untied head (with or
+//! without a soft cap), and a small step shape. Same seed, same case.
 
 use ounce_ir::{
-    AttentionSpec, GeluKind, Graph, GraphBuilder, Init, InputKind, ParamId, RopeTableId, Shape,
-    ValueId, WeightLayout,
+    AttentionSpec, Gate, GeluKind, Graph, GraphBuilder, Init, InputKind, ParamId, RopeTableId,
+    Shape, ValueId, WeightLayout,
 };
 use ounce_program::StepShape;
+
+/// Epsilon of the norms: large, since few channels are often near each other or near zero, where a
+/// norm with a small one is nearly a step and has no useful differences.
+const EPS: f32 = 1e-2;
 
 /// SplitMix64 (Steele, Lea, Flood 2014): a tiny generator for test cases.
 #[derive(Debug, Clone)]
@@ -70,6 +75,8 @@ pub fn random_case(seed: u64, n_stages_max: u64) -> RandomCase {
         dropout: rng.pick(&[0.0, 0.0, 0.1]),
         layer_norm: rng.coin(),
         bias: rng.coin(),
+        unit_offset: false,
+        soft_cap: None,
         rope: None,
         width,
         heads,
@@ -90,6 +97,8 @@ struct RandomModel {
     dropout: f32,
     layer_norm: bool,
     bias: bool,
+    unit_offset: bool,
+    soft_cap: Option<f32>,
     rope: Option<RopeTableId>,
 }
 
@@ -99,6 +108,13 @@ impl RandomModel {
         let ids = self.b.input(InputKind::TokenIds);
         let table = self.matrix("embed.weight", vocab, self.width);
         let mut x = self.b.embed(ids, table);
+        // What came with the later families is drawn together, so that it meets.
+        let gemma_like = self.rng.below(3) == 0;
+        if gemma_like {
+            self.unit_offset = self.rng.coin();
+            self.soft_cap = Some(self.rng.pick(&[2.0, 30.0]));
+            x = self.b.scale(x, 1.5);
+        }
         if self.rng.coin() {
             let positions = self.b.input(InputKind::Positions);
             let table = self.matrix("positions.weight", row_tokens, self.width);
@@ -117,7 +133,7 @@ impl RandomModel {
         let n = self.norm("final", x);
         let head =
             if self.rng.coin() { table } else { self.matrix("head.weight", vocab, self.width) };
-        self.b.cross_entropy(n, head);
+        self.b.cross_entropy_capped(n, head, self.soft_cap);
     }
 
     fn matrix(&mut self, name: &str, rows: u64, cols: u64) -> ParamId {
@@ -130,13 +146,15 @@ impl RandomModel {
 
     fn norm(&mut self, name: &str, x: ValueId) -> ValueId {
         let w = self.vector(&format!("{name}.norm.weight"), self.width, Init::Ones);
-        if self.layer_norm {
+        if self.unit_offset {
+            self.b.rms_norm_unit_offset(x, w, EPS)
+        } else if self.layer_norm {
             let b = self
                 .bias
                 .then(|| self.vector(&format!("{name}.norm.bias"), self.width, Init::Zeros));
-            self.b.layer_norm(x, w, b, 1e-5)
+            self.b.layer_norm(x, w, b, EPS)
         } else {
-            self.b.rms_norm(x, w, 1e-6)
+            self.b.rms_norm(x, w, EPS)
         }
     }
 
@@ -155,17 +173,36 @@ impl RandomModel {
         let name = format!("{i}.attn");
         self.b.stage(&name, "attn");
         let n = self.norm(&name, x);
-        let packed = self.rope.is_none() && self.rng.coin();
+        let packed = self.rng.coin();
+        let window =
+            if self.rng.below(3) == 0 { Some(1 + self.rng.below(90) as u32) } else { None };
         let scale = 1.0 / (self.head_dim as f32).sqrt();
         let (n_heads, n_kv_heads) = self.heads;
-        let spec = AttentionSpec { n_heads, n_kv_heads, head_dim: self.head_dim, scale, packed };
+        let spec = AttentionSpec {
+            n_heads,
+            n_kv_heads,
+            head_dim: self.head_dim,
+            scale,
+            packed,
+            window,
+            soft_cap: self.soft_cap,
+        };
         let qkv = if packed {
             let to = spec.q_width() + 2 * spec.kv_width();
-            vec![self.linear(&format!("{name}.qkv"), n, self.width, to)]
+            let qkv = self.linear(&format!("{name}.qkv"), n, self.width, to);
+            let heads = n_heads + n_kv_heads;
+            vec![self.rope.map_or(qkv, |table| self.b.rope(qkv, table, heads, self.head_dim))]
         } else {
             let mut q = self.linear(&format!("{name}.q"), n, self.width, spec.q_width());
             let mut k = self.linear(&format!("{name}.k"), n, self.width, spec.kv_width());
             let v = self.linear(&format!("{name}.v"), n, self.width, spec.kv_width());
+            if self.rng.below(3) == 0 {
+                let d = u64::from(self.head_dim);
+                let w = self.vector(&format!("{name}.q_norm.weight"), d, Init::Ones);
+                q = self.b.rms_norm(q, w, EPS);
+                let w = self.vector(&format!("{name}.k_norm.weight"), spec.kv_width(), Init::Ones);
+                k = self.b.rms_norm(k, w, EPS);
+            }
             if let Some(table) = self.rope {
                 q = self.b.rope(q, table, n_heads, self.head_dim);
                 k = self.b.rope(k, table, n_kv_heads, self.head_dim);
@@ -173,7 +210,10 @@ impl RandomModel {
             vec![q, k, v]
         };
         let o = self.b.attention(&qkv, spec);
-        let y = self.linear(&format!("{name}.o"), o, spec.q_width(), self.width);
+        let mut y = self.linear(&format!("{name}.o"), o, spec.q_width(), self.width);
+        if self.unit_offset {
+            y = self.norm(&format!("{name}.post"), y);
+        }
         let y = self.b.dropout(y, self.dropout);
         self.b.add(x, y)
     }
@@ -188,9 +228,15 @@ impl RandomModel {
             let kind = self.rng.pick(&[GeluKind::Tanh, GeluKind::Erf]);
             self.b.gelu(h, kind)
         } else {
-            let gate = self.linear(&format!("{name}.gate"), n, self.width, hidden);
-            let up = self.linear(&format!("{name}.up"), n, self.width, hidden);
-            self.b.swiglu(gate, up)
+            let kind = self.rng.pick(&[Gate::Silu, Gate::Gelu(GeluKind::Tanh)]);
+            if self.rng.coin() {
+                let both = self.linear(&format!("{name}.gate_up"), n, self.width, 2 * hidden);
+                self.b.glu(&[both], kind)
+            } else {
+                let gate = self.linear(&format!("{name}.gate"), n, self.width, hidden);
+                let up = self.linear(&format!("{name}.up"), n, self.width, hidden);
+                self.b.glu(&[gate, up], kind)
+            }
         };
         let y = self.linear(&format!("{name}.proj"), h, hidden, self.width);
         let y = self.b.dropout(y, self.dropout);

@@ -7,8 +7,8 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot build its graph should panic")]
 
 use ounce_ir::{
-    AttentionSpec, DType, EntityId, GeluKind, Graph, GraphBuilder, Init, InputKind, MASTER_LO,
-    OpKind, OptimizerKind, ParamId, Shape, ValueId, WeightLayout,
+    AttentionSpec, DType, EntityId, Gate, GeluKind, Graph, GraphBuilder, Init, InputKind,
+    MASTER_LO, OpKind, OptimizerKind, ParamId, Shape, ValueId, WeightLayout,
 };
 use ounce_oracle::philox::word;
 use ounce_oracle::round::{join, round_to};
@@ -152,6 +152,32 @@ fn rms_norm() {
 }
 
 #[test]
+fn rms_norm_with_a_unit_offset_and_of_every_head() {
+    for (width, group) in [(5, 5), (6, 2), (6, 3)] {
+        for unit_offset in [false, true] {
+            check(under_a_head(width, |b| {
+                let x = tokens(b, "x", width);
+                let w = vector(b, "w", group);
+                if unit_offset {
+                    b.rms_norm_unit_offset(x, w, 1e-3)
+                } else {
+                    b.rms_norm(x, w, 1e-3)
+                }
+            }));
+        }
+    }
+}
+
+#[test]
+fn rope_of_the_first_columns_alone() {
+    check(under_a_head(13, |b| {
+        let table = b.rope_table(vec![0.7, 0.2], 1.0);
+        let x = tokens(b, "x", 13);
+        b.rope(x, table, 2, 5)
+    }));
+}
+
+#[test]
 fn rope_of_whole_and_partial_heads_with_a_scale() {
     for inv_freq in [vec![1.0, 0.3, 0.1], vec![0.7]] {
         check(under_a_head(12, |b| {
@@ -165,7 +191,15 @@ fn rope_of_whole_and_partial_heads_with_a_scale() {
 #[test]
 fn attention_of_separate_and_packed_inputs_with_grouped_heads() {
     for (n_heads, n_kv_heads, head_dim) in [(3, 3, 2), (4, 2, 3), (3, 1, 5)] {
-        let spec = |packed| AttentionSpec { n_heads, n_kv_heads, head_dim, scale: 0.6, packed };
+        let spec = |packed| AttentionSpec {
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            scale: 0.6,
+            packed,
+            window: None,
+            soft_cap: None,
+        };
         let (q, kv) = (spec(false).q_width(), spec(false).kv_width());
         check(under_a_head(q, |b| {
             let inputs = [("q", q), ("k", kv), ("v", kv)].map(|(name, w)| tokens(b, name, w));
@@ -174,6 +208,25 @@ fn attention_of_separate_and_packed_inputs_with_grouped_heads() {
         check(under_a_head(q, |b| {
             let packed = tokens(b, "qkv", q + 2 * kv);
             b.attention(&[packed], spec(true))
+        }));
+    }
+}
+
+#[test]
+fn attention_in_a_window_and_with_a_soft_cap() {
+    for (window, soft_cap) in [(Some(3), None), (None, Some(0.8)), (Some(4), Some(2.0))] {
+        let spec = AttentionSpec {
+            n_heads: 4,
+            n_kv_heads: 2,
+            head_dim: 3,
+            scale: 0.6,
+            packed: true,
+            window,
+            soft_cap,
+        };
+        check(under_a_head(12, |b| {
+            let packed = tokens(b, "qkv", 24);
+            b.attention(&[packed], spec)
         }));
     }
 }
@@ -189,11 +242,36 @@ fn gelu_of_both_kinds() {
 }
 
 #[test]
-fn swiglu() {
+fn gated_units_separate_and_packed() {
+    for gate in [Gate::Silu, Gate::Gelu(GeluKind::Tanh), Gate::Gelu(GeluKind::Erf)] {
+        check(under_a_head(5, |b| {
+            let both = [tokens(b, "gate", 5), tokens(b, "up", 5)];
+            b.glu(&both, gate)
+        }));
+        check(under_a_head(5, |b| {
+            let both = tokens(b, "gate_up", 10);
+            b.glu(&[both], gate)
+        }));
+    }
+}
+
+#[test]
+fn scale_and_soft_cap() {
     check(under_a_head(5, |b| {
-        let (gate, up) = (tokens(b, "gate", 5), tokens(b, "up", 5));
-        b.swiglu(gate, up)
+        let x = tokens(b, "x", 5);
+        let x = b.scale(x, 1.7);
+        b.soft_cap(x, Some(0.9))
     }));
+}
+
+#[test]
+fn a_head_with_a_soft_cap() {
+    let mut b = GraphBuilder::new();
+    b.stage("all", "all");
+    let x = tokens(&mut b, "x", 5);
+    let head = matrix(&mut b, "head", VOCAB, 5);
+    b.cross_entropy_capped(x, head, Some(0.7));
+    check(b);
 }
 
 #[test]
@@ -238,8 +316,15 @@ fn gradients_are_of_the_mean_over_supervised_tokens_wherever_rows_stand() {
     // The same rows with more space between them and in longer steps: the same loss and gradient.
     let graph = under_a_head(4, |b| {
         let packed = tokens(b, "qkv", 12);
-        let spec =
-            AttentionSpec { n_heads: 2, n_kv_heads: 2, head_dim: 2, scale: 0.7, packed: true };
+        let spec = AttentionSpec {
+            n_heads: 2,
+            n_kv_heads: 2,
+            head_dim: 2,
+            scale: 0.7,
+            packed: true,
+            window: None,
+            soft_cap: None,
+        };
         b.attention(&[packed], spec)
     });
     let graph = differentiate(&graph.finish().unwrap()).unwrap();

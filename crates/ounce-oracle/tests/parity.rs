@@ -46,7 +46,11 @@ fn first_step<'g>(golden: &Golden, graph: &'g Graph) -> Interpreter<'g> {
 /// The logits that the head never stores, of the rows' tokens only.
 fn logits(step: &Interpreter<'_>, n_tokens: usize) -> Vec<f64> {
     let graph = step.graph();
-    let (_, head) = graph.ops.iter().find(|(_, op)| op.kind == OpKind::CrossEntropyTrain).unwrap();
+    let (_, head) = graph
+        .ops
+        .iter()
+        .find(|(_, op)| matches!(op.kind, OpKind::CrossEntropyTrain { .. }))
+        .unwrap();
     let param = graph.param_of(head.uses[0]);
     let dims: Vec<usize> = graph.params[param].shape.dims.iter().map(|&d| d as usize).collect();
     let data = step.param(param);

@@ -63,7 +63,8 @@ fn find_loss(graph: &Graph) -> Result<OpId, PassError> {
     if let Some((op, o)) = graph.ops.iter().find(|(_, o)| o.phase != Phase::Forward) {
         return Err(PassError::NotForward { op, op_name: o.kind.name() });
     }
-    let mut from_loss = graph.ops.iter().skip_while(|(_, o)| o.kind != OpKind::CrossEntropy);
+    let mut from_loss =
+        graph.ops.iter().skip_while(|(_, o)| !matches!(o.kind, OpKind::CrossEntropy { .. }));
     let (loss, _) = from_loss.next().ok_or(PassError::NoLoss)?;
     match from_loss.next() {
         None => Ok(loss),
@@ -113,7 +114,10 @@ impl Backward {
     /// The loss keeps its id and its output, and gains the gradient of its input.
     fn replace_loss(&mut self, loss: OpId) -> Result<(), PassError> {
         let mut op = self.graph.ops[loss].clone();
-        op.kind = OpKind::CrossEntropyTrain;
+        let OpKind::CrossEntropy { soft_cap } = op.kind else {
+            unreachable!("find_loss finds a cross entropy")
+        };
+        op.kind = OpKind::CrossEntropyTrain { soft_cap };
         op.phase = Phase::Backward;
         op.sums = self.sum_if_trained(op.uses[0])?.into_iter().collect();
         let x = op.inputs[0];
@@ -146,7 +150,9 @@ impl Backward {
             OpKind::LayerNorm { eps, bias } => {
                 self.norm(op, dy, OpKind::LayerNormGrad { eps, bias })
             }
-            OpKind::RmsNorm { eps } => self.norm(op, dy, OpKind::RmsNormGrad { eps }),
+            OpKind::RmsNorm { eps, unit_offset } => {
+                self.norm(op, dy, OpKind::RmsNormGrad { eps, unit_offset })
+            }
             // A rotation's transpose is its inverse.
             OpKind::Rope { table, n_heads, head_dim, inverse } => {
                 let back = OpKind::Rope { table, n_heads, head_dim, inverse: !inverse };
@@ -156,22 +162,26 @@ impl Backward {
             OpKind::Gelu(kind) => {
                 self.pull(OpKind::GeluGrad(kind), &[op.inputs[0], dy], &op.inputs)
             }
-            OpKind::Swiglu => {
-                self.pull(OpKind::SwigluGrad, &[op.inputs[0], op.inputs[1], dy], &op.inputs)
+            OpKind::Glu { gate, packed } => {
+                let inputs: Vec<ValueId> = op.inputs.iter().copied().chain([dy]).collect();
+                self.pull(OpKind::GluGrad { gate, packed }, &inputs, &op.inputs)
+            }
+            OpKind::SoftCap { cap } => {
+                self.pull(OpKind::SoftCapGrad { cap }, &[op.inputs[0], dy], &op.inputs)
             }
             // Both summands have the gradient of the sum: the same value, not a copy.
             OpKind::Add => {
                 self.meet(op.inputs[1], dy)?;
                 self.meet(op.inputs[0], dy)
             }
-            // The same random site makes the same mask.
-            OpKind::Dropout { .. } => self.pull(op.kind, &[dy], &op.inputs),
+            // The same factor, or the same random site and so the same mask.
+            OpKind::Scale { .. } | OpKind::Dropout { .. } => self.pull(op.kind, &[dy], &op.inputs),
             OpKind::TakeRows => Err(PassError::NoRule {
                 op_name: op.kind.name(),
                 value: self.graph.values[op.outputs[0]].name.clone(),
             }),
-            OpKind::CrossEntropy
-            | OpKind::CrossEntropyTrain
+            OpKind::CrossEntropy { .. }
+            | OpKind::CrossEntropyTrain { .. }
             | OpKind::LinearGradInput { .. }
             | OpKind::LinearGradWeight { .. }
             | OpKind::BiasGrad
@@ -179,7 +189,8 @@ impl Backward {
             | OpKind::RmsNormGrad { .. }
             | OpKind::AttentionGrad(_)
             | OpKind::GeluGrad(_)
-            | OpKind::SwigluGrad
+            | OpKind::GluGrad { .. }
+            | OpKind::SoftCapGrad { .. }
             | OpKind::EmbedGradRows
             | OpKind::EmbedScatter
             | OpKind::SumSquares

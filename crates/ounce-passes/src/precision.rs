@@ -97,9 +97,9 @@ pub enum OpClass {
     Rope,
     /// Attention.
     Attention,
-    /// GELU, SwiGLU.
+    /// GELU, gated units.
     Activation,
-    /// The residual stream, and where gradients meet.
+    /// The residual stream and its scale, and where gradients meet.
     Residual,
     /// Dropout.
     Dropout,
@@ -137,12 +137,16 @@ impl OpClass {
             | OpKind::RmsNormGrad { .. } => Self::Norm,
             OpKind::Rope { .. } => Self::Rope,
             OpKind::Attention(_) | OpKind::AttentionGrad(_) => Self::Attention,
-            OpKind::Gelu(_) | OpKind::GeluGrad(_) | OpKind::Swiglu | OpKind::SwigluGrad => {
+            OpKind::Gelu(_) | OpKind::GeluGrad(_) | OpKind::Glu { .. } | OpKind::GluGrad { .. } => {
                 Self::Activation
             }
-            OpKind::Add => Self::Residual,
+            OpKind::Add | OpKind::Scale { .. } => Self::Residual,
             OpKind::Dropout { .. } => Self::Dropout,
-            OpKind::TakeRows | OpKind::CrossEntropy | OpKind::CrossEntropyTrain => Self::Head,
+            OpKind::TakeRows
+            | OpKind::SoftCap { .. }
+            | OpKind::SoftCapGrad { .. }
+            | OpKind::CrossEntropy { .. }
+            | OpKind::CrossEntropyTrain { .. } => Self::Head,
             OpKind::EmbedScatter
             | OpKind::SumSquares
             | OpKind::ClipScale

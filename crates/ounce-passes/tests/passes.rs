@@ -70,7 +70,15 @@ fn gpt2(untied: bool) -> GraphBuilder {
     b.stage("attn.0", "attn");
     let y = norm(&mut b, x, "ln_1");
     let qkv = linear(&mut b, y, "c_attn", 4, 12);
-    let spec = AttentionSpec { n_heads: 2, n_kv_heads: 2, head_dim: 2, scale: 0.5, packed: true };
+    let spec = AttentionSpec {
+        n_heads: 2,
+        n_kv_heads: 2,
+        head_dim: 2,
+        scale: 0.5,
+        packed: true,
+        window: None,
+        soft_cap: None,
+    };
     let y = b.attention(&[qkv], spec);
     let y = linear(&mut b, y, "c_proj", 4, 4);
     let x = b.add(x, y);
@@ -115,7 +123,15 @@ fn llama_attention() -> Graph {
         b.linear(y, w, None, WeightLayout::OutIn)
     });
     let (q, k) = (b.rope(q, table, 2, 2), b.rope(k, table, 1, 2));
-    let spec = AttentionSpec { n_heads: 2, n_kv_heads: 1, head_dim: 2, scale: 0.7, packed: false };
+    let spec = AttentionSpec {
+        n_heads: 2,
+        n_kv_heads: 1,
+        head_dim: 2,
+        scale: 0.7,
+        packed: false,
+        window: None,
+        soft_cap: None,
+    };
     let o = b.attention(&[q, k, v], spec);
     let w = b.param("o", Shape::fixed(&[4, 4]), true);
     let y = b.linear(o, w, None, WeightLayout::OutIn);

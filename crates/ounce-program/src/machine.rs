@@ -1,6 +1,6 @@
 //! The questions a planner may ask of a machine.
 
-use ounce_ir::{Graph, OpId, OpKind, WeightLayout};
+use ounce_ir::{AttentionSpec, Graph, OpId, OpKind, WeightLayout};
 
 use crate::StepShape;
 
@@ -53,7 +53,9 @@ impl Machine for FixedMachine {
         let width = |i: usize| graph.params[graph.param_of(op.uses[i])].shape.dims[0];
         match op.kind {
             // Logits of the chunk.
-            OpKind::CrossEntropy | OpKind::CrossEntropyTrain => 4 * n_tokens * width(0) + 4096,
+            OpKind::CrossEntropy { .. } | OpKind::CrossEntropyTrain { .. } => {
+                4 * n_tokens * width(0) + 4096
+            }
             OpKind::Linear { .. }
             | OpKind::LinearGradInput { .. }
             | OpKind::LinearGradWeight { .. }
@@ -85,16 +87,23 @@ pub fn flop(graph: &Graph, op: OpId, shape: &StepShape, n_tokens: u64) -> f64 {
     match op.kind {
         OpKind::Linear { layout: WeightLayout::OutIn | WeightLayout::InOut, .. }
         | OpKind::LinearGradInput { .. }
-        | OpKind::CrossEntropy => 2.0 * n * weight(),
-        OpKind::CrossEntropyTrain => 6.0 * n * weight(),
+        | OpKind::CrossEntropy { .. } => 2.0 * n * weight(),
+        OpKind::CrossEntropyTrain { .. } => 6.0 * n * weight(),
         OpKind::LinearGradWeight { .. } => {
             2.0 * n * graph.values[op.sums[0]].shape.row_elems() as f64
         }
-        // Causal: half of T keys on average, scores and values.
-        OpKind::Attention(a) => 2.0 * n * shape.row_tokens as f64 * a.q_width() as f64,
-        OpKind::AttentionGrad(a) => 5.0 * n * shape.row_tokens as f64 * a.q_width() as f64,
+        // Two products per key that a query sees; five backward.
+        OpKind::Attention(a) => 4.0 * n * mean_keys(&a, shape) * a.q_width() as f64,
+        OpKind::AttentionGrad(a) => 10.0 * n * mean_keys(&a, shape) * a.q_width() as f64,
         _ => 0.0,
     }
+}
+
+/// Keys that a query of a full row sees on average: half of the row, or nearly the window.
+fn mean_keys(spec: &AttentionSpec, shape: &StepShape) -> f64 {
+    let row = shape.row_tokens as f64;
+    let window = spec.window.map_or(row, |w| f64::from(w).min(row));
+    window * (row - 0.5 * window) / row
 }
 
 /// Bytes that `op` reads and writes on `n_tokens` tokens, sums twice.

@@ -163,7 +163,15 @@ impl Body {
         let h = self.norm(&format!("h.{i}.ln_1"), x);
         let n_kv_heads = if self.model.gpt2 { 2 } else { 1 };
         let packed = self.model.gpt2;
-        let spec = AttentionSpec { n_heads: 2, n_kv_heads, head_dim: 8, scale: 0.35, packed };
+        let spec = AttentionSpec {
+            n_heads: 2,
+            n_kv_heads,
+            head_dim: 8,
+            scale: 0.35,
+            packed,
+            window: None,
+            soft_cap: None,
+        };
         let o = if packed {
             let qkv = self.linear(&format!("h.{i}.c_attn"), h, C, 3 * C);
             self.b.attention(&[qkv], spec)

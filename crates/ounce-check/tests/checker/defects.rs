@@ -110,7 +110,7 @@ fn operands_lie_inside_their_buffers_at_aligned_bytes_in_memory() {
         operand(p, i, 0).at = 4;
     });
     assert_defect!(CheckError::WrongTier { tier: Tier::Disk, .. }, |g, p| {
-        let (_, operands) = run_of(g, p, |op| op.kind.name() == "swiglu");
+        let (_, operands) = run_of(g, p, |op| op.kind.name() == "glu");
         p.buffers[operands[0].buffer].tier = Tier::Disk;
     });
 }
@@ -134,7 +134,7 @@ fn cuts_fall_where_the_op_allows_them() {
 #[test]
 fn a_backward_op_without_a_sum_may_not_run_again_either() {
     assert_defect!(CheckError::RunsTwice { start: 0, end: 128, .. }, |g, p| {
-        let (i, _) = run_of(g, p, |op| op.kind.name() == "swiglu_grad");
+        let (i, _) = run_of(g, p, |op| op.kind.name() == "glu_grad");
         let again = p.instrs[i].clone();
         insert(p, i, vec![again]);
     });
@@ -240,13 +240,13 @@ fn transfers_are_waited_for_and_keep_their_bytes_to_themselves() {
         insert(p, end, vec![copy(operands[0], away, 7)]);
     });
     assert_defect!(CheckError::InFlight { tag: 0, .. }, |g, p| {
-        let (i, operands) = run_of(g, p, |op| op.kind.name() == "swiglu");
+        let (i, operands) = run_of(g, p, |op| op.kind.name() == "glu");
         let away = disk(p, operands[2]);
         insert(p, i + 1, vec![wait(0)]);
         insert(p, i, vec![copy(operands[2], away, 0)]);
     });
     assert_defect!(CheckError::TagInUse { tag: 3, .. }, |g, p| {
-        let (i, operands) = run_of(g, p, |op| op.kind.name() == "swiglu");
+        let (i, operands) = run_of(g, p, |op| op.kind.name() == "glu");
         let away = [disk(p, operands[2]), disk(p, operands[2])];
         let twice = away.map(|to| copy(operands[2], to, 3));
         insert(p, i + 1, twice.into_iter().chain([wait(3)]).collect());
@@ -256,11 +256,11 @@ fn transfers_are_waited_for_and_keep_their_bytes_to_themselves() {
 #[test]
 fn a_message_says_what_where_and_the_numbers() {
     let found = defect(|g, p| {
-        let (i, operands) = run_of(g, p, |op| op.kind.name() == "swiglu");
+        let (i, operands) = run_of(g, p, |op| op.kind.name() == "glu");
         operand(p, i, 0).buffer = operands[1].buffer;
     });
     let message = expect_test::expect![[r"
-        instruction 13 (swiglu) reads byte 0 of mlp.0.gate_proj at byte 327616, but finds byte 0 of mlp.0.up_proj
+        instruction 13 (glu) reads byte 0 of mlp.0.gate_proj at byte 327616, but finds byte 0 of mlp.0.up_proj
         hint: the plan is wrong and was not run; please report the model, the budget and this message"]];
     message.assert_eq(&found.to_string());
 }

@@ -48,6 +48,8 @@ pub(crate) fn gpt2_like(dropout: f32) -> Graph {
         head_dim: d,
         scale: 1.0 / (d as f32).sqrt(),
         packed: true,
+        window: None,
+        soft_cap: None,
     };
     for i in 0..2 {
         b.stage(&format!("attn.{i}"), "attn");
@@ -110,6 +112,8 @@ fn llama_body(b: &mut GraphBuilder) -> ValueId {
         head_dim: d,
         scale: 1.0 / (d as f32).sqrt(),
         packed: false,
+        window: None,
+        soft_cap: None,
     };
     b.stage("embed", "embed");
     let mut x = b.embed(ids, embed);

@@ -1,6 +1,7 @@
 //! Attention backward: scores are computed again, tile by tile, and turned into gradients.
 //!
-//! With `p = exp(scale q k - lse)`, `delta = dO . o` and `ds = scale p (dO v - delta)`:
+//! With `p = exp(scale q k - lse)`, `delta = dO . o` and `ds = scale p (dO v - delta)`, times the
+//! slope of the soft cap:
 //! ```text
 //! dv[key] = sum over queries p dO      dk[key] = sum over queries ds q      dq[query] = sum over keys ds k
 //! ```
@@ -13,7 +14,7 @@ use super::layout::{Carver, Part, scores, weighted_sum};
 use super::{AttentionDims, HeadsMut, HeadsRef, RowSpan, TILE, TILES_PER_BLOCK};
 use crate::gemm::tile::{Panel, Tile};
 use crate::gemm::{ALIGN_ELEMS, aligned};
-use crate::math::{lane_sum, softmax_term};
+use crate::math::{lane_sum, softmax_term, tanh};
 use crate::pool::{Pool, SharedMut};
 use std::ops::Range;
 
@@ -144,7 +145,8 @@ impl Backward<'_> {
         });
         pool.run_items(n_blocks * n_heads, |thread_idx, item| {
             let (row, queries) = find_block(rows, n_blocks - 1 - item / n_heads);
-            for keys in blocks(row).filter(|keys| keys.start < queries.end) {
+            let first = self.dims.first_key_tile(queries.start);
+            for keys in blocks(row).filter(|k| k.start < queries.end && k.end > first) {
                 self.block(row, item % n_heads, &keys, &queries, Want::Queries, thread_idx);
             }
         });
@@ -179,7 +181,9 @@ impl Backward<'_> {
             self.v.pack_transposed(tile.v_t, row.tile(j), kv_head, d);
             self.k.pack_natural(tile.k_n, row.tile(j), kv_head, d);
         }
-        for i in queries.start.max(keys.start)..queries.end {
+        let seeing = self.dims.query_tiles(keys.end - 1, queries.end);
+        for i in queries.start.max(keys.start)..seeing.end {
+            let first_key_tile = self.dims.first_key_tile(i);
             let tokens = row.tile(i);
             self.q.pack_natural(q_n, tokens.clone(), head, d);
             self.d_o.pack_natural(do_n, tokens.clone(), head, d);
@@ -187,12 +191,15 @@ impl Backward<'_> {
                 *delta = dot(self.d_o.row(token, head, d), self.o.row(token, head, d));
             }
             let lse = &self.lse[tokens.start * self.dims.n_heads..];
-            for (tile, j) in key_tiles.iter_mut().zip(keys.clone()).take_while(|(_, j)| *j <= i) {
+            for (tile, j) in key_tiles.iter_mut().zip(keys.clone()) {
+                if j > i || j < first_key_tile {
+                    continue;
+                }
                 let part = Part::LowerScores.if_diagonal(i == j);
                 scores(&self.tile, d, q_n, tile.k_t, p, part);
                 scores(&self.tile, d, do_n, tile.v_t, ds, part);
                 let lse = (&lse[head..], self.dims.n_heads);
-                score_gradients(p, ds, lse, &delta[..tokens.len()], self.dims.scale, i == j);
+                score_gradients(p, ds, lse, &delta[..tokens.len()], self.dims, i - j);
                 if want != Want::Queries {
                     let part = Part::DepthFromRow.if_diagonal(i == j);
                     let (p, ds) = (Panel::new(p.as_ptr(), TILE), Panel::new(ds.as_ptr(), TILE));
@@ -211,7 +218,8 @@ impl Backward<'_> {
                     // `check` accepted the sizes.
                     unsafe {
                         let n_rows = tokens.len();
-                        weighted_sum(&self.tile, d, ds, tile.k_n, dq, n_rows, j > 0, part);
+                        let from_c = j > first_key_tile;
+                        weighted_sum(&self.tile, d, ds, tile.k_n, dq, n_rows, from_c, part);
                     }
                 }
             }
@@ -300,16 +308,18 @@ fn find_block(rows: &[RowSpan], block_idx: usize) -> (RowSpan, Range<usize>) {
 }
 
 tiered! {
-    /// Turns scores `[query][key]` into probabilities and `dO v` into `ds`. `lse` of query `i` is
+    /// Turns scores `[query][key]` of tiles `distance` apart into probabilities and `dO v` into
+    /// `ds`. `lse` of query `i` is
     /// at `i * lse.1`; queries beyond `delta` are padding and become zeros.
     fn score_gradients(
         p: &mut [f32],
         ds: &mut [f32],
         lse: (&[f32], usize),
         delta: &[f32],
-        scale: f32,
-        is_diagonal: bool,
+        dims: AttentionDims,
+        distance: usize,
     ) {
+        let (scale, sight) = (dims.scale, dims.sight(distance));
         let rows = p.as_chunks_mut::<TILE>().0.iter_mut().zip(ds.as_chunks_mut::<TILE>().0);
         for (i, (p, ds)) in rows.enumerate() {
             let Some(&delta) = delta.get(i) else {
@@ -318,13 +328,25 @@ tiered! {
                 continue;
             };
             let lse = lse.0[i * lse.1];
-            for (p, ds) in p.iter_mut().zip(&mut *ds) {
-                *p = softmax_term(p.mul_add(scale, -lse));
-                *ds = *p * (*ds - delta) * scale;
+            if let Some(cap) = dims.soft_cap {
+                for (p, ds) in p.iter_mut().zip(&mut *ds) {
+                    let t = tanh(*p * (scale / cap));
+                    *p = softmax_term(t.mul_add(cap, -lse));
+                    *ds = *p * (*ds - delta) * scale * (-t).mul_add(t, 1.0);
+                }
+            } else {
+                for (p, ds) in p.iter_mut().zip(&mut *ds) {
+                    *p = softmax_term(p.mul_add(scale, -lse));
+                    *ds = *p * (*ds - delta) * scale;
+                }
             }
-            if is_diagonal {
+            if sight.is_diagonal {
                 p[i + 1..].fill(0.0);
                 ds[i + 1..].fill(0.0);
+            }
+            if sight.is_cut() {
+                p[..sight.first_key(i)].fill(0.0);
+                ds[..sight.first_key(i)].fill(0.0);
             }
         }
     }

@@ -3,11 +3,11 @@
 //! Scores are kept transposed, `s[key][query]`: maxima, exponentials and sums then run along
 //! queries, one vector lane each, and the probabilities are already the left operand of `p v`.
 
-use super::layout::{Carver, Part, scores, weighted_sum};
+use super::layout::{Carver, Part, Sight, scores, weighted_sum};
 use super::{AttentionDims, HeadsRef, RowSpan, TILE, TILES_PER_BLOCK};
 use crate::gemm::tile::{Panel, Tile};
 use crate::gemm::{ALIGN_ELEMS, aligned};
-use crate::math::softmax_term;
+use crate::math::{softmax_term, tanh};
 use crate::pool::{Pool, SharedMut};
 
 /// Elements of one thread's scratch: a block of queries and outputs with (maximum, sum) of every
@@ -22,7 +22,12 @@ pub fn attention_forward_scratch_elems(dims: AttentionDims, n_threads: usize) ->
     n_threads * per_thread_elems(dims) + ALIGN_ELEMS
 }
 
-/// `o = softmax(scale q k^T, causal) v` per row and head, and `lse = log(sum(exp(scale q k)))`.
+/// Where running maxima start: below every score, but finite, so that a query that sees no key of a
+/// tile gets zeros and not the exponential of a difference of infinities.
+const LOWEST: f32 = -1e30;
+
+/// `o = softmax(scale q k^T, causal) v` per row and head, and `lse = log(sum(exp(scale q k)))`,
+/// within the window and with softly capped scores if `dims` has them.
 ///
 /// # Shapes
 /// `o` (N, H, D), `lse` (N, H), `q` (N, H, D), `k`, `v` (N, K, D). `rows` ascend and do not
@@ -97,7 +102,7 @@ struct Forward<'a> {
 impl Forward<'_> {
     /// Outputs of one head for up to [`TILES_PER_BLOCK`] query tiles from `first` on.
     fn block(&self, row: RowSpan, head: usize, first: usize, thread_idx: usize) {
-        let AttentionDims { head_dim: d, scale, .. } = self.dims;
+        let AttentionDims { head_dim: d, scale, soft_cap, .. } = self.dims;
         let kv_head = head / self.dims.group();
         // SAFETY: a thread works on one block at a time.
         let mut carver =
@@ -112,24 +117,33 @@ impl Forward<'_> {
         for (q_tile, i) in q_block.chunks_exact_mut(d * TILE).zip(first..last) {
             self.q.pack_transposed(q_tile, row.tile(i), head, d);
         }
-        for j in 0..last {
+        for j in self.dims.first_key_tile(first)..last {
             self.k.pack_natural(k_tile, row.tile(j), kv_head, d);
             self.v.pack_natural(v_tile, row.tile(j), kv_head, d);
-            for i in first.max(j)..last {
+            let seeing = self.dims.query_tiles(j, last);
+            for i in first.max(seeing.start)..seeing.end {
                 let at = i - first;
+                let is_first = j == self.dims.first_key_tile(i);
                 let q_tile = &q_block[at * d * TILE..][..d * TILE];
                 let o_tile = &mut o_block[at * d * TILE..][..d * TILE];
                 let (max, sum) = stats[at * 2 * TILE..][..2 * TILE].split_at_mut(TILE);
                 let part = Part::UpperScores.if_diagonal(i == j);
                 scores(&self.tile, d, k_tile, q_tile, s, part);
-                online_softmax(s, max, sum, factor, scale, j == 0, i == j);
-                if j > 0 {
+                let scale = match soft_cap {
+                    Some(cap) => {
+                        cap_scores(s, scale, cap);
+                        1.0
+                    }
+                    None => scale,
+                };
+                online_softmax(s, max, sum, factor, scale, is_first, self.dims.sight(i - j));
+                if !is_first {
                     scale_rows(o_tile, factor, d);
                 }
                 let (p, o) = (Panel::new(s.as_ptr(), TILE), (o_tile.as_mut_ptr(), d));
                 let part = Part::DepthUpToRow.if_diagonal(i == j);
                 // SAFETY: `o_tile` has 64 rows.
-                unsafe { weighted_sum(&self.tile, d, p, v_tile, o, TILE, j > 0, part) };
+                unsafe { weighted_sum(&self.tile, d, p, v_tile, o, TILE, !is_first, part) };
             }
         }
         for i in first..last {
@@ -168,12 +182,17 @@ tiered! {
         factor: &mut [f32],
         scale: f32,
         is_first: bool,
-        is_diagonal: bool,
+        sight: Sight,
     ) {
         let scores = scores.as_chunks_mut::<TILE>().0;
-        if is_diagonal {
+        if sight.is_diagonal {
             for (key, row) in scores.iter_mut().enumerate() {
                 row[..key].fill(f32::NEG_INFINITY);
+            }
+        }
+        if sight.is_cut() {
+            for (key, row) in scores.iter_mut().enumerate() {
+                row[sight.end_query(key)..].fill(f32::NEG_INFINITY);
             }
         }
         let mut tile_max = [f32::NEG_INFINITY; TILE];
@@ -186,7 +205,7 @@ tiered! {
         let (max, sum, factor) = (&mut max[..TILE], &mut sum[..TILE], &mut factor[..TILE]);
         for i in 0..TILE {
             let tile_max = tile_max[i] * scale;
-            let old = if is_first { f32::NEG_INFINITY } else { max[i] };
+            let old = if is_first { LOWEST } else { max[i] };
             max[i] = if tile_max > old { tile_max } else { old };
             factor[i] = softmax_term(old - max[i]);
             new_sum[i] = if is_first { 0.0 } else { sum[i] * factor[i] };
@@ -198,6 +217,15 @@ tiered! {
             }
         }
         sum.copy_from_slice(&new_sum);
+    }
+}
+
+tiered! {
+    fn cap_scores(scores: &mut [f32], scale: f32, cap: f32) {
+        let factor = scale / cap;
+        for s in scores {
+            *s = cap * tanh(*s * factor);
+        }
     }
 }
 

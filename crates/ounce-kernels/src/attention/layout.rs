@@ -44,6 +44,10 @@ pub struct AttentionDims {
     pub head_dim: usize,
     /// Multiplies `q k`, usually `1 / sqrt(D)`; positive.
     pub scale: f32,
+    /// Keys that a query sees, itself included; at least 1. `None` is all up to itself.
+    pub window: Option<usize>,
+    /// Scores `s` become `cap tanh(s / cap)`; positive.
+    pub soft_cap: Option<f32>,
 }
 
 impl AttentionDims {
@@ -67,17 +71,71 @@ impl AttentionDims {
         self.head_dim * TILE
     }
 
+    /// Tiles before its own that a query tile sees at least one key of.
+    pub(super) fn tiles_back(self) -> usize {
+        // The first query of a tile sees `window - 1` keys before its own tile.
+        self.window.map_or(usize::MAX, |window| (window - 1).div_ceil(TILE))
+    }
+
+    /// The first key tile that query tile `i` sees.
+    pub(super) fn first_key_tile(self, i: usize) -> usize {
+        i.saturating_sub(self.tiles_back())
+    }
+
+    /// Query tiles that see a key of tile `j`, of the `n_tiles` of a row.
+    pub(super) fn query_tiles(self, j: usize, n_tiles: usize) -> Range<usize> {
+        j..n_tiles.min(j.saturating_add(self.tiles_back()).saturating_add(1))
+    }
+
+    /// What a query tile sees of the key tile `distance` tiles before it.
+    pub(super) fn sight(self, distance: usize) -> Sight {
+        let window = self.window.unwrap_or(usize::MAX);
+        Sight {
+            is_diagonal: distance == 0,
+            // Query `q` sees key `k` while `64 distance + q - k < window`.
+            hidden: (distance * TILE + TILE).saturating_sub(window).min(2 * TILE),
+        }
+    }
+
     /// # Panics
     /// If the sizes contradict each other, or spans descend, overlap or leave the token axis.
     pub(super) fn check(self, n_tokens: usize, rows: &[RowSpan]) {
         assert!(self.n_heads.is_multiple_of(self.n_kv_heads), "groups of heads are even: {self:?}");
         assert!(self.head_dim > 0 && self.scale > 0.0, "sizes and scale are positive: {self:?}");
+        assert!(self.window != Some(0), "a query sees itself at least: {self:?}");
+        assert!(self.soft_cap.is_none_or(|cap| cap > 0.0), "a soft cap is positive: {self:?}");
         let mut end = 0;
         for row in rows {
             assert!(end <= row.start, "rows ascend and do not overlap: {row:?} after {end}");
             end = row.start + row.len;
         }
         assert!(end <= n_tokens, "rows end at {end} of {n_tokens} tokens");
+    }
+}
+
+/// Which keys of a tile the queries of a tile see.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Sight {
+    /// Both tiles are the same tokens: a query sees no later key.
+    pub(super) is_diagonal: bool,
+    /// How far the window's edge has come in: query `q` does not see keys below `q + hidden - 63`.
+    hidden: usize,
+}
+
+impl Sight {
+    /// Whether keys are hidden by the window.
+    pub(super) fn is_cut(self) -> bool {
+        self.hidden > 0
+    }
+
+    /// Keys before this one are hidden from query `q` by the window.
+    pub(super) fn first_key(self, q: usize) -> usize {
+        (q + self.hidden).saturating_sub(TILE - 1).min(TILE)
+    }
+
+    /// Queries from this one on do not see key `k` because of the window.
+    pub(super) fn end_query(self, k: usize) -> usize {
+        (k + TILE).saturating_sub(self.hidden).min(TILE)
     }
 }
 

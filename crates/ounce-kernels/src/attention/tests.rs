@@ -31,12 +31,24 @@ impl Case {
         let n_tokens = rows.last().map_or(0, |row| row.start + row.len) + 5;
         let width = (n_heads + 2 * n_kv_heads) * head_dim;
         Self {
-            dims: AttentionDims { n_heads, n_kv_heads, head_dim, scale },
+            dims: AttentionDims {
+                n_heads,
+                n_kv_heads,
+                head_dim,
+                scale,
+                window: None,
+                soft_cap: None,
+            },
             rows,
             n_tokens,
             qkv: noise(n_tokens * width, 1).iter().map(|x| 2.0 * x).collect(),
             d_o: noise(n_tokens * n_heads * head_dim, 2),
         }
+    }
+
+    fn with(mut self, window: Option<usize>, soft_cap: Option<f32>) -> Self {
+        self.dims = AttentionDims { window, soft_cap, ..self.dims };
+        self
     }
 
     /// Columns of q, k, v and the row stride.
@@ -79,7 +91,16 @@ impl Case {
 
     /// The definition, one query at a time in f64: (o, lse, dqkv).
     fn reference(&self) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
-        let AttentionDims { n_heads: h, n_kv_heads, head_dim: d, scale } = self.dims;
+        let AttentionDims { n_heads: h, n_kv_heads, head_dim: d, scale, window, soft_cap } =
+            self.dims;
+        // A score and its slope.
+        let score = |x: f64| match soft_cap.map(f64::from) {
+            None => (f64::from(scale) * x, f64::from(scale)),
+            Some(cap) => {
+                let t = (f64::from(scale) * x / cap).tanh();
+                (cap * t, f64::from(scale) * (1.0 - t * t))
+            }
+        };
         let (offsets, _, stride) = self.columns();
         let at = |part: usize, token: usize, head: usize| token * stride + offsets[part] + head * d;
         let x = |i: usize| f64::from(self.qkv[i]);
@@ -92,21 +113,22 @@ impl Case {
                 for head in 0..h {
                     let kv = head / (h / n_kv_heads);
                     let q = at(0, i, head);
-                    let scores: Vec<f64> =
-                        (row.start..=i).map(|j| f64::from(scale) * dot(q, at(1, j, kv))).collect();
-                    let sum: f64 = scores.iter().map(|s| s.exp()).sum();
+                    let first = (i + 1).saturating_sub(window.unwrap_or(usize::MAX)).max(row.start);
+                    let scores: Vec<(f64, f64)> =
+                        (first..=i).map(|j| score(dot(q, at(1, j, kv)))).collect();
+                    let sum: f64 = scores.iter().map(|s| s.0.exp()).sum();
                     lse[i * h + head] = sum.ln();
-                    let p: Vec<f64> = scores.iter().map(|s| s.exp() / sum).collect();
+                    let p: Vec<f64> = scores.iter().map(|s| s.0.exp() / sum).collect();
                     let out = (i * h + head) * d;
-                    for (j, p) in (row.start..).zip(&p) {
+                    for (j, p) in (first..).zip(&p) {
                         (0..d).for_each(|c| o[out + c] += p * x(at(2, j, kv) + c));
                     }
                     let d_o = |c: usize| f64::from(self.d_o[out + c]);
                     let delta: f64 = (0..d).map(|c| d_o(c) * o[out + c]).sum();
-                    for (j, p) in (row.start..).zip(&p) {
+                    for ((j, p), (_, slope)) in (first..).zip(&p).zip(&scores) {
                         let (k, v) = (at(1, j, kv), at(2, j, kv));
                         let dp: f64 = (0..d).map(|c| d_o(c) * x(v + c)).sum();
-                        let ds = p * (dp - delta) * f64::from(scale);
+                        let ds = p * (dp - delta) * slope;
                         for c in 0..d {
                             dqkv[v + c] += p * d_o(c);
                             dqkv[k + c] += ds * x(q + c);
@@ -128,6 +150,10 @@ fn outputs_and_gradients_agree_with_the_definition_in_f64() {
         Case::new(2, 2, 16, &[(0, 1), (64, 70)]),
         Case::new(4, 2, 40, &[(0, 64), (64, 129), (256, 63)]),
         Case::new(3, 1, 64, &[(3, 330)]),
+        Case::new(2, 1, 40, &[(0, 1), (64, 300)]).with(Some(1), None),
+        Case::new(4, 2, 24, &[(0, 330), (384, 70)]).with(Some(64), Some(1.5)),
+        Case::new(2, 2, 80, &[(0, 410)]).with(Some(100), None),
+        Case::new(2, 1, 96, &[(0, 200)]).with(None, Some(0.7)),
     ] {
         let got = case.run(&Pool::new(2));
         let (o, lse, dqkv) = case.reference();
@@ -140,19 +166,42 @@ fn outputs_and_gradients_agree_with_the_definition_in_f64() {
 /// One pass or two, whichever thread takes a block, whichever tier: one result.
 #[test]
 fn threads_tiers_and_passes_do_not_change_the_bits() {
-    let case = Case::new(4, 2, 48, &[(0, 300), (320, 65)]);
-    let want = case.run(&Pool::new(1));
     assert!(
         super::backward::one_pass_is_cheaper(4, 2) && !super::backward::one_pass_is_cheaper(4, 7)
     );
-    for n_threads in [2, 3, 7] {
-        assert!(case.run(&Pool::new(n_threads)) == want, "{n_threads} threads");
+    let case = || Case::new(4, 2, 48, &[(0, 300), (320, 65)]);
+    for case in [case(), case().with(Some(130), Some(2.0))] {
+        let want = case.run(&Pool::new(1));
+        for n_threads in [2, 3, 7] {
+            assert!(case.run(&Pool::new(n_threads)) == want, "{n_threads} threads");
+        }
+        for tier in Tier::available() {
+            set_tier(Some(tier));
+            assert!(case.run(&Pool::new(2)) == want, "tier {tier}");
+        }
+        set_tier(None);
     }
-    for tier in Tier::available() {
-        set_tier(Some(tier));
-        assert!(case.run(&Pool::new(2)) == want, "tier {tier}");
+}
+
+/// Windows of every length around the tiles' edges: one key too many or too few would show.
+#[test]
+fn a_window_sees_exactly_its_keys() {
+    for window in [2, 63, 64, 65, 66, 127, 128, 129, 191, 193] {
+        let case = Case::new(1, 1, 16, &[(0, 200)]).with(Some(window), None);
+        let got = case.run(&Pool::new(1));
+        let (o, lse, dqkv) = case.reference();
+        assert_close(&got.o, &o, 5e-6);
+        assert_close(&got.lse, &lse, 5e-6);
+        assert_close(&got.dqkv, &dqkv, 5e-5);
     }
-    set_tier(None);
+}
+
+#[test]
+fn a_window_as_long_as_the_row_changes_no_bit() {
+    let whole = Case::new(2, 1, 32, &[(0, 150)]);
+    let want = whole.run(&Pool::new(2));
+    let windowed = whole.with(Some(150), None);
+    assert!(windowed.run(&Pool::new(2)) == want);
 }
 
 #[test]
