@@ -2,7 +2,7 @@
 //!
 //! Sides alternate (A B A B), so that a disturbance of the machine hits both.
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::Result;
 use crate::accept::{median, number};
@@ -146,19 +146,25 @@ fn ratios(results: &[(String, Value)]) -> Result {
     Ok(())
 }
 
-/// `bench kernels`: the table of ounce-kernels' own measurement.
+/// `bench kernels`: every product of two models, attention, head and what is bound by memory, each as
+/// a share of what the machine could do in the same run.
 pub(crate) fn kernels(args: &[&str]) -> Result {
     let mut command = vec!["run", "--release", "--locked", "--package", "ounce-kernels"];
     command.extend(["--example", "kernel_bench", "--"]);
     command.extend(args);
-    let table = capture(&cargo(), &command)?;
-    print!("{table}");
-    let result = json!({ "table": table });
-    let record = Record {
-        what: "bench kernels",
-        engine: "ounce",
-        setting: &args.join(" "),
-        result: &result,
-    };
-    keep(&[record]).map(|_| ())
+    command.push("--json");
+    let kernels = json_lines(&capture(&cargo(), &command)?);
+    for k in &kernels {
+        let name = k["kernel"].as_str().unwrap_or("");
+        let rate = ["gflop_per_s", "gb_per_s"].into_iter().find_map(|key| k[key].as_f64());
+        let unit = if k["gb_per_s"].is_null() { "GFLOP/s" } else { "GB/s" };
+        let share = k["share"].as_f64().map_or(String::new(), |s| format!("{:4.0} %", 100.0 * s));
+        println!("{name:52} {:8.1} {unit:8} {share}", rate.unwrap_or(f64::NAN));
+    }
+    let setting = args.join(" ");
+    let records: Vec<Record<'_>> = kernels
+        .iter()
+        .map(|result| Record { what: "bench kernels", engine: "ounce", setting: &setting, result })
+        .collect();
+    keep(&records).map(|_| ())
 }

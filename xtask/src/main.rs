@@ -43,7 +43,7 @@ cargo xtask COMMAND
   tidy                  what the compiler does not check: crate edges, leftovers, long lines, ...
   golden [ARGS]         make tests/golden anew with python3 (needs torch and transformers)
   bench step [FLAGS]    training steps; with --python P side by side with bench/peer_torch.py
-  bench kernels [ARGS]  the kernels beside the machine's peak
+  bench kernels [N_THREADS [FILTER [TIER]]]  the kernels beside the machine's peak
   accept NAME [FLAGS]   a demonstration; without NAME, the list of them
 
 Flags of bench step: --model M --batch-size B --max-length T --steps N --rounds R --memory BYTES

@@ -34,6 +34,10 @@ const COLUMNS: &[(&str, &str)] = &[
     ("budget_mib", "budget MiB"),
     ("eval_loss", "eval loss"),
     ("verdict", "verdict"),
+    ("kernel", "kernel"),
+    ("gflop_per_s", "GFLOP/s"),
+    ("gb_per_s", "GB/s"),
+    ("share", "share of the peak"),
 ];
 
 /// Appends records to today's folder and writes the table anew; returns the folder.

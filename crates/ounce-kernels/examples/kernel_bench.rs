@@ -1,13 +1,16 @@
 //! Measures the kernels: GFLOP/s per shape beside the machine's register-only peak, same run.
 //!
-//! `cargo run --release -p ounce-kernels --example kernel_bench -- [n_threads] [filter] [tier]`
+//! `cargo run --release -p ounce-kernels --example kernel_bench -- [n_threads] [filter] [tier]
+//! [--json]`
 #![expect(clippy::print_stdout, reason = "a measurement prints its table")]
 
+use half::bf16;
 use ounce_kernels::activation::{GeluKind, gelu_backward, gelu_forward};
 use ounce_kernels::attention::{
     AttentionDims, HeadsMut, HeadsRef, RowSpan, attention_backward,
     attention_backward_scratch_elems, attention_forward, attention_forward_scratch_elems,
 };
+use ounce_kernels::convert::round_bf16;
 use ounce_kernels::elementwise;
 use ounce_kernels::gemm::{MatMut, MatRef, Start, gemm, gemm_scratch_elems};
 use ounce_kernels::head::{head_forward, head_scratch_elems, head_train};
@@ -20,75 +23,233 @@ use ounce_kernels::philox::PhiloxKey;
 use ounce_kernels::pool::Pool;
 use ounce_kernels::rope::rope;
 use ounce_kernels::tier::{Tier, set_tier, tier};
-use ounce_kernels::view::{FloatType, View};
+use ounce_kernels::view::{FloatType, View, ViewMut};
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 /// What one process measures with.
 struct Bench {
     pool: Pool,
     filter: String,
+    json: bool,
+    /// What a copy between two large buffers reads and writes, GB/s.
+    copy_rate: Cell<f64>,
 }
 
 fn main() {
-    let mut args = std::env::args().skip(1);
+    let (flags, args): (Vec<String>, Vec<String>) =
+        std::env::args().skip(1).partition(|arg| arg.starts_with("--"));
+    let mut args = args.into_iter();
     let n_threads = args.next().and_then(|a| a.parse().ok()).unwrap_or(2);
     let filter = args.next().unwrap_or_default();
     if let Some(name) = args.next() {
         let known = Tier::available().find(|tier| tier.to_string() == name);
         set_tier(Some(known.expect("the third argument is a tier of this machine")));
     }
+    let json = flags.iter().any(|flag| flag == "--json");
     let pool = Pool::new(n_threads);
-    let bench = Bench { pool, filter };
-    println!("tier {}, {n_threads} threads, peak {:.0} GFLOP/s", tier(), bench.peak());
-    bench.products();
+    let bench = Bench { pool, filter, json, copy_rate: Cell::new(f64::NAN) };
+    bench.peaks();
+    for model in [&GPT2, &SMOLLM2_135M] {
+        bench.products(model);
+    }
     bench.attention();
     bench.head();
     bench.streams();
 }
 
+/// A product `y = x W` of a model's layers and how often a step has it.
+struct Product {
+    name: &'static str,
+    n_in: usize,
+    n_out: usize,
+    count: usize,
+}
+
+/// The products of a model's step.
+struct Model {
+    name: &'static str,
+    n_tokens: usize,
+    /// Whether weights are stored (in, out), as in GPT-2, instead of (out, in).
+    in_out: bool,
+    layers: &'static [Product],
+    n_vocab: usize,
+}
+
+/// Tokens of a chunk of the head.
+const HEAD_CHUNK: usize = 512;
+
+const GPT2: Model = Model {
+    name: "gpt2 4x1024",
+    n_tokens: 4096,
+    in_out: true,
+    layers: &[
+        Product { name: "qkv", n_in: 768, n_out: 2304, count: 12 },
+        Product { name: "attn-out", n_in: 768, n_out: 768, count: 12 },
+        Product { name: "fc", n_in: 768, n_out: 3072, count: 12 },
+        Product { name: "proj", n_in: 3072, n_out: 768, count: 12 },
+    ],
+    n_vocab: 50257,
+};
+const SMOLLM2_135M: Model = Model {
+    name: "smollm2-135m 4x512",
+    n_tokens: 2048,
+    in_out: false,
+    layers: &[
+        Product { name: "q, o", n_in: 576, n_out: 576, count: 60 },
+        Product { name: "k, v", n_in: 576, n_out: 192, count: 60 },
+        Product { name: "gate, up", n_in: 576, n_out: 1536, count: 60 },
+        Product { name: "down", n_in: 1536, n_out: 576, count: 30 },
+    ],
+    n_vocab: 49152,
+};
+
+/// How a product is called.
+#[derive(Clone, Copy)]
+struct Call {
+    /// Rows and columns of C, and the depth.
+    m: usize,
+    n: usize,
+    k: usize,
+    /// Which operands are stored transposed.
+    a_transposed: bool,
+    b_transposed: bool,
+    /// Whether C is an f32 sum or logits, whatever the operands are.
+    f32_result: bool,
+    start: Start,
+}
+
+impl Call {
+    /// Forward, dX and dW of a product over `n_tokens` tokens.
+    fn all(
+        n_tokens: usize,
+        p: &Product,
+        in_out: bool,
+        f32_result: bool,
+    ) -> [(&'static str, Self); 3] {
+        let (a_transposed, f32) = (false, f32_result);
+        let (t, i, o) = (n_tokens, p.n_in, p.n_out);
+        let (zero, sum) = (Start::Zero, Start::FromC);
+        let call = |m, n, k, b_transposed, f32_result| Call {
+            m,
+            n,
+            k,
+            a_transposed,
+            b_transposed,
+            f32_result,
+            start: zero,
+        };
+        let (rows, cols) = if in_out { (i, o) } else { (o, i) };
+        let dw = Call { a_transposed: true, start: sum, ..call(rows, cols, t, false, true) };
+        [("forward", call(t, o, i, !in_out, f32)), ("dX", call(t, i, o, in_out, false)), ("dW", dw)]
+    }
+
+    fn flop(&self) -> f64 {
+        2.0 * (self.m * self.n * self.k) as f64
+    }
+}
+
+/// What a kernel took, in seconds, and the peak measured around it, in FLOP/s.
+struct Measured {
+    seconds: f64,
+    peak: f64,
+}
+
 impl Bench {
-    /// Seconds of one call: the median of at least 3 within 0.4 s. On one thread it is the mean
-    /// of processor time, which other processes disturb less but Linux counts coarsely.
+    /// Seconds of one call: the least of at least 3 within 0.4 s, since others disturb in one
+    /// direction only.
     fn seconds(&self, mut f: impl FnMut(&Pool)) -> f64 {
         f(&self.pool);
+        let begin = Instant::now();
+        let (mut least, mut n) = (f64::INFINITY, 0);
+        while n < 3 || begin.elapsed().as_secs_f64() < 0.4 {
+            least = least.min(self.seconds_once(&mut f));
+            n += 1;
+        }
+        least
+    }
+
+    /// Seconds of this call; on one thread those of the processor, which do not count what others
+    /// took of it.
+    fn seconds_once(&self, mut f: impl FnMut(&Pool)) -> f64 {
         let (begin, begin_cpu) = (Instant::now(), thread_cpu_time());
-        let mut times = Vec::new();
-        while times.len() < 3 || begin.elapsed().as_secs_f64() < 0.4 {
-            let start = Instant::now();
-            f(&self.pool);
-            times.push(start.elapsed().as_secs_f64());
-        }
+        f(&self.pool);
         if let (1, Some(begin), Some(end)) = (self.pool.n_threads(), begin_cpu, thread_cpu_time()) {
-            return end.saturating_sub(begin).as_secs_f64() / times.len() as f64;
+            return end.saturating_sub(begin).as_secs_f64();
         }
-        times.sort_by(f64::total_cmp);
-        times[times.len() / 2]
+        begin.elapsed().as_secs_f64()
     }
 
-    /// GFLOP/s of fused multiply-adds that never leave registers, all threads together.
-    fn peak(&self) -> f64 {
-        const STEPS: usize = 1_000_000;
-        let Some(flop) = multiply_adds(Unit::F32, STEPS) else { return f64::NAN };
-        let seconds = self.seconds(|pool| {
+    /// FLOP/s of a unit on operands that never leave registers, all threads together.
+    fn peak_of(&self, unit: Unit) -> f64 {
+        const STEPS: usize = 100_000;
+        let Some(flop) = multiply_adds(unit, STEPS) else { return f64::NAN };
+        let run = |pool: &Pool| {
             pool.run(&|_| {
-                multiply_adds(Unit::F32, STEPS);
+                multiply_adds(unit, STEPS);
             });
-        });
-        flop * self.pool.n_threads() as f64 / seconds / 1e9
+        };
+        let least = (0..5).map(|_| self.seconds_once(run)).fold(f64::INFINITY, f64::min);
+        flop * self.pool.n_threads() as f64 / least
     }
 
-    /// A kernel bound by arithmetic: GFLOP/s, and its share of the peak measured just before and
-    /// after it, because the clock of a shared machine wanders.
-    fn compute(&self, name: &str, flop: f64, f: impl FnMut(&Pool)) {
-        if !name.contains(&self.filter) {
+    fn peaks(&self) {
+        let before = tier();
+        for t in [before, Tier::Avx512Bf16] {
+            if !t.is_available() || (t == before && t == Tier::Avx512Bf16) {
+                continue;
+            }
+            set_tier(Some(t));
+            let unit = if t == Tier::Avx512Bf16 { Unit::Bf16Pairs } else { Unit::F32 };
+            let what = if unit == Unit::F32 { "f32 multiply-adds" } else { "bf16 pairs" };
+            self.line(
+                &format!("registers only: {what}"),
+                None,
+                self.peak_of(unit),
+                None,
+                "GFLOP/s",
+            );
+        }
+        set_tier(Some(before));
+    }
+
+    /// Prints one result; `of` is the rate that it is a share of.
+    fn line(&self, name: &str, seconds: Option<f64>, rate: f64, of: Option<f64>, unit: &str) {
+        let (rate, of) = (rate / 1e9, of.map(|of| of / 1e9));
+        if self.json {
+            let key = if unit == "GB/s" { "gb_per_s" } else { "gflop_per_s" };
+            let ms = seconds.map_or(String::new(), |s| format!(", \"ms\": {:.4}", s * 1e3));
+            let share = of.map_or(String::new(), |of| format!(", \"share\": {:.4}", rate / of));
+            println!("{{\"kernel\": \"{name}\", \"{key}\": {rate:.2}{ms}{share}}}");
             return;
         }
-        let before = self.peak();
+        let ms = seconds.map_or_else(|| " ".repeat(12), |s| format!("{:9.3} ms", s * 1e3));
+        let share =
+            of.map_or(String::new(), |of| format!(" = {:4.0} % of {of:.0}", 100.0 * rate / of));
+        println!("{name:48} {ms} {rate:7.1} {unit}{share}");
+    }
+
+    /// A kernel bound by arithmetic: GFLOP/s, and its share of the greatest peak measured before and
+    /// after it, because the clock of a shared machine wanders.
+    fn compute(&self, name: &str, flop: f64, f: impl FnMut(&Pool)) {
+        self.compute_on(name, flop, Unit::F32, f);
+    }
+
+    fn compute_on(
+        &self,
+        name: &str,
+        flop: f64,
+        unit: Unit,
+        f: impl FnMut(&Pool),
+    ) -> Option<Measured> {
+        if !name.contains(&self.filter) {
+            return None;
+        }
+        let before = self.peak_of(unit);
         let seconds = self.seconds(f);
-        let peak = f64::midpoint(before, self.peak());
-        let rate = flop / seconds / 1e9;
-        let (ms, percent) = (seconds * 1e3, 100.0 * rate / peak);
-        println!("{name:28} {ms:9.3} ms {rate:7.1} GFLOP/s = {percent:4.0} % of {peak:.0}");
+        let peak = before.max(self.peak_of(unit));
+        self.line(name, Some(seconds), flop / seconds, Some(peak), "GFLOP/s");
+        Some(Measured { seconds, peak })
     }
 
     /// A kernel bound by memory: GB/s of what it must read and write.
@@ -97,52 +258,92 @@ impl Bench {
             return;
         }
         let seconds = self.seconds(f);
-        println!("{name:28} {:9.3} ms {:7.1} GB/s", seconds * 1e3, bytes as f64 / seconds / 1e9);
+        let rate = bytes as f64 / seconds;
+        if name == "copy" {
+            self.copy_rate.set(rate);
+        }
+        let copy_rate = Some(self.copy_rate.get()).filter(|rate| !rate.is_nan());
+        self.line(name, Some(seconds), rate, copy_rate, "GB/s");
     }
 
-    fn products(&self) {
-        let layers = [
-            ("qkv", 4096, 2304, 768),
-            ("fc", 4096, 3072, 768),
-            ("proj", 4096, 768, 3072),
-            ("attn-out", 4096, 768, 768),
-            ("nano-qkv", 768, 384, 128),
-            ("nano-fc", 768, 512, 128),
-        ];
-        for (name, m, n, k) in layers {
-            self.product(&format!("gemm {name} NT forward"), m, n, k, "NT", Start::Zero);
-            self.product(&format!("gemm {name} NN dx"), m, k, n, "NN", Start::Zero);
-            self.product(&format!("gemm {name} TN dw"), n, k, m, "TN", Start::FromC);
+    /// Every product of a model's step, in f32, in bf16, and in bf16 by pairs.
+    fn products(&self, model: &Model) {
+        let default = tier();
+        let mut kinds = vec![("f32", FloatType::F32, default), ("bf16", FloatType::Bf16, default)];
+        if Tier::Avx512Bf16.is_available() && default == Tier::Avx512 {
+            kinds.push(("bf16 in pairs", FloatType::Bf16, Tier::Avx512Bf16));
         }
-        for chunk in [512, 1024] {
-            self.product(&format!("gemm head {chunk} NT"), chunk, 50257, 768, "NT", Start::Zero);
-            self.product(&format!("gemm head {chunk} NN dx"), chunk, 768, 50257, "NN", Start::Zero);
-            self.product(
-                &format!("gemm head {chunk} TN dw"),
-                50257,
-                768,
-                chunk,
-                "TN",
-                Start::FromC,
-            );
+        for (kind, float_type, tier) in kinds {
+            set_tier(Some(tier));
+            let pairs = tier == Tier::Avx512Bf16 && float_type == FloatType::Bf16;
+            let unit = if pairs { Unit::Bf16Pairs } else { Unit::F32 };
+            let (mut flop, mut seconds, mut possible) = (0.0, 0.0, 0.0);
+            let mut add = |p: &Product, calls: [(&str, Call); 3], count: f64| {
+                for (pass, call) in calls {
+                    let name = format!("gemm {}, {kind}: {} {pass}", model.name, p.name);
+                    if let Some(measured) = self.product(&name, call, float_type, unit) {
+                        flop += count * call.flop();
+                        seconds += count * measured.seconds;
+                        possible += count * measured.seconds * measured.peak;
+                    }
+                }
+            };
+            for p in model.layers {
+                add(p, Call::all(model.n_tokens, p, model.in_out, false), p.count as f64);
+            }
+            let head = Product {
+                name: "head",
+                n_in: model.layers[0].n_in,
+                n_out: model.n_vocab,
+                count: 1,
+            };
+            let calls = Call::all(HEAD_CHUNK, &head, false, true);
+            add(&head, calls, (model.n_tokens / HEAD_CHUNK) as f64);
+            if seconds > 0.0 {
+                let name = format!("gemm {}, {kind}: all, by FLOP", model.name);
+                self.line(
+                    &name,
+                    Some(seconds),
+                    flop / seconds,
+                    Some(possible / seconds),
+                    "GFLOP/s",
+                );
+            }
         }
+        set_tier(Some(default));
     }
 
-    fn product(&self, name: &str, m: usize, n: usize, k: usize, layout: &str, start: Start) {
+    fn product(
+        &self,
+        name: &str,
+        call: Call,
+        float_type: FloatType,
+        unit: Unit,
+    ) -> Option<Measured> {
         if !name.contains(&self.filter) {
-            return;
+            return None;
         }
+        let Call { m, n, k, a_transposed, b_transposed, f32_result, start } = call;
+        let c_type = if f32_result { FloatType::F32 } else { float_type };
         let (a, b) = (filled(m * k), filled(k * n));
-        let mut c = vec![0.0; m * n];
-        let mut scratch =
-            vec![0.0; gemm_scratch_elems(m, n, k, FloatType::F32, self.pool.n_threads())];
-        let a =
-            if layout.starts_with('N') { MatRef::new(&a, m, k) } else { MatRef::new(&a, k, m).t() };
-        let b =
-            if layout.ends_with('N') { MatRef::new(&b, k, n) } else { MatRef::new(&b, n, k).t() };
-        self.compute(name, 2.0 * (m * n * k) as f64, |pool| {
-            gemm(pool, MatMut::new(&mut c, m, n), a, b, start, None, &mut scratch);
-        });
+        let narrow = |x: &[f32]| -> Vec<bf16> { x.iter().map(|&x| round_bf16(x)).collect() };
+        let (a16, b16) = (narrow(&a), narrow(&b));
+        let (a, b) = match float_type {
+            FloatType::F32 => (View::F32(&a), View::F32(&b)),
+            _ => (View::Bf16(&a16), View::Bf16(&b16)),
+        };
+        let a = if a_transposed { MatRef::new(a, k, m).t() } else { MatRef::new(a, m, k) };
+        let b = if b_transposed { MatRef::new(b, n, k).t() } else { MatRef::new(b, k, n) };
+        let (mut c, mut c16) = (vec![0.0; m * n], vec![bf16::ZERO; m * n]);
+        let n_threads = self.pool.n_threads();
+        let mut scratch = vec![0.0; gemm_scratch_elems(m, n, k, c_type, n_threads)];
+        self.compute_on(name, call.flop(), unit, |pool| {
+            let c = match c_type {
+                FloatType::F32 => ViewMut::F32(&mut c),
+                _ => ViewMut::Bf16(&mut c16),
+            };
+            gemm(pool, MatMut::new(c, m, n), a, b, start, None, &mut scratch);
+        })
     }
 }
 
@@ -299,6 +500,8 @@ impl Bench {
 
 /// What Linux has accounted to this thread.
 fn thread_cpu_time() -> Option<Duration> {
+    // It accounts when it schedules.
+    std::thread::yield_now();
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
     Some(Duration::from_nanos(text.split(' ').next()?.parse().ok()?))
 }
