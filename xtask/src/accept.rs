@@ -14,6 +14,7 @@ use crate::cgroup_runs::cgroup_runs;
 use crate::killed::killed;
 use crate::record::{Record, keep};
 use crate::shell::{capture, flag, json_lines, output, release_binary, root, scratch_folder};
+use crate::tokenising::tokenising;
 
 const FLAGS: &[&str] = &["--python", "--threads", "--times", "--seed", "--precision"];
 
@@ -31,13 +32,14 @@ const DEMONSTRATIONS: &[Demonstration] = &[
         gpt2_budgets,
     ),
     ("killed", "kill -9 at random moments of a run that saves, then the same bits", killed),
+    ("tokenising", "JSONL of growing length: peak, throughput, ids of the peer", tokenising),
     ("cgroup-runs", "random models in memory cgroups of their budgets' sizes", cgroup_runs),
 ];
 
 /// What a demonstration runs with.
 pub(crate) struct Setting<'a> {
     pub(crate) binary: String,
-    /// A Python with torch, for the other side.
+    /// A Python with torch or tokenizers, for the other side.
     pub(crate) python: Option<&'a str>,
     pub(crate) threads: Option<&'a str>,
     /// Of training, where a demonstration has more than one.
@@ -128,6 +130,11 @@ impl Setting<'_> {
     /// Runs `ounce` with these arguments; it must succeed. Returns standard output.
     pub(crate) fn ounce(&self, args: &[&str]) -> Result<String> {
         capture(&self.binary, args)
+    }
+
+    /// `--threads N`, else `cores`.
+    pub(crate) fn n_threads(&self, cores: usize) -> Result<usize> {
+        Ok(whole(self.threads)?.map_or(cores, |n| n as usize))
     }
 
     /// `--threads N`, if N was given.

@@ -12,15 +12,13 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::accept::{Outcome, Setting, mib, number, path, shakespeare, smallest_budget};
+use crate::accept::{MIB, Outcome, Setting, mib, number, path, shakespeare, smallest_budget};
 use crate::cgroup::Cgroup;
 use crate::random::Random;
 use crate::shell::{json_lines, output, scratch_folder};
 
 /// Models of the whole demonstration.
 const N_MODELS: u64 = 200;
-
-const MIB: f64 = 1024.0 * 1024.0;
 
 /// What all models together have shown.
 #[derive(Default)]

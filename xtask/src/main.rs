@@ -3,7 +3,7 @@
 //! Files, in reading order: `shell` (running programs), `ci` (the list of checks), `tidy` (what
 //! the compiler does not check), `golden` (making golden data anew), `record` (results kept under
 //! `bench/runs`), `bench` (speed, side by side with PyTorch), `accept` (demonstrations; those that are
-//! longer than a page in `killed` and `cgroup_runs`, with `random` and `cgroup`), `quickstart` (the
+//! longer than a page in `killed`, `cgroup_runs` and `tokenising`, with `random` and `cgroup`), `quickstart` (the
 //! README's first command).
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "chores speak to people")]
@@ -27,6 +27,7 @@ mod budgets;
 mod cgroup_runs;
 mod killed;
 mod quickstart;
+mod tokenising;
 
 use std::process::ExitCode;
 

@@ -80,13 +80,32 @@ pub(crate) struct RealDisk;
 impl Disk for RealDisk {}
 
 /// The disk of this machine, to be shared.
-pub(crate) fn real_disk() -> Arc<dyn Disk> {
+pub fn real_disk() -> Arc<dyn Disk> {
     Arc::new(RealDisk)
 }
 
 /// Whether a request failed because the file system has nothing of the kind.
 pub(crate) fn cannot(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported)
+}
+
+/// Refuses to begin with `path` where the file system of `dir` has less than `needed_bytes` free.
+///
+/// # Errors
+/// `Save` with both numbers.
+pub fn check_room(
+    disk: &dyn Disk,
+    dir: &Path,
+    path: &Path,
+    needed_bytes: u64,
+) -> Result<(), IoError> {
+    let failed = |source| IoError::Save { path: path.into(), needed_bytes, source };
+    let free_bytes = disk.free_bytes(dir).map_err(failed)?;
+    if free_bytes >= needed_bytes {
+        return Ok(());
+    }
+    let what = format!("the disk has {free_bytes} bytes free");
+    Err(failed(io::Error::new(io::ErrorKind::StorageFull, what)))
 }
 
 /// Writes all of `bytes`, in as many requests as it takes.

@@ -25,7 +25,8 @@
 //! Files in reading order: `error.rs`; `json.rs` (strict, bounded), `hash.rs`, `half.rs`; `disk.rs` (the seam below all
 //! writing), `temp.rs`, `atomic.rs` (one file), `staging.rs` and `publication.rs` (a model directory); `safetensors/`;
 //! `hf_dir.rs` (a model directory's side files); `checkpoint/`; `tokenizer/`; `text.rs` (training text in pieces),
-//! `token_cache.rs`, `shuffle.rs`, `batches.rs`; `disk_speed.rs`; `testing/` (faults and fuzzing, for tests).
+//! `encode.rs` (text to ids on several threads), `token_cache.rs`, `shuffle.rs`, `batches.rs`; `disk_speed.rs`;
+//! `testing/` (faults and fuzzing, for tests).
 
 #![forbid(unsafe_code)]
 
@@ -34,6 +35,7 @@ mod batches;
 pub mod checkpoint;
 mod disk;
 mod disk_speed;
+mod encode;
 mod error;
 mod half;
 mod hash;
@@ -51,7 +53,7 @@ mod tokenizer;
 
 pub use atomic::{AtomicFile, write_file};
 pub use batches::{BlockSampler, EvalBlocks};
-pub use disk::Disk;
+pub use disk::{Disk, check_room, real_disk};
 pub use disk_speed::{DiskSpeed, disk_speed};
 pub use error::{ErrorKind, IoError};
 pub use hf_dir::{
@@ -69,5 +71,5 @@ pub use text::{MAX_LINE_BYTES, PIECE_BYTES, Piece, PieceStart, SourceHash, TextP
 pub use token_cache::{TokenCache, cache_path, tokenize_to_cache};
 pub use tokenizer::{
     END_OF_TEXT, IdStream, IdTable, MIN_BPE_VOCAB_SIZE, Tokenizer, TrainedTokenizer,
-    tokenizer_fingerprint, train_bpe, train_char,
+    tokenizer_fingerprint, tokenizing_bytes, train_bpe, train_char,
 };

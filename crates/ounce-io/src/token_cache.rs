@@ -14,7 +14,7 @@
 //! fresh if tokenizer and sources are the same, where a source counts as the same if path, length and time agree, or
 //! path, length and content. A cache is written as a stream and appears when it is complete.
 //!
-//! Memory: one piece of text and its ids while writing, one small buffer on the stack while reading.
+//! Memory: one batch of text and its ids while writing (`encode.rs`), one small buffer on the stack while reading.
 
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
@@ -22,10 +22,11 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::atomic::AtomicFile;
+use crate::encode::encode_files;
 use crate::error::IoError;
 use crate::hash::{Xxh64, hash_file};
 use crate::json::open_regular;
-use crate::text::{PieceStart, SourceHash, TextPieces};
+use crate::text::SourceHash;
 use crate::tokenizer::{Tokenizer, tokenizer_fingerprint};
 
 const MAGIC: &[u8; 8] = b"OUNCETOK";
@@ -84,8 +85,8 @@ pub fn cache_path(dir: &Path, files: &[PathBuf], fingerprint: u64) -> Result<Pat
     Ok(dir.join(format!("tokens-{:016x}.bin", hash.digest())))
 }
 
-/// Tokenizes `files` into one stream of ids at `cache_path`: rows of `.jsonl` files are joined by the tokenizer's
-/// end-of-text token where it has one.
+/// Tokenizes `files` on `n_threads` threads into one stream of ids at `cache_path`: rows of `.jsonl` files are joined
+/// by the tokenizer's end-of-text token where it has one.
 ///
 /// # Errors
 /// As reading the text; `BadLine` for text that the tokenizer cannot encode; `Write`.
@@ -93,20 +94,12 @@ pub fn tokenize_to_cache(
     files: &[PathBuf],
     tokenizer: &Tokenizer,
     cache_path: &Path,
+    n_threads: usize,
 ) -> Result<TokenCache, IoError> {
     let sources = files.iter().map(|f| SourceRecord::stat(f)).collect::<Result<Vec<_>, _>>()?;
     let mut writer = CacheWriter::create(cache_path, tokenizer, sources)?;
-    let mut pieces = TextPieces::open(files)?;
-    let mut ids = Vec::new();
-    while let Some(piece) = pieces.next_piece()? {
-        ids.clear();
-        if piece.start == (PieceStart::Row { joined: true }) {
-            ids.extend(tokenizer.eos_id());
-        }
-        tokenizer.encode_piece(&piece, &mut ids)?;
-        writer.append(&ids)?;
-    }
-    writer.finish(pieces.hashes())?;
+    let hashes = encode_files(files, tokenizer, n_threads, |ids| writer.append(ids))?;
+    writer.finish(&hashes)?;
     TokenCache::open(cache_path)
 }
 
@@ -145,7 +138,7 @@ impl TokenCache {
     }
 
     /// Opens the cache for `files` in the directory `dir`, made if it is not there; makes it with the tokenizer at
-    /// `tokenizer_path` where there is none that is fresh. The tokenizer is loaded only then.
+    /// `tokenizer_path`, on this thread, where there is none that is fresh. The tokenizer is loaded only then.
     ///
     /// # Errors
     /// As [`tokenize_to_cache`] and [`Tokenizer::load`].
@@ -160,7 +153,7 @@ impl TokenCache {
             return Ok(cache);
         }
         fs::create_dir_all(dir).map_err(|e| IoError::writing(dir, 0, e))?;
-        tokenize_to_cache(files, &Tokenizer::load(tokenizer_path)?, &path)
+        tokenize_to_cache(files, &Tokenizer::load(tokenizer_path)?, &path, 1)
     }
 
     /// Number of ids.

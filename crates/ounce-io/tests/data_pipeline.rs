@@ -101,7 +101,7 @@ fn a_cache_is_fresh_until_text_or_tokenizer_change() {
         |fingerprint| TokenCache::open_fresh(&cache, &files, fingerprint).unwrap().is_some();
     assert!(!is_fresh(fingerprint), "there is none yet");
     let tokenizer = Tokenizer::load(&bpe()).unwrap();
-    tokenize_to_cache(&files, &tokenizer, &cache).unwrap();
+    tokenize_to_cache(&files, &tokenizer, &cache, 2).unwrap();
     assert!(is_fresh(fingerprint));
     assert!(!is_fresh(fingerprint + 1), "another tokenizer");
 

@@ -69,7 +69,7 @@ fn write_beyond_the_limit(dir: &Path) {
     let text = dir.join("text.txt");
     train_char(std::slice::from_ref(&text)).unwrap().save(dir).unwrap();
     let tokenizer = ounce_io::Tokenizer::load(dir).unwrap();
-    check(&tokenize_to_cache(&[text], &tokenizer, &dir.join("ids.bin")).unwrap_err(), "ids.bin");
+    check(&tokenize_to_cache(&[text], &tokenizer, &dir.join("ids.bin"), 2).unwrap_err(), "ids.bin");
 
     let staging = StagingDir::create(&dir.join("out")).unwrap();
     let inside = staging.path().join("model.safetensors");

@@ -48,7 +48,8 @@ fn golden_text() -> (tempfile::TempDir, PathBuf) {
 /// All ids of a text file by way of a token cache.
 fn cached_ids(path: &Path, tokenizer: &Tokenizer) -> Vec<u32> {
     let dir = tempfile::tempdir().unwrap();
-    let cache = tokenize_to_cache(&[path.into()], tokenizer, &dir.path().join("ids.bin")).unwrap();
+    let cache =
+        tokenize_to_cache(&[path.into()], tokenizer, &dir.path().join("ids.bin"), 2).unwrap();
     let mut ids = vec![0; cache.n_tokens() as usize];
     cache.read(0, &mut ids).unwrap();
     ids.into_iter().map(|id| id as u32).collect()
@@ -174,7 +175,7 @@ fn an_unknown_character_is_named_with_its_place() {
     let error = tokenizer.encode("aé").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::BadInput);
     assert!(error.to_string().contains("`é` (U+00E9) is not among the tokenizer's 5 characters"));
-    let error = tokenize_to_cache(&[other], &tokenizer, &dir.path().join("ids")).unwrap_err();
+    let error = tokenize_to_cache(&[other], &tokenizer, &dir.path().join("ids"), 2).unwrap_err();
     assert!(error.to_string().contains("other.txt:2: character `é`"), "{error}");
     assert!(!dir.path().join("ids").exists());
 }

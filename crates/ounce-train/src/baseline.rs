@@ -1,5 +1,8 @@
 //! The declared size of the process outside the arena, and the budget that belongs to an arena.
 //!
+//! The tokenizing child has its own bound (`tokenizing_bytes` in `ounce-io`); it ends before the arena
+//! is touched, so of the two the larger counts.
+//!
 //! What a process takes besides the planned bytes: code and libraries that were touched, the stacks
 //! of the threads, the tables of graph, plan and executor, the table from id to bytes, I/O buffers,
 //! and, charged by the kernel though not resident memory, the page tables that map the arena (8 bytes
@@ -14,7 +17,7 @@ use crate::budget::{BUDGET_QUANTUM_BYTES, resident_bytes};
 use crate::{Error, Result};
 
 /// Code, libraries, main stack, heap of a process that has planned nothing yet.
-const PROCESS_BYTES: u64 = 10 << 20;
+pub(crate) const PROCESS_BYTES: u64 = 10 << 20;
 /// Touched stack of one thread, and what the kernel keeps for it.
 const THREAD_BYTES: u64 = 64 << 10;
 /// Graph, plan and executor tables per op of a graph.
@@ -42,6 +45,8 @@ pub(crate) struct Sizes {
     pub(crate) vocab_size: u64,
     /// No plan needs a larger arena, however large the budget.
     pub(crate) most_arena_bytes: u64,
+    /// Most that the tokenizing child takes besides code and libraries, which are counted once.
+    pub(crate) tokenizing_bytes: u64,
 }
 
 impl Baseline {
@@ -65,7 +70,13 @@ impl Baseline {
         budget_bytes.min(self.sizes.most_arena_bytes) / PAGE_TABLE_SHARE
     }
 
-    /// The smallest budget whose arena has `arena_bytes`.
+    /// Most bytes of this process and its child while text is tokenized: planning has not begun then,
+    /// and of the arena nothing is touched.
+    pub(crate) fn tokenizing_peak_bytes(&self) -> u64 {
+        PROCESS_BYTES + self.sizes.tokenizing_bytes
+    }
+
+    /// The smallest budget in which text is tokenized and whose arena has `arena_bytes`.
     pub(crate) fn smallest_budget(&self, arena_bytes: u64) -> u64 {
         let fits = |budget: u64| {
             budget.checked_sub(self.fixed_bytes() + self.page_table_bytes(budget))
@@ -80,7 +91,7 @@ impl Baseline {
         while !fits(budget) {
             budget += BUDGET_QUANTUM_BYTES;
         }
-        budget
+        budget.max(self.tokenizing_peak_bytes().next_multiple_of(BUDGET_QUANTUM_BYTES))
     }
 
     /// Checks the running process, whose arena is not touched yet.
@@ -103,13 +114,22 @@ mod tests {
     #[test]
     fn the_smallest_budget_fits_its_arena_and_one_quantum_less_does_not() {
         for arena_bytes in [0, 1, 20 << 20, 300 << 20, (7 << 30) + 4096] {
-            let most_arena_bytes = 2 << 30;
-            let sizes = Sizes { n_threads: 2, n_ops: 500, vocab_size: 65, most_arena_bytes };
+            let sizes = Sizes {
+                n_threads: 2,
+                n_ops: 500,
+                vocab_size: 65,
+                most_arena_bytes: 2 << 30,
+                tokenizing_bytes: 0,
+            };
             let budget = Baseline::declare(sizes, 0).smallest_budget(arena_bytes);
             let room = |b: u64| b.saturating_sub(Baseline::declare(sizes, b).bytes());
             assert_eq!(budget % BUDGET_QUANTUM_BYTES, 0);
             assert!(room(budget) >= arena_bytes);
             assert!(arena_bytes == 0 || room(budget - BUDGET_QUANTUM_BYTES) < arena_bytes);
+            // Text is tokenized in the same budget.
+            let heavy = Sizes { tokenizing_bytes: 90 << 20, ..sizes };
+            let heavy = Baseline::declare(heavy, 0).smallest_budget(arena_bytes);
+            assert_eq!(heavy, budget.max(100 << 20));
         }
     }
 }

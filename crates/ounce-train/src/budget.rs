@@ -84,7 +84,17 @@ impl Serialize for Memory {
 
 impl<'de> Deserialize<'de> for Memory {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(d)?;
+        // A bare number lacks its unit, which is what the message should say.
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Given {
+            Text(String),
+            Number(f64),
+        }
+        let text = match Given::deserialize(d)? {
+            Given::Text(text) => text,
+            Given::Number(number) => number.to_string(),
+        };
         Self::parse(&text).map_err(serde::de::Error::custom)
     }
 }

@@ -7,12 +7,14 @@
 //! refused by name unless the user insists. Tensors stream from their planned places; nothing is copied in memory.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ounce_io::TensorSpec;
 use ounce_io::checkpoint::{
     Checkpoint, CheckpointWriter, DataCursor, ScalerState, TrainerState, checkpoint_bytes,
     newest_valid, open, rotate, state_name,
 };
+use ounce_io::{Disk, check_room};
 use ounce_ir::{DType, Graph, Param, ParamId};
 use ounce_kernels::tier::tier;
 use serde_json::{Map, Value};
@@ -21,7 +23,7 @@ use crate::model::{Model, missing};
 use crate::precision::config_with_dtype;
 use crate::schedule::Schedule;
 use crate::session::Session;
-use crate::{Error, Observer, Result, Settings, weights};
+use crate::{Environment, Error, Observer, Result, Settings, weights};
 
 /// Settings that change how a run is done or reported, never its bits. The rows per step and the
 /// length of the schedule are compared as such.
@@ -166,6 +168,11 @@ pub(crate) fn check_settings(
     Ok(())
 }
 
+/// Whether the checkpoint holds states of the optimizer that the settings name.
+pub(crate) fn has_states_of(checkpoint: &Checkpoint, settings: &Settings) -> bool {
+    checkpoint.state().settings.get("optimizer") == settings.to_map().get("optimizer")
+}
+
 /// Whether the first `n` steps have the same learning rates.
 fn same_rates(a: &Schedule, b: &Schedule, n: u64) -> bool {
     (1..=n).all(|step| a.learning_rate(step) == b.learning_rate(step))
@@ -173,6 +180,7 @@ fn same_rates(a: &Schedule, b: &Schedule, n: u64) -> bool {
 
 /// Writes checkpoints of one run.
 pub(crate) struct Saver {
+    disk: Arc<dyn Disk>,
     output_dir: PathBuf,
     model_dir: PathBuf,
     n_keep: Option<usize>,
@@ -182,6 +190,8 @@ pub(crate) struct Saver {
     needed_bytes: u64,
     /// `config.json` if it is not that of the model directory.
     config: Option<String>,
+    /// What the model at the end takes.
+    model_bytes: u64,
 }
 
 impl Saver {
@@ -191,7 +201,7 @@ impl Saver {
     /// Side files that cannot be read.
     pub(crate) fn new(
         settings: &Settings,
-        output_dir: &Path,
+        env: &Environment,
         model: &Model,
         session: &Session,
         from: Option<&Checkpoint>,
@@ -199,15 +209,36 @@ impl Saver {
         let program = session.train.as_ref().expect("a training run has a training plan");
         let (weights, optimizer) = (weights::specs(&program.graph), state_specs(&program.graph));
         Ok(Self {
-            output_dir: output_dir.to_path_buf(),
+            disk: env.disk.clone(),
+            output_dir: settings.output_dir.clone().unwrap_or_default(),
             model_dir: model.dir.clone(),
             n_keep: settings.save_total_limit.map(|n| n as usize),
             resumed_from: from.map(|c| c.path().to_path_buf()),
             needed_bytes: checkpoint_bytes(&weights, &optimizer, &model.dir)?,
             config: config_with_dtype(&model.dir, program.graph.trained_dtype())?,
+            model_bytes: checkpoint_bytes(&weights, &[], &model.dir)?,
             weights,
             optimizer,
         })
+    }
+
+    /// Refuses to begin a run whose result the disk has no room for, with a checkpoint where it saves.
+    ///
+    /// # Errors
+    /// [`Error::Files`] with the bytes needed and free.
+    pub(crate) fn check_room(&self, settings: &Settings) -> Result<()> {
+        let saves = settings.save_steps.is_some_and(|n| n > 0);
+        self.room_for(self.model_bytes + if saves { self.needed_bytes } else { 0 })
+    }
+
+    /// The same before the result is written.
+    pub(crate) fn check_room_for_model(&self) -> Result<()> {
+        self.room_for(self.model_bytes)
+    }
+
+    fn room_for(&self, bytes: u64) -> Result<()> {
+        let model = self.output_dir.join("model.safetensors");
+        Ok(check_room(&*self.disk, &self.output_dir, &model, bytes)?)
     }
 
     /// Writes a checkpoint and removes those that are too many.
@@ -218,7 +249,9 @@ impl Saver {
         let Session { train, arena, .. } = session;
         let program = train.as_ref().expect("a training run has a training plan");
         let (graph, mut buffers) = (&program.graph, program.executor.buffers(arena));
-        let mut writer = CheckpointWriter::begin(&self.output_dir, state.step, self.needed_bytes)?;
+        let (disk, step) = (self.disk.clone(), state.step);
+        let mut writer =
+            CheckpointWriter::begin_on(disk, &self.output_dir, step, self.needed_bytes)?;
         writer.copy_side_files(&self.model_dir, self.config.as_deref())?;
         let mut file = writer.weights(&self.weights)?;
         weights::append_params(&mut file, graph, &mut buffers)?;

@@ -4,9 +4,10 @@ use ounce_io::{BlockSampler, TokenCache};
 
 use crate::evaluate::EvalText;
 use crate::model::{Model, missing};
+use crate::session::Limits;
 use crate::text_table::TextTable;
 use crate::tokenize::{self, Request};
-use crate::{Environment, Result, Settings};
+use crate::{Environment, Observer, Result, Settings};
 
 /// The tokens of a run, and what turns ids into text.
 pub(crate) struct Data {
@@ -21,8 +22,14 @@ impl Data {
     /// Tokenizes what is not tokenized yet, in a child process, and opens it.
     ///
     /// # Errors
-    /// Data or a tokenizer that is missing or wrong.
-    pub(crate) fn open(settings: &Settings, env: &Environment, model: &Model) -> Result<Self> {
+    /// Data or a tokenizer that is missing or wrong; a request to stop.
+    pub(crate) fn open(
+        settings: &Settings,
+        env: &Environment,
+        model: &Model,
+        limits: &Limits,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
         if settings.data.is_empty() {
             return Err(missing("--data FILE"));
         }
@@ -35,8 +42,9 @@ impl Data {
             cache_dir: tokenize::cache_dir(env),
             streams,
             prompt: Some(settings.sample_prompt.clone()),
+            n_threads: tokenize::n_threads(&model.dir, limits),
         };
-        let answer = tokenize::ask(env, &request)?;
+        let answer = tokenize::ask(env, &request, observer)?;
         tokenize::check_vocab(&model.dir, &answer, model.config.vocab_size())?;
         let max_length = model.max_length(settings) as usize;
         let cache = TokenCache::open(&answer.token_files[0])?;

@@ -13,7 +13,7 @@ use crate::batch::Batch;
 use crate::graphs::Wanted;
 use crate::model::{Model, missing};
 use crate::precision::policy_for;
-use crate::session::{Program, compile};
+use crate::session::{Program, check_tokenizing, compile};
 use crate::tokenize::{self, Request};
 use crate::train_loop::limits;
 use crate::{Environment, Error, EvalRecord, Observer, Result, Settings};
@@ -47,16 +47,7 @@ pub fn evaluate(
     if files.is_empty() {
         return Err(missing("--data FILE"));
     }
-    let request = Request {
-        tokenizer: model.dir.clone(),
-        cache_dir: tokenize::cache_dir(env),
-        streams: vec![files.clone()],
-        prompt: None,
-    };
-    let answer = tokenize::ask(env, &request)?;
-    tokenize::check_vocab(&model.dir, &answer, model.config.vocab_size())?;
-    let max_length = model.max_length(settings);
-    let text = EvalText::open(&answer.token_files[0], max_length as usize)?;
+    let (limits, max_length) = (limits(settings), model.max_length(settings));
     let wanted = Wanted {
         train: None,
         eval: Some(StepShape::new(settings.per_device_train_batch_size, max_length)),
@@ -64,7 +55,18 @@ pub fn evaluate(
         max_length,
         policy: policy_for(settings, &model.dir),
     };
-    let mut session = compile(&model, &wanted, &limits(settings), env)?;
+    let request = Request {
+        tokenizer: model.dir.clone(),
+        cache_dir: tokenize::cache_dir(env),
+        streams: vec![files.clone()],
+        prompt: None,
+        n_threads: tokenize::n_threads(&model.dir, &limits),
+    };
+    check_tokenizing(&model, &wanted, &limits, env)?;
+    let answer = tokenize::ask(env, &request, observer)?;
+    tokenize::check_vocab(&model.dir, &answer, model.config.vocab_size())?;
+    let text = EvalText::open(&answer.token_files[0], max_length as usize)?;
+    let mut session = compile(&model, &wanted, &limits, env)?;
     let weights = session.open_weights(&model)?;
     session.check_baseline()?;
     session.load(&weights)?;

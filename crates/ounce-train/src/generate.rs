@@ -12,7 +12,7 @@ use crate::batch::Batch;
 use crate::graphs::Wanted;
 use crate::model::Model;
 use crate::precision::policy_for;
-use crate::session::{Program, compile};
+use crate::session::{Program, check_tokenizing, compile};
 use crate::text_table::{TextStream, TextTable};
 use crate::tokenize::{self, Request};
 use crate::train_loop::limits;
@@ -66,25 +66,32 @@ pub fn generate(
         });
     }
     let model = Model::open(settings)?;
+    let limits = limits(settings);
     let request = Request {
         tokenizer: model.dir.clone(),
         cache_dir: tokenize::cache_dir(env),
         streams: Vec::new(),
         prompt: Some(wanted.prompt.clone()),
+        n_threads: tokenize::n_threads(&model.dir, &limits),
     };
-    let answer = tokenize::ask(env, &request)?;
+    let most = settings.max_length.unwrap_or(model.config.max_positions());
+    let plans = |n_prompt: u64| {
+        let row_tokens = (n_prompt + wanted.max_new_tokens).clamp(1, most);
+        Wanted {
+            train: None,
+            eval: None,
+            sample_tokens: Some(row_tokens),
+            max_length: row_tokens,
+            policy: policy_for(settings, &model.dir),
+        }
+    };
+    // A token of the prompt is at least a byte, and one more may begin it.
+    check_tokenizing(&model, &plans(wanted.prompt.len() as u64 + 1), &limits, env)?;
+    let answer = tokenize::ask(env, &request, observer)?;
     tokenize::check_vocab(&model.dir, &answer, model.config.vocab_size())?;
     let table = TextTable::read(&answer.text_table)?;
-    let most = settings.max_length.unwrap_or(model.config.max_positions());
-    let row_tokens = (answer.prompt_ids.len() as u64 + wanted.max_new_tokens).clamp(1, most);
-    let plans = Wanted {
-        train: None,
-        eval: None,
-        sample_tokens: Some(row_tokens),
-        max_length: row_tokens,
-        policy: policy_for(settings, &model.dir),
-    };
-    let mut session = compile(&model, &plans, &limits(settings), env)?;
+    let plans = plans(answer.prompt_ids.len() as u64);
+    let mut session = compile(&model, &plans, &limits, env)?;
     let weights = session.open_weights(&model)?;
     session.check_baseline()?;
     session.load(&weights)?;

@@ -75,6 +75,9 @@ pub mod doctor;
 pub mod watch;
 
 use std::path::PathBuf;
+use std::sync::Arc;
+
+use ounce_io::Disk;
 
 pub use bench::{BenchProfile, BenchRecord, BenchSettings, ClassTime, KindTime, bench_step};
 pub use budget::{Memory, format_bytes};
@@ -84,16 +87,25 @@ pub use evaluate::evaluate;
 pub use generate::{GenerateRecord, GenerateSettings, generate};
 pub use init::{Architecture, InitRecord, InitSettings, ModelShape, init};
 pub use precision::{PrecisionRow, explain_precision, precision_table};
-pub use report::{DoneRecord, EvalRecord, Observer, PlanRecord, Silent, StepRecord};
+pub use report::{DoneRecord, EvalRecord, Observer, PhaseRecord, PlanRecord, Silent, StepRecord};
 pub use settings::{OnNonfinite, Optimizer, Precision, Settings};
 pub use tokenize::answer_tokenize_request;
 pub use train_loop::{plan, train};
 
 /// What the library may know of the process that it runs in.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Environment {
     /// A program that hands `__tokenize` requests to [`answer_tokenize_request`]: the caller itself.
     pub worker: PathBuf,
     /// Folder for token files and measured costs.
     pub cache_dir: PathBuf,
+    /// Through which checkpoints and models are written, so that a test can let it fail.
+    pub disk: Arc<dyn Disk>,
+}
+
+impl Environment {
+    /// With the disk of this machine.
+    pub fn new(worker: PathBuf, cache_dir: PathBuf) -> Self {
+        Self { worker, cache_dir, disk: ounce_io::real_disk() }
+    }
 }

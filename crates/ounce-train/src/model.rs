@@ -23,8 +23,10 @@ impl Model {
         Self::at(dir)
     }
 
-    /// Reads the configuration in a directory.
+    /// Reads the configuration in a directory. Completes the publication that a crash interrupted there.
     pub(crate) fn at(dir: &Path) -> Result<Self> {
+        // A directory that cannot be written is read as it is; what is missing then says why.
+        let _ = ounce_io::complete_publication(dir);
         Ok(Self { dir: dir.to_path_buf(), config: read_config(dir)? })
     }
 
@@ -41,8 +43,9 @@ pub(crate) fn read_config(path: &Path) -> Result<ModelConfig> {
     ModelConfig::from_json(&value.to_string()).map_err(|e| model_error(path, &e))
 }
 
-/// A configuration that cannot be built, with the directory it is in.
+/// A configuration that cannot be built, with the file it is in.
 pub(crate) fn model_error(path: &Path, e: &ModelError) -> Error {
+    let file = if path.is_dir() { path.join("config.json") } else { path.to_path_buf() };
     let text = e.to_string();
     let (message, hint) = text.split_once("\nhint: ").unwrap_or((&text, "check config.json"));
     let hint = hint.to_owned();
@@ -51,7 +54,7 @@ pub(crate) fn model_error(path: &Path, e: &ModelError) -> Error {
         ModelError::TooLong { .. } | ModelError::Dropout { .. } => {
             Error::Usage { message: message.to_owned(), hint }
         }
-        _ => Error::Input { message: format!("{}: {message}", path.display()), hint },
+        _ => Error::Input { message: format!("{}: {message}", file.display()), hint },
     }
 }
 

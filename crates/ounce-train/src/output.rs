@@ -11,10 +11,11 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ounce_exec::Arena;
-use ounce_io::{StagingDir, write_file};
+use ounce_io::{Disk, StagingDir, write_file};
 use ounce_ir::DType;
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +23,7 @@ use crate::model::Model;
 use crate::precision::config_with_dtype;
 use crate::session::Program;
 use crate::watch::{EventWriter, MetricsWriter, loss_svg};
-use crate::{Error, EvalRecord, Observer, Result, Settings, StepRecord, weights};
+use crate::{Environment, Error, EvalRecord, Observer, Result, Settings, StepRecord, weights};
 
 /// Points of the loss curve that are kept.
 const MAX_POINTS: usize = 4096;
@@ -31,6 +32,7 @@ const METRICS: &str = "metrics.jsonl";
 
 /// The output directory before step 1: nothing is in it yet.
 pub(crate) struct Staged {
+    disk: Arc<dyn Disk>,
     dir: PathBuf,
     // Removed before the directory that it may be in.
     staging: StagingDir,
@@ -81,6 +83,7 @@ impl Staged {
     /// # Errors
     /// A failed write.
     pub(crate) fn create(
+        env: &Environment,
         dir: &Path,
         model: &Model,
         stored: DType,
@@ -89,13 +92,13 @@ impl Staged {
         let is_new = !dir.exists();
         // A failure is told by what follows.
         let made = Made((is_new && std::fs::create_dir_all(dir).is_ok()).then(|| dir.to_owned()));
-        let staging = StagingDir::create(dir)?;
+        let staging = StagingDir::create_on(env.disk.clone(), dir)?;
         ounce_io::copy_side_files(&model.dir, staging.path())?;
         if let Some(config) = config_with_dtype(&model.dir, stored)? {
             write_file(&staging.path().join("config.json"), config.as_bytes())?;
         }
         write_file(&staging.path().join("plan.html"), plan_html.as_bytes())?;
-        Ok(Self { dir: dir.to_path_buf(), staging, _made: made })
+        Ok(Self { disk: env.disk.clone(), dir: dir.to_path_buf(), staging, _made: made })
     }
 
     /// Opens the files that grow from step to step, for a run that begins at `first_step`.
@@ -216,7 +219,8 @@ impl Output {
     /// A failed write; no model appears then, and one that was there is as it was.
     pub(crate) fn publish(mut self, program: &Program, arena: &mut Arena) -> Result<()> {
         let path = self.staged.staging.path().to_path_buf();
-        weights::write(&path, &program.graph, &mut program.executor.buffers(arena))?;
+        let mut buffers = program.executor.buffers(arena);
+        weights::write(&self.staged.disk, &path, &program.graph, &mut buffers)?;
         let curve = loss_svg(&self.losses.points, &self.eval_losses.points);
         write_file(&path.join("loss.svg"), curve.as_bytes())?;
         self.events.flush().map_err(|e| Error::file(self.events.path(), &e))?;

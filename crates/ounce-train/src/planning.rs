@@ -67,7 +67,7 @@ impl Planner<'_> {
         let options = PlanOptions { reserved_bytes, ..PlanOptions::default() };
         let declared = Declared(self.machine);
         let least = Frontier::solve(graph, &shape, &declared, &low_end(reserved_bytes));
-        if least.smallest_bytes() > self.budget_bytes {
+        if least.smallest_bytes().max(self.baseline.tokenizing_peak_bytes()) > self.budget_bytes {
             return None;
         }
         let measured = Frontier::solve(graph, &shape, self.machine, &options);
@@ -98,13 +98,16 @@ impl Planner<'_> {
     /// The error that names the smallest budget for all plans, what dominates it, and what would fit.
     pub(crate) fn does_not_fit(&self, graphs: &Graphs) -> Error {
         let (smallest_bytes, dominating) = self.smallest(graphs, self.wanted);
-        let line = |(category, bytes): &(Category, u64)| {
-            format!("  {:<16} {:>12}\n", category.name(), format_bytes(*bytes))
-        };
+        let line = |name: &str, bytes| format!("  {name:<16} {:>12}\n", format_bytes(bytes));
+        let tokenizing_bytes = self.baseline.tokenizing_peak_bytes();
+        let is_above = tokenizing_bytes > self.budget_bytes;
+        let tokenizing = is_above.then(|| line("tokenizing", tokenizing_bytes));
+        let planned = dominating.iter().filter(|(_, bytes)| *bytes > 0);
+        let planned = planned.map(|(category, bytes)| line(category.name(), *bytes));
         Error::DoesNotFit {
             budget_bytes: self.budget_bytes,
             smallest_bytes,
-            breakdown: dominating.iter().filter(|(_, bytes)| *bytes > 0).map(line).collect(),
+            breakdown: planned.chain(tokenizing).collect(),
             hint: self.cheapest_change(smallest_bytes),
         }
     }

@@ -100,9 +100,20 @@ pub struct PlanRecord {
     pub kept_values: u64,
     /// Runs of forward ops that are repeated.
     pub recomputed_ops: u64,
+    /// What each phase of the run takes, in the order of their first time.
+    pub phases: Vec<PhaseRecord>,
     /// The table for people; not a JSON field.
     #[serde(skip)]
     pub table: String,
+}
+
+/// What one phase of a run takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct PhaseRecord {
+    /// Its name.
+    pub phase: &'static str,
+    /// Most bytes of the process and its child.
+    pub peak_bytes: u64,
 }
 
 /// Who receives what a run tells, and may ask it to stop. Every method has a silent default.

@@ -11,17 +11,19 @@ use ounce_io::checkpoint::Checkpoint;
 use ounce_ir::{DType, Graph, OpId, ParamId, ValueId, ValueKind};
 use ounce_kernels::pool::Pool;
 use ounce_passes::{OpClass, Precision};
-use ounce_program::{BufferRole, Certificate, Choice, Plan, StepShape};
+use ounce_program::{Buffer, BufferRole, Certificate, Choice, Plan, StepShape};
 
 use crate::baseline::{Baseline, Sizes};
 use crate::batch::DataInputs;
+use crate::budget::format_bytes;
 use crate::checkpoint::states;
 use crate::graphs::{Graphs, Wanted, build, everything_bytes};
 use crate::model::Model;
 use crate::planning::Planner;
+use crate::tokenize;
 use crate::watch::plan_html;
 use crate::weights::{PIECE_ELEMS, Source, fill_fresh};
-use crate::{Environment, Error, PlanRecord, Result};
+use crate::{Environment, Error, PhaseRecord, PlanRecord, Result};
 
 /// The budget of a run and the threads that it may use.
 pub(crate) struct Limits {
@@ -48,6 +50,8 @@ pub(crate) struct Program {
     params: Vec<(u64, u64)>,
     /// (offset, bytes) of every optimizer state, by parameter.
     states: Vec<(u64, u64)>,
+    /// Parameters and optimizer states: what loading fills and saving reads.
+    stored_bytes: u64,
 }
 
 /// An op whose numbers left the range of what they are stored in.
@@ -81,6 +85,45 @@ pub(crate) struct Session {
     baseline: Baseline,
 }
 
+/// The graphs of a run, and what planning them asks.
+struct Prepared<'a> {
+    model: &'a Model,
+    wanted: &'a Wanted,
+    graphs: Graphs,
+    budget_bytes: u64,
+    baseline: Baseline,
+    machine: MeasuredMachine,
+    pool: Arc<Pool>,
+}
+
+impl<'a> Prepared<'a> {
+    /// Builds, differentiates, attaches the optimizer, and declares the size of the process.
+    fn new(
+        model: &'a Model,
+        wanted: &'a Wanted,
+        limits: &Limits,
+        env: &Environment,
+    ) -> Result<Self> {
+        let precision = wanted.policy.precision;
+        if precision != Precision::F32 {
+            return Err(Error::NotBuilt { what: format!("--precision {precision}") });
+        }
+        let graphs = build(model, wanted)?;
+        let baseline = declare(&graphs, model, wanted, limits);
+        let budget_bytes = limits.budget_bytes;
+        let pool = Arc::new(Pool::new(limits.n_threads));
+        let timing_bytes = budget_bytes.saturating_sub(baseline.bytes());
+        let costs = Some(env.cache_dir.join("costs"));
+        let machine = MeasuredMachine::new(pool.clone(), timing_bytes, baseline.bytes(), costs);
+        Ok(Self { model, wanted, graphs, budget_bytes, baseline, machine, pool })
+    }
+
+    fn planner(&self) -> Planner<'_> {
+        let Self { model, wanted, budget_bytes, baseline, machine, .. } = self;
+        Planner { machine, model, wanted, budget_bytes: *budget_bytes, baseline }
+    }
+}
+
 /// Builds, differentiates, attaches the optimizer, plans, checks and resolves. Nothing is run, and no
 /// planned memory is touched.
 pub(crate) fn compile(
@@ -89,23 +132,14 @@ pub(crate) fn compile(
     limits: &Limits,
     env: &Environment,
 ) -> Result<Session> {
-    let precision = wanted.policy.precision;
-    if precision != Precision::F32 {
-        return Err(Error::NotBuilt { what: format!("--precision {precision}") });
-    }
-    let graphs = build(model, wanted)?;
-    let baseline = &declare(&graphs, model, wanted, limits);
-    let budget_bytes = limits.budget_bytes;
-    let pool = Arc::new(Pool::new(limits.n_threads));
-    let timing_bytes = budget_bytes.saturating_sub(baseline.bytes());
-    let costs = env.cache_dir.join("costs");
-    let machine = MeasuredMachine::new(pool.clone(), timing_bytes, baseline.bytes(), Some(costs));
-    let planner = Planner { machine: &machine, model, wanted, budget_bytes, baseline };
+    let prepared = Prepared::new(model, wanted, limits, env)?;
+    let (planner, graphs) = (prepared.planner(), &prepared.graphs);
+    let Prepared { machine, pool, .. } = &prepared;
     let mut programs = Vec::with_capacity(3);
     for (graph, shape, reserved_bytes) in graphs.jobs(wanted) {
         let plan = planner.plan(graph, shape, reserved_bytes);
-        let plan = plan.ok_or_else(|| planner.does_not_fit(&graphs))?;
-        programs.push(resolve(model, graph, shape, &plan, &machine, &pool)?);
+        let plan = plan.ok_or_else(|| planner.does_not_fit(graphs))?;
+        programs.push(resolve(model, graph, shape, &plan, machine, pool)?);
     }
     // Without the file the costs are only measured again.
     let _ = machine.save();
@@ -126,11 +160,28 @@ pub(crate) fn compile(
         eval: take(graphs.eval.is_some()),
         sample: take(graphs.sample.is_some()),
         arena,
-        budget_bytes,
+        budget_bytes: limits.budget_bytes,
         peak_bytes,
         arena_bytes,
-        baseline: baseline.clone(),
+        baseline: prepared.baseline,
     })
+}
+
+/// Refuses a budget in which the text of a run cannot be tokenized, before that is tried.
+///
+/// # Errors
+/// [`Error::DoesNotFit`] with the smallest budget of the whole run.
+pub(crate) fn check_tokenizing(
+    model: &Model,
+    wanted: &Wanted,
+    limits: &Limits,
+    env: &Environment,
+) -> Result<()> {
+    let prepared = Prepared::new(model, wanted, limits, env)?;
+    if prepared.baseline.tokenizing_peak_bytes() <= limits.budget_bytes {
+        return Ok(());
+    }
+    Err(prepared.planner().does_not_fit(&prepared.graphs))
 }
 
 /// The smallest budget of a run, and the predicted seconds of its training step if it fits into the
@@ -141,23 +192,14 @@ pub(crate) fn estimate(
     limits: &Limits,
     env: &Environment,
 ) -> Result<(u64, Option<f64>)> {
-    let precision = wanted.policy.precision;
-    if precision != Precision::F32 {
-        return Err(Error::NotBuilt { what: format!("--precision {precision}") });
-    }
-    let graphs = build(model, wanted)?;
-    let baseline = &declare(&graphs, model, wanted, limits);
-    let budget_bytes = limits.budget_bytes;
-    let timing_bytes = budget_bytes.saturating_sub(baseline.bytes());
-    let (pool, costs) = (Arc::new(Pool::new(limits.n_threads)), env.cache_dir.join("costs"));
-    let machine = MeasuredMachine::new(pool, timing_bytes, baseline.bytes(), Some(costs));
-    let planner = Planner { machine: &machine, model, wanted, budget_bytes, baseline };
-    let (smallest_bytes, _) = planner.smallest(&graphs, wanted);
+    let prepared = Prepared::new(model, wanted, limits, env)?;
+    let (planner, graphs) = (prepared.planner(), &prepared.graphs);
+    let (smallest_bytes, _) = planner.smallest(graphs, wanted);
     let first = graphs.jobs(wanted).into_iter().next();
-    let fits = smallest_bytes <= budget_bytes;
+    let fits = smallest_bytes <= limits.budget_bytes;
     let plan = first.filter(|_| fits).and_then(|(g, shape, n)| planner.plan(g, shape, n));
     // Without the file the costs are only measured again.
-    let _ = machine.save();
+    let _ = prepared.machine.save();
     Ok((smallest_bytes, plan.map(|plan| plan.certificate.step_s)))
 }
 
@@ -169,6 +211,10 @@ fn declare(graphs: &Graphs, model: &Model, wanted: &Wanted, limits: &Limits) -> 
         n_ops: graphs.iter().map(|g| g.ops.len() as u64).sum(),
         vocab_size: model.config.vocab_size(),
         most_arena_bytes: jobs.map(|(g, shape, _)| everything_bytes(g, shape)).max().unwrap_or(0),
+        tokenizing_bytes: ounce_io::tokenizing_bytes(
+            &model.dir,
+            tokenize::n_threads(&model.dir, limits),
+        ),
     };
     Baseline::declare(sizes, limits.budget_bytes)
 }
@@ -199,6 +245,7 @@ fn resolve(
         let buffer = plan.find_buffer(BufferRole::State(p, k)).expect("states are resident");
         (plan.buffers[buffer].offset, plan.buffers[buffer].bytes)
     };
+    let is_stored = |b: &&Buffer| matches!(b.role, BufferRole::Param(_) | BufferRole::State(_, _));
     Ok(Program {
         states: states(graph).map(|(p, _, k)| state(p, k as u32)).collect(),
         shape,
@@ -211,8 +258,16 @@ fn resolve(
         table: ounce_plan::explain(plan),
         picture: trains.then(|| plan_html(graph, plan, &title)),
         params: graph.params.ids().map(place).collect(),
+        stored_bytes: plan.buffers.values().filter(is_stored).map(|b| b.bytes).sum(),
         graph: graph.clone(),
     })
+}
+
+/// The phases for people.
+fn phases_line(phases: &[PhaseRecord]) -> String {
+    let one = |p: &PhaseRecord| format!("{} {}", p.phase, format_bytes(p.peak_bytes));
+    let all: Vec<String> = phases.iter().map(one).collect();
+    format!("peak of the whole process in each phase: {}", all.join(", "))
 }
 
 /// Every plan must find the same parameters, and every training step the same states, in the same
@@ -253,8 +308,26 @@ impl Session {
             release_gradients: choice.release_gradients,
             kept_values: choice.n_kept,
             recomputed_ops: choice.n_recomputed,
-            table: main.table.clone(),
+            table: format!("{}\n{}", main.table.trim_end(), phases_line(&self.phases())),
+            phases: self.phases(),
         }
+    }
+
+    /// What each phase takes. Saving streams from where training has left the tensors: nothing is added.
+    fn phases(&self) -> Vec<PhaseRecord> {
+        let peak = |program: &Program| program.certificate.peak_bytes;
+        let loaded = self.baseline.bytes() + self.main().stored_bytes;
+        [
+            ("tokenize", Some(self.baseline.tokenizing_peak_bytes())),
+            ("load", Some(loaded)),
+            ("train", self.train.as_ref().map(peak)),
+            ("evaluate", self.eval.as_ref().map(peak)),
+            ("sample", self.sample.as_ref().map(peak)),
+            ("save", self.train.as_ref().map(peak)),
+        ]
+        .into_iter()
+        .filter_map(|(phase, bytes)| Some(PhaseRecord { phase, peak_bytes: bytes? }))
+        .collect()
     }
 
     /// The picture of the training plan, handed out once: it is not kept.

@@ -343,6 +343,9 @@ fn is_power_of_two(x: f64) -> bool {
     (-32..=63).any(|power| x == 2.0_f64.powi(power))
 }
 
+/// Longest settings file that is read.
+const MAX_YAML_BYTES: u64 = 1 << 20;
+
 /// A usage error with its hint.
 fn usage(message: String, hint: &str) -> Error {
     Error::Usage { message, hint: hint.to_owned() }
@@ -351,8 +354,13 @@ fn usage(message: String, hint: &str) -> Error {
 /// Reads a YAML file of settings, checking every key and value on its own.
 fn read_yaml(path: &Path) -> Result<Map<String, Value>> {
     let file = path.display();
-    let text = std::fs::read_to_string(path)
-        .map_err(|e| usage(format!("{file}: {e}"), "`--config` takes a YAML file of settings"))?;
+    let refuse = |what: String| usage(what, "`--config` takes a YAML file of settings");
+    let n_bytes = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
+    if n_bytes > MAX_YAML_BYTES {
+        let what = format!("{file}: {n_bytes} bytes are more than a settings file has");
+        return Err(refuse(what));
+    }
+    let text = std::fs::read_to_string(path).map_err(|e| refuse(format!("{file}: {e}")))?;
     if text.trim().is_empty() {
         return Ok(Map::new());
     }
@@ -372,8 +380,9 @@ fn read_yaml(path: &Path) -> Result<Map<String, Value>> {
         }
         let alone = Map::from_iter([(key.clone(), value.clone())]);
         if let Err(e) = serde_json::from_value::<Settings>(Value::Object(alone)) {
-            let hint = format!("the default is `{}`", known[key]);
-            return Err(usage(format!("{file}:{line}: `{key}`: {e}"), &hint));
+            let (default, reason) = (format!("the default is `{}`", known[key]), e.to_string());
+            let (reason, hint) = reason.split_once("\nhint: ").unwrap_or((&reason, &default));
+            return Err(usage(format!("{file}:{line}: `{key}`: {reason}"), hint));
         }
     }
     Ok(map)

@@ -5,15 +5,22 @@
 //! and reads one answer from stdout. What stays: token files on disk, read with `pread`, and the
 //! table from id to bytes. The child ends before the arena is touched.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
 
 use ounce_io::{IdTable, TokenCache, Tokenizer};
 use serde::{Deserialize, Serialize};
 
+use crate::baseline::PROCESS_BYTES;
+use crate::budget::peak_resident_bytes;
+use crate::session::Limits;
 use crate::text_table::TextTable;
-use crate::{Environment, Error, Result};
+use crate::{Environment, Error, Observer, Result};
+
+/// Between two looks at the child.
+const POLL_EVERY: Duration = Duration::from_millis(3);
 
 /// What the child is asked to do.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,6 +33,8 @@ pub(crate) struct Request {
     pub(crate) streams: Vec<Vec<PathBuf>>,
     /// Text to encode as a prompt.
     pub(crate) prompt: Option<String>,
+    /// Threads that encode.
+    pub(crate) n_threads: usize,
 }
 
 /// What the child found.
@@ -41,6 +50,8 @@ pub(crate) struct Answer {
     pub(crate) stop_ids: Vec<u32>,
     /// Ids of the tokenizer.
     pub(crate) vocab_size: u64,
+    /// Highest resident memory of the child.
+    pub(crate) rss_peak_bytes: u64,
 }
 
 /// An answer, or what went wrong in the child.
@@ -79,7 +90,7 @@ fn work(request: &Request) -> Result<Answer> {
     let tokenizer = Tokenizer::load(&request.tokenizer)?;
     let mut token_files = Vec::with_capacity(request.streams.len());
     for files in &request.streams {
-        token_files.push(token_file(&request.cache_dir, files, &tokenizer)?);
+        token_files.push(token_file(request, files, &tokenizer)?);
     }
     let text_table = request.cache_dir.join(format!("{:016x}.ids", tokenizer.fingerprint()));
     TextTable::write(&text_table, &IdTable::new(&tokenizer)?)?;
@@ -93,21 +104,22 @@ fn work(request: &Request) -> Result<Answer> {
         prompt_ids,
         stop_ids: tokenizer.stop_ids().to_vec(),
         vocab_size: tokenizer.vocab_size() as u64,
+        rss_peak_bytes: peak_resident_bytes(),
     })
 }
 
 /// The token file of a stream, made anew unless it is there and fresh.
-fn token_file(dir: &Path, files: &[PathBuf], tokenizer: &Tokenizer) -> Result<PathBuf> {
+fn token_file(request: &Request, files: &[PathBuf], tokenizer: &Tokenizer) -> Result<PathBuf> {
     let fingerprint = tokenizer.fingerprint();
-    let path = ounce_io::cache_path(dir, files, fingerprint)?;
+    let path = ounce_io::cache_path(&request.cache_dir, files, fingerprint)?;
     if TokenCache::open_fresh(&path, files, fingerprint)?.is_none() {
-        ounce_io::tokenize_to_cache(files, tokenizer, &path)?;
+        ounce_io::tokenize_to_cache(files, tokenizer, &path, request.n_threads)?;
     }
     Ok(path)
 }
 
-/// Asks a child process.
-pub(crate) fn ask(env: &Environment, request: &Request) -> Result<Answer> {
+/// Asks a child process, which is killed where the observer asks to stop.
+pub(crate) fn ask(env: &Environment, request: &Request, observer: &dyn Observer) -> Result<Answer> {
     let failed = |e: std::io::Error| Error::file(&env.worker, &e);
     let mut child = Command::new(&env.worker)
         .arg("__tokenize")
@@ -118,16 +130,47 @@ pub(crate) fn ask(env: &Environment, request: &Request) -> Result<Answer> {
     let text = serde_json::to_string(request).expect("plain fields serialize");
     // A child that dies early closes the pipe; its status below says more than the pipe's error.
     let _ = child.stdin.take().expect("stdin is piped").write_all(text.as_bytes());
-    let output = child.wait_with_output().map_err(failed)?;
-    match serde_json::from_slice(&output.stdout) {
-        Ok(Reply::Done(answer)) if output.status.success() => Ok(answer),
+    let mut stdout = child.stdout.take().expect("stdout is piped");
+    let mut said = Vec::new();
+    let status = std::thread::scope(|scope| {
+        // Read beside the wait: a long answer would fill the pipe.
+        scope.spawn(|| stdout.read_to_end(&mut said));
+        wait(&mut child, observer).map_err(failed)
+    })?;
+    let Some(status) = status else {
+        return Err(Error::Interrupted { step: 0, checkpoint: None });
+    };
+    match serde_json::from_slice(&said) {
+        Ok(Reply::Done(answer)) if status.success() => Ok(answer),
         Ok(Reply::Failed { input: true, message, hint }) => Err(Error::Input { message, hint }),
         Ok(Reply::Failed { input: false, message, hint }) => Err(Error::Files { message, hint }),
         _ => Err(Error::Files {
-            message: format!("the tokenizing process ended early ({})", output.status),
+            message: format!("the tokenizing process ended early ({status})"),
             hint: "if it was killed, the machine may be short of memory".to_owned(),
         }),
     }
+}
+
+/// The child's end; `None` where it was killed because the observer asked to stop.
+fn wait(child: &mut Child, observer: &dyn Observer) -> std::io::Result<Option<ExitStatus>> {
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if observer.stop_requested() {
+            child.kill()?;
+            child.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(POLL_EVERY);
+    }
+}
+
+/// Threads that encode: those of the run, or as many fewer as fit into its budget, at least one.
+pub(crate) fn n_threads(dir: &Path, limits: &Limits) -> usize {
+    let fits =
+        |n: &usize| PROCESS_BYTES + ounce_io::tokenizing_bytes(dir, *n) <= limits.budget_bytes;
+    (1..=limits.n_threads).rev().find(fits).unwrap_or(1)
 }
 
 /// Where token files go.

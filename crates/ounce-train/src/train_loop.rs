@@ -12,7 +12,7 @@ use crate::generate::{Sampler, sample_text};
 use crate::graphs::{TrainWanted, Wanted};
 use crate::model::{Model, missing};
 use crate::output::{Output, Staged};
-use crate::session::{Limits, Session, compile};
+use crate::session::{Limits, Session, check_tokenizing, compile};
 use crate::step::Trainer;
 use crate::watch::{Health, StepNumbers};
 use crate::{DoneRecord, Environment, Error, Observer, PlanRecord, Result, Settings, StepRecord};
@@ -44,21 +44,24 @@ pub fn train(
         Some(checkpoint) => Model::at(checkpoint.path())?,
         None => Model::open(settings)?,
     };
-    let data = Data::open(settings, env, &model)?;
+    let (plans, limits) = (wanted(settings, &model), limits(settings));
+    check_tokenizing(&model, &plans, &limits, env)?;
+    let data = Data::open(settings, env, &model, &limits, observer)?;
     let n_steps = settings.max_steps.unwrap_or_else(|| {
         data.train.n_steps(settings.num_train_epochs, settings.n_rows() as usize)
     });
     if let Some(checkpoint) = &from {
         checkpoint::check_settings(checkpoint, settings, n_steps, observer)?;
     }
-    let mut session = compile(&model, &wanted(settings, &model), &limits(settings), env)?;
+    let mut session = compile(&model, &plans, &limits, env)?;
     let weights = session.open_weights(&model)?;
     let plan_html = session.take_picture();
     let first_step = from.as_ref().map_or(0, |c| c.state().step) + 1;
     let stored = settings.policy().precision.param_dtype();
-    let staged = Staged::create(output_dir, &model, stored, &plan_html)?;
+    let staged = Staged::create(env, output_dir, &model, stored, &plan_html)?;
     drop(plan_html);
-    let saver = Saver::new(settings, output_dir, &model, &session, from.as_ref())?;
+    let saver = Saver::new(settings, env, &model, &session, from.as_ref())?;
+    saver.check_room(settings)?;
     session.check_baseline()?;
     observer.planned(&session.record(), n_steps);
     session.load(&weights)?;
@@ -67,7 +70,11 @@ pub fn train(
     let tokens_seen = from.as_ref().map_or(0, |c| c.state().tokens_seen);
     let scaler = from.as_ref().and_then(|c| c.state().scaler.clone());
     if let Some(checkpoint) = &from {
-        session.load_states(checkpoint)?;
+        if checkpoint::has_states_of(checkpoint, settings) {
+            session.load_states(checkpoint)?;
+        } else {
+            observer.note("warning: the optimizer is another one: its states begin at zero");
+        }
     }
     let trainer = Trainer::new(settings, &mut session, n_steps, scaler);
     let output = staged.begin(settings, first_step, observer)?;
@@ -149,6 +156,7 @@ impl Run<'_> {
             other => other?,
         };
         let program = self.session.train.as_ref().expect("a training run has a training plan");
+        self.saver.check_room_for_model()?;
         self.output.publish(program, &mut self.session.arena)?;
         Ok(DoneRecord {
             done: true,

@@ -5,9 +5,10 @@
 //! name, index), so that a model made on disk by `init` and one made in the arena are the same.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use ounce_exec::Buffers;
-use ounce_io::{ByteSink, Dtype, SafetensorsDir, SafetensorsWriter, TensorSpec};
+use ounce_io::{ByteSink, Disk, Dtype, SafetensorsDir, SafetensorsWriter, TensorSpec};
 use ounce_ir::{DType, EntityId, Graph, Init, Param, ParamId};
 use ounce_kernels::philox::philox4x32_10;
 use ounce_models::{ModelConfig, alternative_name, is_ignored_tensor};
@@ -93,8 +94,14 @@ pub(crate) fn write_fresh(dir: &Path, graph: &Graph, seed: u64) -> Result<()> {
 }
 
 /// Writes `model.safetensors` into `dir` from the parameters in the arena.
-pub(crate) fn write(dir: &Path, graph: &Graph, buffers: &mut Buffers<'_>) -> Result<()> {
-    let mut file = SafetensorsWriter::create(&dir.join("model.safetensors"), &specs(graph), &[])?;
+pub(crate) fn write(
+    disk: &Arc<dyn Disk>,
+    dir: &Path,
+    graph: &Graph,
+    buffers: &mut Buffers<'_>,
+) -> Result<()> {
+    let path = dir.join("model.safetensors");
+    let mut file = SafetensorsWriter::create_on(disk.clone(), &path, &specs(graph), &[])?;
     append_params(&mut file, graph, buffers)?;
     Ok(file.finish()?)
 }

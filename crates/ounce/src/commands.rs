@@ -51,7 +51,7 @@ fn environment() -> Result<Environment> {
         .or_else(|| home("XDG_CACHE_HOME").map(|d| d.join("ounce")))
         .or_else(|| home("HOME").map(|d| d.join(".cache/ounce")))
         .unwrap_or_else(|| std::env::temp_dir().join("ounce"));
-    Ok(Environment { worker, cache_dir })
+    Ok(Environment::new(worker, cache_dir))
 }
 
 fn settings(flags: &RunFlags) -> Result<Settings> {

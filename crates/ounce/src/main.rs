@@ -13,7 +13,7 @@ mod commands;
 
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use clap::Parser;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -30,14 +30,14 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => return refuse(&e),
     };
-    // The number of the signal that arrived, 0 for none. A second one of a kind ends the process.
+    // The number of the signal that arrived, 0 for none. A second one ends the process at once.
     let signal = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::new(AtomicBool::new(false));
     for number in [SIGINT, SIGTERM] {
         let code = 128 + number;
-        let seen = Arc::new(std::sync::atomic::AtomicBool::new(false));
         let registered =
             signal_hook::flag::register_conditional_shutdown(number, code, seen.clone())
-                .and_then(|_| signal_hook::flag::register(number, seen))
+                .and_then(|_| signal_hook::flag::register(number, seen.clone()))
                 .and_then(|_| {
                     signal_hook::flag::register_usize(number, signal.clone(), number as usize)
                 });

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use super::manifest::{FileRecord, Manifest};
 use super::{FORMAT, MANIFEST, OPTIMIZER, STATE, TrainerState, WEIGHTS, checkpoint_path, dir_name};
-use crate::disk::{Disk, create_dirs, real_disk, write_all_at};
+use crate::disk::{Disk, check_room, create_dirs, real_disk, write_all_at};
 use crate::error::IoError;
 use crate::hash::Xxh64;
 use crate::hf_dir::{is_plain_name, side_files};
@@ -79,11 +79,7 @@ impl CheckpointWriter {
         let failed = |source| IoError::Save { path: path.clone(), needed_bytes, source };
         create_dirs(&*disk, output_dir).map_err(|e| in_save(e, &path, needed_bytes))?;
         remove_stale_temps(&*disk, output_dir, |name| super::step_of(name).is_some());
-        let free_bytes = disk.free_bytes(output_dir).map_err(failed)?;
-        if free_bytes < needed_bytes {
-            let what = format!("the disk has {free_bytes} bytes free");
-            return Err(failed(io::Error::new(io::ErrorKind::StorageFull, what)));
-        }
+        check_room(&*disk, output_dir, &path, needed_bytes)?;
         let temp = TempDir::create(disk, output_dir, &dir_name(step)).map_err(failed)?;
         Ok(Self { temp, output_dir: output_dir.into(), step, needed_bytes, files: Vec::new() })
     }

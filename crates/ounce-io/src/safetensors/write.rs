@@ -8,9 +8,11 @@
 
 use std::fmt::Write as _;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::header::{Dtype, MAX_HEADER_BYTES};
 use crate::atomic::AtomicFile;
+use crate::disk::{Disk, real_disk};
 use crate::error::IoError;
 use crate::half::{f32_to_bf16, f32_to_f16};
 
@@ -89,7 +91,20 @@ impl SafetensorsWriter<AtomicFile> {
         specs: &[TensorSpec],
         metadata: &[(&str, &str)],
     ) -> Result<Self, IoError> {
-        Self::begin(AtomicFile::create(path)?, path, specs, metadata)
+        Self::create_on(real_disk(), path, specs, metadata)
+    }
+
+    /// The same on a disk of the caller's choice.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub fn create_on(
+        disk: Arc<dyn Disk>,
+        path: &Path,
+        specs: &[TensorSpec],
+        metadata: &[(&str, &str)],
+    ) -> Result<Self, IoError> {
+        Self::begin(AtomicFile::create_on(disk, path)?, path, specs, metadata)
     }
 }
 

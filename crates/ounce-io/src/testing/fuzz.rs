@@ -158,7 +158,7 @@ impl FuzzCase {
                 let text = dir.join("text.txt");
                 crate::write_file(&text, TEXT.as_bytes())?;
                 train_char(std::slice::from_ref(&text))?.save(dir)?;
-                tokenize_to_cache(&[text], &Tokenizer::load(dir)?, &case.path())?;
+                tokenize_to_cache(&[text], &Tokenizer::load(dir)?, &case.path(), 1)?;
             }
             Target::Manifest | Target::State => {
                 let run = SmallRun::new(dir)?;

@@ -5,10 +5,12 @@
 //! back into text. Character tokenizers, recognised by their structure, never load it at all.
 //!
 //! Files in reading order: this one (load, encode, decode), `special.rs` (which ids begin and end a text),
-//! `chars.rs` (the character tokenizer), `pieces.rs` (encoding a text in pieces), `id_table.rs`, `train.rs`.
+//! `chars.rs` (the character tokenizer), `pieces.rs` (encoding a text in pieces), `memory.rs`, `id_table.rs`,
+//! `train.rs`.
 
 mod chars;
 mod id_table;
+mod memory;
 mod pieces;
 mod special;
 mod train;
@@ -20,6 +22,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer as Library};
 
 pub use id_table::{IdStream, IdTable};
+pub use memory::tokenizing_bytes;
 pub use train::{END_OF_TEXT, MIN_BPE_VOCAB_SIZE, TrainedTokenizer, train_bpe, train_char};
 
 use crate::error::{IoError, excerpt};

@@ -1,8 +1,9 @@
 //! Tests that drive the binary, as a person or a script would.
 //!
 //! Files: `lab` (a folder with a tiny model, and what runs the binary in it), `flow` (the whole way of
-//! a model), `same_bits` (what must not change the result), `resume` (nothing is lost), `refusals`
-//! (errors, hints and exit codes).
+//! a model), `same_bits` (what must not change the result), `resume` (nothing is lost), `signals`
+//! (stopped in any phase), `faults` (a disk that fails), `refusals` (errors, hints and exit codes),
+//! `damage` (files that are not what they should be).
 #![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
 
 mod lab;
@@ -13,4 +14,10 @@ mod same_bits;
 
 mod resume;
 
+mod signals;
+
+mod faults;
+
 mod refusals;
+
+mod damage;

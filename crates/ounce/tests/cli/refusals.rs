@@ -87,6 +87,15 @@ fn a_diverging_run_stops_and_leaves_the_former_result() {
         }
     }
     assert!(files.map(read) == before);
+    // A finite loss whose gradient is not finite: the step is not saved, what was saved before is whole.
+    let run = "train --model model --data train.txt --max-length 64 --optimizer sgd \
+        --learning-rate 1e30 --max-grad-norm 0 --lr-scheduler-type constant --save-steps 1";
+    lab.succeed(&words(&format!("{run} --max-steps 1 --output-dir one")));
+    let error = lab.fail(5, &words(&format!("{run} --max-steps 50 --output-dir wild")));
+    assert!(error.contains("step 2: the loss is ") && error.contains("gradient norm"), "{error}");
+    let saved = |out: &str| std::fs::read(lab.path(out).join("model.safetensors")).unwrap();
+    assert!(saved("wild/checkpoint-1") == saved("one/checkpoint-1"));
+    assert!(!lab.path("wild/checkpoint-2").exists() && !lab.path("wild/config.json").exists());
     assert!(
         !std::fs::read_dir(lab.path("out"))
             .unwrap()

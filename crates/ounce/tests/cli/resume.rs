@@ -144,6 +144,19 @@ fn settings_that_would_change_the_run_are_refused_by_name() {
     let error = String::from_utf8(on.stderr).unwrap();
     assert!(error.contains("other settings: seed; it goes on with the new ones"), "{error}");
     assert!(weights(&lab, "o") != weights(&lab, "out"));
+    // Another rate, and another optimizer, whose states begin at zero.
+    for (flags, note) in [
+        ("--learning-rate 1e-3", "other settings: learning_rate; "),
+        ("--optimizer sgd", "its states begin at zero"),
+    ] {
+        let on = lab.run(&words(&format!("{RUN} {from} {flags} --override")));
+        let error = String::from_utf8(on.stderr).unwrap();
+        assert!(on.status.success() && error.contains(note), "{flags}: {error}");
+        assert!(weights(&lab, "o") != weights(&lab, "out"), "{flags}");
+    }
+    lab.succeed(&words(&format!("{RUN} --output-dir s --save-steps 4 --optimizer sgd")));
+    let adamw = "--output-dir o --resume-from-checkpoint s/checkpoint-4 --override";
+    lab.succeed(&words(&format!("{RUN} {adamw}")));
     assert!(
         lab.fail(2, &words(&format!("{RUN} --output-dir p --override")))
             .contains("--resume-from-checkpoint")

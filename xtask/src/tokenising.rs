@@ -1,0 +1,144 @@
+//! The demonstration `tokenising`: JSONL of growing length through the tokenizing child.
+//!
+//! Claims: the same peak at every length; with a Python that has `tokenizers`, the same ids as its, at no
+//! less than 60 % of its throughput on as many threads. The throughput of the peer is that of encoding
+//! alone, without reading or writing; Ounce's is that of the whole child. Both alternate, and of three
+//! rounds over the shortest file the least disturbed one counts.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use crate::Result;
+use crate::accept::{MIB, Outcome, Setting, number, path, shakespeare};
+use crate::bench::last_object;
+use crate::random::Random;
+use crate::shell::{capture, scratch_folder};
+
+/// Lengths of the files. `--times N` adds one of N MB.
+const LENGTHS_MB: [u64; 2] = [10, 100];
+
+/// The demonstration.
+pub(crate) fn tokenising(s: &Setting<'_>) -> Result<Outcome> {
+    let mut outcome = Outcome { is_kept: true, ..Outcome::default() };
+    let folder = scratch_folder("accept-tokenising")?;
+    let (train, _) = shakespeare(&folder)?;
+    let model = folder.join("model");
+    let sizes = ["--n-layers", "1", "--hidden-size", "32", "--output-dir", path(&model)];
+    let bpe = ["init", "--arch", "gpt2", "--tokenizer", "bpe", "--vocab-size", "8192"];
+    s.ounce(&[&bpe[..], &["--data", path(&train)], &sizes].concat())?;
+    let text = std::fs::read_to_string(&train).map_err(|e| format!("{}: {e}", train.display()))?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let n_threads = s.n_threads(cores)?;
+    let mut peaks = Vec::new();
+    for length_mb in LENGTHS_MB.into_iter().chain(s.times) {
+        let rows = folder.join(format!("rows-{length_mb}.jsonl"));
+        write_rows(&rows, &text, length_mb * 1_000_000)?;
+        let n_rounds = if length_mb == LENGTHS_MB[0] { 3 } else { 1 };
+        let (mut ours, mut theirs) = (0.0_f64, 0.0_f64);
+        for _ in 0..n_rounds {
+            let run = tokenize(s, &folder, &model, &rows, n_threads)?;
+            peaks.push(run.peak_mib);
+            ours = ours.max(length_mb as f64 / run.seconds);
+            let mut result = json!({
+                "mb_per_s": length_mb as f64 / run.seconds, "peak_rss_mib": run.peak_mib,
+            });
+            if let Some(python) = s.python {
+                let tokenizer = model.join("tokenizer.json");
+                let script = "bench/peer_tokenizers.py";
+                let threads = n_threads.to_string();
+                let args = [script, path(&tokenizer), path(&rows), path(&run.token_file), &threads];
+                let peer = last_object(&capture(python, &args)?)?;
+                let same = peer["same"] == Value::Bool(true);
+                let ids = &peer["ids"];
+                outcome.claim(same, format!("{length_mb} MB: the {ids} ids are those of the peer"));
+                let rate = length_mb as f64 / number(&peer, "seconds")?;
+                theirs = theirs.max(rate);
+                result["peer_mb_per_s"] = json!(rate);
+            }
+            println!("{length_mb} MB: {result}");
+            outcome.runs.push(("ounce", format!("{length_mb} MB, {n_threads} threads"), result));
+        }
+        if s.python.is_some() {
+            let share = 100.0 * ours / theirs;
+            let rates = format!("{ours:.2} of {theirs:.2} MB/s");
+            outcome.claim(
+                share >= 60.0,
+                format!("{length_mb} MB: {rates}, {share:.0} %, at least 60"),
+            );
+        }
+        std::fs::remove_file(&rows).map_err(|e| format!("{}: {e}", rows.display()))?;
+    }
+    let least = peaks.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = peaks.iter().copied().fold(0.0, f64::max);
+    outcome.claim(most <= 1.1 * least, format!("peak {least:.1} to {most:.1} MiB at every length"));
+    Ok(outcome)
+}
+
+/// One run of the child.
+struct Run {
+    token_file: PathBuf,
+    seconds: f64,
+    peak_mib: f64,
+}
+
+/// Starts the child as a training run does, with an empty cache.
+fn tokenize(
+    s: &Setting<'_>,
+    folder: &Path,
+    model: &Path,
+    rows: &Path,
+    n_threads: usize,
+) -> Result<Run> {
+    let cache = folder.join("cache");
+    if cache.exists() {
+        std::fs::remove_dir_all(&cache).map_err(|e| format!("{}: {e}", cache.display()))?;
+    }
+    let request = json!({
+        "tokenizer": model, "cache_dir": cache, "streams": [[rows]], "prompt": null,
+        "n_threads": n_threads,
+    });
+    let start = Instant::now();
+    let mut command = Command::new(&s.binary);
+    command.arg("__tokenize").stdin(Stdio::piped()).stdout(Stdio::piped());
+    let failed = |e| format!("the tokenizing child: {e}");
+    let mut child = command.spawn().map_err(failed)?;
+    let mut stdin = child.stdin.take().ok_or("a child without input")?;
+    stdin.write_all(request.to_string().as_bytes()).map_err(failed)?;
+    drop(stdin);
+    let output = child.wait_with_output().map_err(failed)?;
+    let seconds = start.elapsed().as_secs_f64();
+    let said = last_object(&String::from_utf8_lossy(&output.stdout))?;
+    let done = &said["Done"];
+    let token_file = done["token_files"][0].as_str().ok_or_else(|| format!("it said {said}"))?;
+    Ok(Run {
+        token_file: token_file.into(),
+        seconds,
+        peak_mib: number(done, "rss_peak_bytes")? / MIB,
+    })
+}
+
+/// Rows of random parts of `text`, each with a number that no other row has.
+fn write_rows(file: &Path, text: &str, n_bytes: u64) -> Result {
+    let failed = |e| format!("{}: {e}", file.display());
+    let mut out = BufWriter::new(File::create(file).map_err(failed)?);
+    let mut random = Random::new(Some(n_bytes));
+    let mut written = 0;
+    for number in 0_u64.. {
+        if written >= n_bytes {
+            break;
+        }
+        let from = (random.share() * (text.len() - 4000) as f64) as usize;
+        let to = from + 100 + (random.share() * 3000.0) as usize;
+        // A cut inside a character leaves an empty part.
+        let part = text.get(from..to).unwrap_or_default();
+        let row = json!({ "text": format!("{number}. {part}") }).to_string();
+        writeln!(out, "{row}").map_err(failed)?;
+        written += row.len() as u64 + 1;
+    }
+    out.flush().map_err(failed)
+}
