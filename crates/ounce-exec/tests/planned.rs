@@ -7,9 +7,12 @@ use std::sync::Arc;
 use ounce_exec::MeasuredMachine;
 use ounce_ir::{Graph, OptimizerKind};
 use ounce_kernels::pool::Pool;
+use ounce_passes::Precision;
 use ounce_plan::{Frontier, PlanOptions, n_runs};
 use ounce_program::{LoopOrder, StepShape};
-use support::{Cut, ROW_TOKENS, Session, assert_same_bits, gpt2_like, llama_like, run, training};
+use support::{
+    Cut, ROW_TOKENS, Session, assert_same_bits, gpt2_like, llama_like, run, training_in,
+};
 
 /// Plans from the smallest budget to the largest that buys time.
 fn check_budgets(graph: &Graph, shape: StepShape, machine: &MeasuredMachine) {
@@ -40,8 +43,10 @@ fn check_budgets(graph: &Graph, shape: StepShape, machine: &MeasuredMachine) {
 fn every_budget_gives_the_bits_of_the_plan_that_keeps_everything() {
     let machine = MeasuredMachine::new(Arc::new(Pool::new(2)), 0, 0, None);
     let shape = StepShape::new(4, ROW_TOKENS);
-    let graph = training(&gpt2_like(0.1), OptimizerKind::AdamW, true);
-    check_budgets(&graph, shape, &machine);
-    let graph = training(&llama_like(), OptimizerKind::AdamW, false);
-    check_budgets(&graph, shape, &machine);
+    for precision in Precision::ALL {
+        let graph = training_in(precision, &gpt2_like(0.1), OptimizerKind::AdamW, true);
+        check_budgets(&graph, shape, &machine);
+        let graph = training_in(precision, &llama_like(), OptimizerKind::AdamW, false);
+        check_budgets(&graph, shape, &machine);
+    }
 }

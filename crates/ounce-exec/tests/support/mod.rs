@@ -6,13 +6,14 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use ounce_exec::{Arena, Executor, MeasuredMachine, OptimizerHyper, RowSpan, StepInputs};
+use ounce_exec::{Arena, Buffers, Executor, MeasuredMachine, OptimizerHyper, RowSpan, StepInputs};
 use ounce_ir::{
-    Arena as Table, AttentionSpec, GeluKind, Graph, GraphBuilder, Init, InputKind, Lead, OpId,
-    OpKind, OptimizerKind, ParamId, Phase, Shape, ValueId, ValueKind, WeightLayout,
+    Arena as Table, AttentionSpec, DType, GeluKind, Graph, GraphBuilder, Init, InputKind, Lead,
+    OpId, OpKind, OptimizerKind, ParamId, Phase, Shape, ValueId, ValueKind, WeightLayout,
 };
 use ounce_kernels::pool::Pool;
 use ounce_oracle::{Hyper, Row};
+use ounce_passes::{Precision, PrecisionPolicy};
 use ounce_program::{
     Buffer, BufferId, BufferRef, BufferRole, Category, Certificate, Choice, GRANULE_TOKENS, Instr,
     LoopOrder, Machine, Plan, StepShape, Tier,
@@ -142,7 +143,18 @@ fn llama_body(b: &mut GraphBuilder) -> ValueId {
 
 /// The whole training step of a forward graph.
 pub(crate) fn training(forward: &Graph, kind: OptimizerKind, clip: bool) -> Graph {
+    training_in(Precision::F32, forward, kind, clip)
+}
+
+/// The same with values in a precision.
+pub(crate) fn training_in(
+    precision: Precision,
+    forward: &Graph,
+    kind: OptimizerKind,
+    clip: bool,
+) -> Graph {
     let graph = ounce_passes::differentiate(forward).expect("differentiable");
+    let graph = ounce_passes::lower_precision(&graph, &PrecisionPolicy::new(precision));
     ounce_passes::attach_optimizer(&graph, kind, clip).expect("trainable")
 }
 
@@ -271,7 +283,8 @@ impl Naive<'_> {
         for (p, param) in graph.params.iter() {
             self.buffer(BufferRole::Param(p), param.bytes());
             for k in 0..graph.states.len() as u32 {
-                self.buffer(BufferRole::State(p, k), param.bytes());
+                let state = self.graph.states[k as usize].dtype;
+                self.buffer(BufferRole::State(p, k), state.bytes(param.shape.row_elems()));
             }
         }
         for (v, value) in graph.values.iter() {
@@ -413,10 +426,15 @@ impl Naive<'_> {
 
     fn whole(&self, role: BufferRole) -> BufferRef {
         let buffer = self.plan.find_buffer(role).expect("a resident buffer");
-        let (BufferRole::Param(param) | BufferRole::State(param, _)) = role else {
-            unreachable!("only parameters and states are asked for")
+        let bytes = match role {
+            BufferRole::Param(p) => self.graph.params[p].bytes(),
+            BufferRole::State(p, k) => {
+                let n_elems = self.graph.params[p].shape.row_elems();
+                self.graph.states[k as usize].dtype.bytes(n_elems)
+            }
+            _ => unreachable!("only parameters and states are asked for"),
         };
-        BufferRef { buffer, at: 0, bytes: self.graph.params[param].bytes() }
+        BufferRef { buffer, at: 0, bytes }
     }
 
     fn n_of(&self, v: ValueId) -> u64 {
@@ -454,7 +472,7 @@ impl Session {
         let mut arena = Arena::reserve(plan.arena_bytes).expect("memory");
         let mut buffers = exec.buffers(&mut arena);
         for p in graph.params.ids() {
-            buffers.param(p).copy_from_slice(&start_values(graph, p));
+            buffers.write_master(p, 0, &start_values(graph, p));
         }
         Self { exec, arena }
     }
@@ -476,15 +494,16 @@ impl Session {
         fill(InputKind::Positions, 0, &|row| (0..row.token_ids.len() as i32).collect());
     }
 
-    /// Everything that a step leaves: losses, scalars, results, parameters, states; and sums, where
-    /// the plan hands them to the session, as the naive one does.
+    /// Everything that a step leaves: losses, scalars, results, exact parameters, states; and sums in
+    /// f32, where the plan hands them to the session, as the naive one does.
     pub(crate) fn everything(&mut self, graph: &Graph) -> Vec<(String, Vec<f32>)> {
         let mut buffers = self.exec.buffers(&mut self.arena);
         let mut all = Vec::new();
         for (v, value) in graph.values.iter() {
             let keep = match value.kind {
-                ValueKind::Sum(_) | ValueKind::Loss | ValueKind::Result => true,
-                ValueKind::Scalar => value.dtype == ounce_ir::DType::F32,
+                ValueKind::Sum(_) | ValueKind::Loss | ValueKind::Result | ValueKind::Scalar => {
+                    value.dtype == DType::F32
+                }
                 ValueKind::Input(_) | ValueKind::Activation | ValueKind::Gradient => false,
             };
             if keep && buffers.has_session(v) {
@@ -492,13 +511,25 @@ impl Session {
             }
         }
         for (p, param) in graph.params.iter() {
-            all.push((param.name.clone(), buffers.param(p).to_vec()));
-            for k in 0..graph.states.len() as u32 {
+            all.push((param.name.clone(), master(&mut buffers, graph, p)));
+            for k in f32_states(graph) {
                 all.push((format!("state {k} of {}", param.name), buffers.state(p, k).to_vec()));
             }
         }
         all
     }
+}
+
+/// The exact values of a parameter.
+pub(crate) fn master(buffers: &mut Buffers<'_>, graph: &Graph, p: ParamId) -> Vec<f32> {
+    let mut values = vec![0.0; graph.params[p].shape.row_elems() as usize];
+    buffers.read_master(p, 0, &mut values);
+    values
+}
+
+/// The optimizer's states in f32; those in 16 bits belong to the exact values of parameters.
+pub(crate) fn f32_states(graph: &Graph) -> impl Iterator<Item = u32> {
+    (0..).zip(&graph.states).filter(|(_, s)| s.dtype == DType::F32).map(|(k, _)| k)
 }
 
 /// Supervised tokens.
