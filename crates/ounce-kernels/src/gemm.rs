@@ -143,7 +143,7 @@ pub enum Start {
 }
 
 /// Scratch of [`gemm`] in elements, for an (m, k) x (k, n) product that is stored as `c`: the packed
-/// copies of up to 13 MiB and, if `c` has 16 bits, sums of up to 12 MiB. It is enough for operands of
+/// copies of up to 10 MiB and, if `c` has 16 bits, sums of up to 14 MiB. It is enough for operands of
 /// any type on any tier.
 pub fn gemm_scratch_elems(m: usize, n: usize, k: usize, c: FloatType, n_threads: usize) -> usize {
     let of_units = |units: usize| Blocks::new(m, n, units, c, n_threads).scratch_elems(n_threads);

@@ -11,8 +11,9 @@ use super::tile::MAX_NR;
 use crate::view::FloatType;
 use std::ops::Range;
 
-/// Rows of A packed at a time by one thread; a multiple of every tile's height.
-const MC: usize = 192;
+/// Rows of A packed at a time by one thread; a multiple of every tile's height. Enough to read a
+/// panel of B seldom; more would leave no room beside it in a second cache of 1 MiB (Zen 4).
+const MC: usize = 96;
 /// Units of depth of a block.
 const KC: usize = 768;
 /// Columns of B packed at a time.
