@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Golden data for Ounce: tiny GPT-2 and Llama models as PyTorch and transformers compute them.
+"""Golden data for Ounce: tiny models of every family as PyTorch and transformers compute them.
 
 Idea. Each case below is a small configuration with random weights, one batch, and what
 transformers makes of it: logits, loss, every gradient, and the weights after ten AdamW steps.
@@ -30,7 +30,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 STEPS = 10
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8}
@@ -209,6 +209,122 @@ def llama_cases():
     ]
 
 
+def config_of(model_type, vocab, hidden, mlp, layers, heads, kv_heads, positions, **settings):
+    """A configuration of one of the later families; special tokens are within the vocabulary."""
+    return AutoConfig.for_model(
+        model_type, vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        max_position_embeddings=positions, bos_token_id=1, eos_token_id=2, pad_token_id=None,
+        **settings,
+    )
+
+
+def mistral_cases():
+    """Windows shorter than a row, as long as a tile and off; head_dim of its own."""
+    return [
+        case(config_of("mistral", 61, 24, 40, 2, 4, 2, 64, sliding_window=7), 2, 29, std=0.15, spelling="old"),
+        case(config_of("mistral", 53, 20, 33, 1, 2, 1, 128, sliding_window=64, head_dim=12), 2, 131, std=0.2, clip=1.0),
+        case(config_of("mistral", 67, 24, 29, 2, 3, 3, 64, sliding_window=None, tie_word_embeddings=True),
+             3, 17, std=0.15, masked=0.3),
+    ]
+
+
+def qwen2_cases():
+    """Biases on q, k and v; windows off, from a layer on, and by list; tied and untied heads."""
+    return [
+        case(config_of("qwen2", 71, 24, 40, 2, 4, 2, 64, tie_word_embeddings=True), 2, 27, std=0.15, spelling="old"),
+        case(config_of("qwen2", 59, 16, 29, 3, 2, 1, 64, use_sliding_window=True, sliding_window=5,
+                       max_window_layers=1), 2, 33, std=0.15, clip=1.0),
+        case(config_of("qwen2", 53, 30, 37, 2, 3, 1, 64, use_sliding_window=True, sliding_window=9,
+                       layer_types=["sliding_attention", "full_attention"]), 2, 21, std=0.15, masked=0.2),
+    ]
+
+
+def qwen3_cases():
+    """Norms of every head; head_dim of its own; biases; windows."""
+    return [
+        case(config_of("qwen3", 61, 24, 40, 2, 4, 2, 64, head_dim=10, tie_word_embeddings=True),
+             2, 27, std=0.15, spelling="old"),
+        case(config_of("qwen3", 53, 20, 31, 2, 2, 2, 64, head_dim=16, attention_bias=True), 3, 19, std=0.15, clip=1.0),
+        case(config_of("qwen3", 67, 16, 27, 2, 3, 1, 64, head_dim=8, use_sliding_window=True,
+                       sliding_window=6, max_window_layers=1), 2, 35, std=0.15, masked=0.3),
+    ]
+
+
+def gemma2_cases():
+    """Soft caps that bite, windows in every other layer, query_pre_attn_scalar, caps off."""
+    return [
+        case(config_of("gemma2", 61, 24, 40, 2, 4, 2, 64, head_dim=8, query_pre_attn_scalar=5,
+                       sliding_window=7, attn_logit_softcapping=2.0, final_logit_softcapping=1.5),
+             2, 29, std=0.15, spelling="old"),
+        case(config_of("gemma2", 53, 20, 33, 3, 2, 1, 64, head_dim=12, query_pre_attn_scalar=12,
+                       sliding_window=5, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+             2, 23, std=0.1, clip=1.0),
+        case(config_of("gemma2", 47, 18, 31, 2, 3, 3, 64, head_dim=6, query_pre_attn_scalar=9,
+                       sliding_window=64, attn_logit_softcapping=None, final_logit_softcapping=None,
+                       attention_bias=True), 2, 70, std=0.15, masked=0.2),
+    ]
+
+
+def gemma3_cases():
+    """Local and global layers with a rotary base each, norms of heads, stretched global positions."""
+    local = {"rope_type": "default", "rope_theta": 500.0}
+    return [
+        case(config_of("gemma3_text", 61, 24, 40, 3, 4, 2, 64, head_dim=8, query_pre_attn_scalar=8,
+                       sliding_window=7, layer_types=["sliding_attention"] * 2 + ["full_attention"],
+                       rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 20000.0},
+                                        "sliding_attention": local}),
+             2, 29, std=0.1, spelling="old"),
+        case(config_of("gemma3_text", 53, 20, 33, 2, 2, 1, 128, head_dim=12, query_pre_attn_scalar=10,
+                       sliding_window=5, layer_types=["sliding_attention", "full_attention"],
+                       rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0,
+                                                           "rope_theta": 20000.0},
+                                        "sliding_attention": local}),
+             2, 23, std=0.1, clip=1.0),
+        case(config_of("gemma3_text", 47, 18, 31, 2, 3, 3, 64, head_dim=6, query_pre_attn_scalar=6,
+                       sliding_window=64, final_logit_softcapping=3.0, tie_word_embeddings=False,
+                       layer_types=["full_attention", "sliding_attention"]),
+             2, 70, std=0.12, masked=0.1),
+    ]
+
+
+def phi3_cases():
+    """Packed matrices, windows, partial rotation, longrope within and beyond the original context."""
+    longrope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.3],
+                "long_factor": [1.5, 2.0, 3.0]}
+    return [
+        case(config_of("phi3", 61, 24, 40, 2, 4, 2, 64, sliding_window=7), 2, 29, std=0.15, spelling="old"),
+        case(config_of("phi3", 53, 16, 33, 2, 2, 1, 128, original_max_position_embeddings=32,
+                       rope_parameters={**longrope, "partial_rotary_factor": 0.75}, tie_word_embeddings=True),
+             2, 23, std=0.15, clip=1.0),
+        case(config_of("phi3", 47, 16, 31, 2, 2, 2, 128, original_max_position_embeddings=16,
+                       rope_parameters={**longrope, "partial_rotary_factor": 0.75}),
+             2, 37, std=0.15, masked=0.2, spelling="old"),
+    ]
+
+
+def smollm3_cases():
+    """Layers without positions by interval and by list, and windows in them. No bias of keys: where
+    nothing turns, it has no gradient."""
+    return [
+        case(config_of("smollm3", 61, 24, 40, 4, 4, 2, 64), 2, 25, std=0.12, spelling="old"),
+        case(config_of("smollm3", 53, 20, 33, 2, 2, 1, 64, no_rope_layers=[0, 1], mlp_bias=True,
+                       tie_word_embeddings=False), 2, 23, std=0.15, clip=1.0),
+        case(config_of("smollm3", 47, 18, 31, 3, 3, 3, 64, no_rope_layer_interval=2,
+                       use_sliding_window=True, sliding_window=6), 2, 35, std=0.15, masked=0.2),
+    ]
+
+
+def olmo2_cases():
+    """Norms behind the halves and of all queries and all keys; biases."""
+    return [
+        case(config_of("olmo2", 61, 24, 40, 2, 4, 2, 64), 2, 29, std=0.15, spelling="old"),
+        case(config_of("olmo2", 53, 20, 33, 2, 2, 1, 64, tie_word_embeddings=True), 2, 23, std=0.15, clip=1.0),
+        case(config_of("olmo2", 47, 18, 31, 3, 3, 3, 64, attention_bias=True, rms_norm_eps=1e-3),
+             3, 17, std=0.15, masked=0.2),
+    ]
+
+
 # --------------------------------------------------------------------------------------------
 # Model and data of a case
 # --------------------------------------------------------------------------------------------
@@ -242,6 +358,8 @@ def randomize(model, std, generator):
             parameter.copy_(noise * std)
         elif name.endswith("bias"):
             parameter.copy_(noise * 0.1)
+        elif model.config.model_type.startswith("gemma"):
+            parameter.copy_(noise * 0.2)  # multiplied with as 1 + weight
         else:
             parameter.copy_(1.0 + noise * 0.2)
 
@@ -263,6 +381,11 @@ def respell_config(path, spelling):
         return
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
+    if "full_attention" in rope:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        config["partial_rotary_factor"] = 0.75
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     if spelling == "oldest" and config["rope_scaling"]:
@@ -271,7 +394,7 @@ def respell_config(path, spelling):
         config["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
     config["torch_dtype"] = config.pop("dtype")
     n_heads = config["num_attention_heads"]
-    if config["head_dim"] * n_heads == config["hidden_size"]:
+    if config.get("head_dim", 0) * n_heads == config["hidden_size"]:
         del config["head_dim"]
     if config["num_key_value_heads"] == n_heads:
         del config["num_key_value_heads"]
@@ -444,7 +567,14 @@ def main():
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for family, cases, first_seed in [("gpt2", gpt2_cases(), 1000), ("llama", llama_cases(), 2000)]:
+    families = [
+        ("gpt2", gpt2_cases()), ("llama", llama_cases()), ("mistral", mistral_cases()),
+        ("qwen2", qwen2_cases()), ("qwen3", qwen3_cases()), ("gemma2", gemma2_cases()),
+        ("gemma3", gemma3_cases()), ("phi3", phi3_cases()), ("smollm3", smollm3_cases()),
+        ("olmo2", olmo2_cases()),
+    ]
+    for i, (family, cases) in enumerate(families):
+        first_seed = 1000 * (i + 1)
         for number, spec in enumerate(cases, start=1):
             name = f"{family}-{number:02}"
             if args.only in (None, name):

@@ -203,3 +203,43 @@ fn every_gpt2_model_runs_as_in_transformers() {
 fn every_llama_model_runs_as_in_transformers() {
     check_family("llama-", 13);
 }
+
+#[test]
+fn every_mistral_model_runs_as_in_transformers() {
+    check_family("mistral-", 3);
+}
+
+#[test]
+fn every_qwen2_model_runs_as_in_transformers() {
+    check_family("qwen2-", 3);
+}
+
+#[test]
+fn every_qwen3_model_runs_as_in_transformers() {
+    check_family("qwen3-", 3);
+}
+
+#[test]
+fn every_gemma2_model_runs_as_in_transformers() {
+    check_family("gemma2-", 3);
+}
+
+#[test]
+fn every_gemma3_model_runs_as_in_transformers() {
+    check_family("gemma3-", 3);
+}
+
+#[test]
+fn every_phi3_model_runs_as_in_transformers() {
+    check_family("phi3-", 3);
+}
+
+#[test]
+fn every_smollm3_model_runs_as_in_transformers() {
+    check_family("smollm3-", 3);
+}
+
+#[test]
+fn every_olmo2_model_runs_as_in_transformers() {
+    check_family("olmo2-", 3);
+}

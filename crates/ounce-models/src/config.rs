@@ -3,9 +3,10 @@
 use ounce_ir::{Graph, InferError};
 use serde_json::{Map, Value, json};
 
+use crate::decoder::{DecoderConfig, Definition};
 use crate::gpt2::Gpt2Config;
 use crate::json::Reader;
-use crate::llama::LlamaConfig;
+use crate::{gemma2, gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3};
 
 /// Why a configuration cannot be used.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -22,7 +23,8 @@ pub enum ModelError {
     /// A family that is not built.
     #[error(
         "model type {model_type:?} is not supported\n\
-         hint: supported are gpt2 (GPT2LMHeadModel) and llama (LlamaForCausalLM)"
+         hint: supported are gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, smollm3 \
+         and olmo2"
     )]
     UnknownFamily {
         /// `model_type`, or the architecture.
@@ -100,22 +102,73 @@ pub enum ModelError {
     Graph(#[from] InferError),
 }
 
-/// Families of models.
+/// Families of models, each in a file of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "each family's file says what it is")]
 pub enum Family {
-    /// GPT-2: learned positions, layer norms, biases.
     Gpt2,
-    /// Llama: rotary positions, RMS norms, gated MLP, grouped heads.
     Llama,
+    Mistral,
+    Qwen2,
+    Qwen3,
+    Gemma2,
+    Gemma3,
+    Phi3,
+    SmolLm3,
+    Olmo2,
 }
 
 impl Family {
+    /// All families.
+    pub const ALL: [Self; 10] = [
+        Self::Gpt2,
+        Self::Llama,
+        Self::Mistral,
+        Self::Qwen2,
+        Self::Qwen3,
+        Self::Gemma2,
+        Self::Gemma3,
+        Self::Phi3,
+        Self::SmolLm3,
+        Self::Olmo2,
+    ];
+
+    /// What distinguishes a Llama-like family; `None` for GPT-2, which is not like Llama.
+    pub(crate) fn definition(self) -> Option<&'static Definition> {
+        Some(match self {
+            Self::Gpt2 => return None,
+            Self::Llama => &llama::LLAMA,
+            Self::Mistral => &mistral::MISTRAL,
+            Self::Qwen2 => &qwen2::QWEN2,
+            Self::Qwen3 => &qwen3::QWEN3,
+            Self::Gemma2 => &gemma2::GEMMA2,
+            Self::Gemma3 => &gemma3::GEMMA3,
+            Self::Phi3 => &phi3::PHI3,
+            Self::SmolLm3 => &smollm3::SMOLLM3,
+            Self::Olmo2 => &olmo2::OLMO2,
+        })
+    }
+
     /// The name in `model_type`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Gpt2 => "gpt2",
-            Self::Llama => "llama",
-        }
+    pub fn name(self) -> &'static str {
+        self.definition().map_or("gpt2", |def| def.model_type)
+    }
+
+    /// Names that [`Family::from_name`] knows, in order of [`Family::ALL`].
+    pub const NAMES: [&'static str; 10] = [
+        "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3",
+        "olmo2",
+    ];
+
+    /// The family of that short name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        let at = Self::NAMES.iter().position(|n| *n == name)?;
+        Some(Self::ALL[at])
+    }
+
+    /// The class in `architectures`.
+    fn architecture(self) -> &'static str {
+        self.definition().map_or("GPT2LMHeadModel", |def| def.architecture)
     }
 }
 
@@ -168,8 +221,8 @@ impl SpecialTokens {
 pub enum ModelConfig {
     /// GPT-2.
     Gpt2(Gpt2Config),
-    /// Llama.
-    Llama(LlamaConfig),
+    /// Llama and the families like it.
+    Decoder(DecoderConfig),
 }
 
 impl ModelConfig {
@@ -186,7 +239,7 @@ impl ModelConfig {
         };
         match family_of(&map)? {
             Family::Gpt2 => Gpt2Config::read(&map).map(Self::Gpt2),
-            Family::Llama => LlamaConfig::read(&map).map(Self::Llama),
+            family => DecoderConfig::read(family, &map).map(Self::Decoder),
         }
     }
 
@@ -194,7 +247,7 @@ impl ModelConfig {
     pub fn to_json(&self) -> String {
         let mut map = match self {
             Self::Gpt2(c) => c.write(),
-            Self::Llama(c) => c.write(),
+            Self::Decoder(c) => c.write(),
         };
         map.insert("torch_dtype".to_owned(), json!("float32"));
         map.insert("use_cache".to_owned(), json!(true));
@@ -208,7 +261,7 @@ impl ModelConfig {
     pub const fn family(&self) -> Family {
         match self {
             Self::Gpt2(_) => Family::Gpt2,
-            Self::Llama(_) => Family::Llama,
+            Self::Decoder(c) => c.family,
         }
     }
 
@@ -216,7 +269,7 @@ impl ModelConfig {
     pub const fn vocab_size(&self) -> u64 {
         match self {
             Self::Gpt2(c) => c.vocab_size,
-            Self::Llama(c) => c.vocab_size,
+            Self::Decoder(c) => c.vocab_size,
         }
     }
 
@@ -224,7 +277,7 @@ impl ModelConfig {
     pub const fn set_vocab_size(&mut self, vocab_size: u64) {
         match self {
             Self::Gpt2(c) => c.vocab_size = vocab_size,
-            Self::Llama(c) => c.vocab_size = vocab_size,
+            Self::Decoder(c) => c.vocab_size = vocab_size,
         }
     }
 
@@ -232,7 +285,7 @@ impl ModelConfig {
     pub const fn special_tokens(&self) -> &SpecialTokens {
         match self {
             Self::Gpt2(c) => &c.special_tokens,
-            Self::Llama(c) => &c.special_tokens,
+            Self::Decoder(c) => &c.special_tokens,
         }
     }
 
@@ -240,15 +293,16 @@ impl ModelConfig {
     pub fn set_special_tokens(&mut self, special_tokens: SpecialTokens) {
         match self {
             Self::Gpt2(c) => c.special_tokens = special_tokens,
-            Self::Llama(c) => c.special_tokens = special_tokens,
+            Self::Decoder(c) => c.special_tokens = special_tokens,
         }
     }
 
-    /// Positions that the model was made for, in tokens. Llama computes beyond them, GPT-2 cannot.
+    /// Positions that the model was made for, in tokens. Rotary models compute beyond them, GPT-2
+    /// cannot.
     pub const fn max_positions(&self) -> u64 {
         match self {
             Self::Gpt2(c) => c.n_positions,
-            Self::Llama(c) => c.max_position_embeddings,
+            Self::Decoder(c) => c.max_position_embeddings,
         }
     }
 
@@ -256,7 +310,7 @@ impl ModelConfig {
     pub const fn n_layers(&self) -> u64 {
         match self {
             Self::Gpt2(c) => c.n_layers,
-            Self::Llama(c) => c.n_layers,
+            Self::Decoder(c) => c.layers.len() as u64,
         }
     }
 
@@ -264,7 +318,7 @@ impl ModelConfig {
     pub const fn hidden(&self) -> u64 {
         match self {
             Self::Gpt2(c) => c.hidden,
-            Self::Llama(c) => c.hidden,
+            Self::Decoder(c) => c.hidden,
         }
     }
 
@@ -272,7 +326,7 @@ impl ModelConfig {
     pub const fn is_tied(&self) -> bool {
         match self {
             Self::Gpt2(c) => c.tied,
-            Self::Llama(c) => c.tied,
+            Self::Decoder(c) => c.tied,
         }
     }
 }
@@ -284,18 +338,16 @@ fn family_of(map: &Map<String, Value>) -> Result<Family, ModelError> {
         .and_then(Value::as_array)
         .map(|a| a.iter().filter_map(Value::as_str).collect())
         .unwrap_or_default();
+    let find = |is_it: &dyn Fn(Family) -> bool| Family::ALL.into_iter().find(|f| is_it(*f));
     let unknown = |name: &str| ModelError::UnknownFamily { model_type: name.to_owned() };
     let by_architecture = match architectures[..] {
         [] => None,
-        ["GPT2LMHeadModel"] => Some(Family::Gpt2),
-        ["LlamaForCausalLM"] => Some(Family::Llama),
+        [name] => Some(find(&|f| f.architecture() == name).ok_or_else(|| unknown(name))?),
         [first, ..] => return Err(unknown(first)),
     };
     let by_type = match map.get("model_type").and_then(Value::as_str) {
         None => None,
-        Some("gpt2") => Some(Family::Gpt2),
-        Some("llama") => Some(Family::Llama),
-        Some(other) => return Err(unknown(other)),
+        Some(name) => Some(find(&|f| f.name() == name).ok_or_else(|| unknown(name))?),
     };
     match (by_type, by_architecture) {
         (Some(t), Some(a)) if t != a => Err(ModelError::Inconsistent {
@@ -334,12 +386,12 @@ pub fn build_for_length(
     }
     match config {
         ModelConfig::Gpt2(c) => c.build(purpose, dropout, max_length),
-        ModelConfig::Llama(c) => c.build(purpose, dropout, max_length),
+        ModelConfig::Decoder(c) => c.build(purpose, dropout, max_length),
     }
 }
 
 /// The name under which some files hold the tensor `name`: those saved from a model without its
-/// head lack the prefix of the body (`transformer.` in GPT-2, `model.` in Llama).
+/// head lack the prefix of the body (`transformer.` in GPT-2, `model.` in the others).
 pub fn alternative_name(name: &str) -> Option<&str> {
     name.strip_prefix("transformer.").or_else(|| name.strip_prefix("model."))
 }
@@ -349,7 +401,7 @@ pub fn alternative_name(name: &str) -> Option<&str> {
 pub fn is_ignored_tensor(config: &ModelConfig, name: &str) -> bool {
     let buffer = match config.family() {
         Family::Gpt2 => name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias"),
-        Family::Llama => name.ends_with(".rotary_emb.inv_freq"),
+        _ => name.ends_with(".rotary_emb.inv_freq"),
     };
     buffer || (config.is_tied() && name == "lm_head.weight")
 }
@@ -366,6 +418,14 @@ mod tests {
             r#"{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}"#,
         ] {
             assert_eq!(ModelConfig::from_json(text).unwrap().family(), Family::Gpt2, "{text}");
+        }
+    }
+
+    #[test]
+    fn every_family_has_a_short_name_and_is_found_by_its_own() {
+        for (family, name) in Family::ALL.into_iter().zip(Family::NAMES) {
+            assert_eq!(Family::from_name(name), Some(family));
+            assert!(family.name().starts_with(name), "{name}");
         }
     }
 

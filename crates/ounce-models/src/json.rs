@@ -25,7 +25,6 @@ const HARMLESS: &[&str] = &[
     "id2label",
     "label2id",
     "num_labels",
-    "is_llama_config",
     "auto_map",
     "keys_to_ignore_at_inference",
 ];
@@ -88,6 +87,52 @@ impl<'a> Reader<'a> {
             Some(n) => Err(self.wrong(key, &Value::from(n), "a number from 1 to 2^32 - 1")),
             None => Err(self.missing(key)),
         }
+    }
+
+    /// A size, if there.
+    pub(crate) fn optional_size(&mut self, key: &'static str) -> Result<Option<u64>, ModelError> {
+        let is_there = self.has(key) && !self.map[key].is_null();
+        if is_there { self.size(key, None).map(Some) } else { self.optional_u64(key) }
+    }
+
+    /// A window in tokens: a null turns it off, an absent key means the default.
+    pub(crate) fn window(
+        &mut self,
+        key: &'static str,
+        default: Option<u64>,
+    ) -> Result<Option<u64>, ModelError> {
+        let given = self.optional_size(key)?;
+        Ok(if self.has(key) { given } else { default })
+    }
+
+    /// A soft cap: a null turns it off, an absent key means the default.
+    pub(crate) fn soft_cap(
+        &mut self,
+        key: &'static str,
+        default: Option<f64>,
+    ) -> Result<Option<f64>, ModelError> {
+        let given = self.optional_f64(key)?;
+        Ok(if self.has(key) { given } else { default })
+    }
+
+    /// A list of strings, if there.
+    pub(crate) fn strings(
+        &mut self,
+        key: &'static str,
+    ) -> Result<Option<Vec<&'a str>>, ModelError> {
+        let Some(v) = self.get(key) else { return Ok(None) };
+        let strings: Option<Vec<&str>> =
+            v.as_array().and_then(|a| a.iter().map(Value::as_str).collect());
+        strings.map(Some).ok_or_else(|| self.wrong(key, v, "a list of strings"))
+    }
+
+    /// A list of numbers, if there.
+    pub(crate) fn optional_numbers(
+        &mut self,
+        key: &'static str,
+    ) -> Result<Option<Vec<f64>>, ModelError> {
+        let is_there = self.has(key) && !self.map[key].is_null();
+        if is_there { self.numbers(key).map(Some) } else { Ok(None) }
     }
 
     pub(crate) fn missing(&self, key: &str) -> ModelError {

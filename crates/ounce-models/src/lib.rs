@@ -6,8 +6,10 @@
 //! [`ounce_ir::GraphBuilder`], a stage per embedding, attention half, MLP half and head.
 //!
 //! Files, in reading order: [`config`] (the union of the families, what is common to them),
-//! `json` (typed look-ups that remember which keys were read), [`gpt2`], [`llama`], [`rope`] (rotary
-//! frequencies and their scaling variants), [`mod@preset`] (published sizes, for measurements).
+//! `json` (typed look-ups that remember which keys were read), [`gpt2`], [`decoder`] (what the
+//! Llama-like families share), a file per such family (`llama`, `mistral`, `qwen2`, `qwen3`,
+//! `gemma2`, `gemma3`, `phi3`, `smollm3`, `olmo2`), [`rope`] (rotary frequencies and their scaling
+//! variants), [`mod@preset`] (published sizes, for measurements).
 //!
 //! ```
 //! use ounce_models::{ModelConfig, Purpose, build};
@@ -24,8 +26,18 @@
 pub mod config;
 mod json;
 
+pub mod decoder;
 pub mod gpt2;
-pub mod llama;
+
+mod gemma2;
+mod gemma3;
+mod llama;
+mod mistral;
+mod olmo2;
+mod phi3;
+mod qwen2;
+mod qwen3;
+mod smollm3;
 
 pub mod preset;
 pub mod rope;
@@ -34,7 +46,7 @@ pub use config::{
     Family, ModelConfig, ModelError, Purpose, SpecialTokens, alternative_name, build,
     build_for_length, is_ignored_tensor,
 };
+pub use decoder::{DecoderConfig, Layer};
 pub use gpt2::Gpt2Config;
-pub use llama::LlamaConfig;
 pub use preset::{PRESETS, preset};
 pub use rope::{RopeConfig, RopeScaling};

@@ -36,6 +36,8 @@ pub struct RopeConfig {
     pub theta: f64,
     /// How the context is stretched.
     pub scaling: RopeScaling,
+    /// The part of each head that is turned, from its start; above 0, at most 1.
+    pub partial_rotary_factor: f64,
 }
 
 /// How the context is stretched. Lengths are in tokens.
@@ -80,7 +82,12 @@ pub enum RopeScaling {
 impl RopeConfig {
     /// Plain RoPE.
     pub const fn plain(theta: f64) -> Self {
-        Self { theta, scaling: RopeScaling::Default }
+        Self { theta, scaling: RopeScaling::Default, partial_rotary_factor: 1.0 }
+    }
+
+    /// Elements of a head that are turned.
+    pub fn rotary_dim(&self, head_dim: u64) -> u64 {
+        (head_dim as f64 * self.partial_rotary_factor) as u64
     }
 
     /// Reads either spelling: `rope_parameters` (transformers 5), or `rope_theta` and
@@ -89,23 +96,49 @@ impl RopeConfig {
         r: &mut Reader<'_>,
         head_dim: u64,
         max_positions: u64,
+        default_theta: f64,
     ) -> Result<Self, ModelError> {
-        let theta = r.f64("rope_theta", 10000.0)?;
-        let one = json!(1.0);
-        r.only("partial_rotary_factor", &one, "only the rotation of whole heads is built")?;
+        let theta = r.f64("rope_theta", default_theta)?;
+        let partial = read_partial(r, 1.0)?;
         let original = r.optional_u64("original_max_position_embeddings")?;
         let (old, new) = (r.object("rope_scaling")?, r.object("rope_parameters")?);
         let (key, map) = match (old, new) {
             (Some(map), _) => ("rope_scaling.", map),
             (None, Some(map)) => ("rope_parameters.", map),
-            (None, None) => return Ok(Self::plain(theta)),
+            (None, None) => {
+                return Ok(Self { partial_rotary_factor: partial, ..Self::plain(theta) });
+            }
         };
-        let mut r = Reader::new(map, "llama", key);
+        let sizes = Sizes { head_dim, max_positions, original };
+        Self::read_object(key, map, &sizes, theta, partial)
+    }
+
+    /// Reads one object of rotary keys alone.
+    pub(crate) fn read_parameters(
+        map: &Map<String, Value>,
+        head_dim: u64,
+        max_positions: u64,
+        theta: f64,
+    ) -> Result<Self, ModelError> {
+        let sizes = Sizes { head_dim, max_positions, original: None };
+        Self::read_object("rope_parameters.", map, &sizes, theta, 1.0)
+    }
+
+    fn read_object(
+        key: &str,
+        map: &Map<String, Value>,
+        sizes: &Sizes,
+        theta: f64,
+        partial: f64,
+    ) -> Result<Self, ModelError> {
+        let max_positions = sizes.max_positions;
+        let mut r = Reader::new(map, "rotary", key);
         let theta = r.f64("rope_theta", theta)?;
-        r.only("partial_rotary_factor", &one, "only the rotation of whole heads is built")?;
+        let partial_rotary_factor = read_partial(&mut r, partial)?;
+        let rotary_dim = (sizes.head_dim as f64 * partial_rotary_factor) as u64;
         let (new_type, old_type) = (r.optional_str("rope_type")?, r.optional_str("type")?);
         let inner = r.optional_u64("original_max_position_embeddings")?;
-        let original = original.or(inner).unwrap_or(max_positions);
+        let original = sizes.original.or(inner).unwrap_or(max_positions);
         let scaling = match new_type.or(old_type).unwrap_or("default") {
             "default" => RopeScaling::Default,
             "linear" => RopeScaling::Linear { factor: required(&mut r, "factor")? },
@@ -117,14 +150,15 @@ impl RopeConfig {
                 high_freq_factor: required(&mut r, "high_freq_factor")?,
                 original_max_position_embeddings: original,
             },
-            "longrope" => read_longrope(&mut r, original, head_dim)?,
+            // `su` is what the first Phi-3 called it.
+            "longrope" | "su" => read_longrope(&mut r, original, rotary_dim)?,
             other => {
                 let hint = "supported are default, linear, dynamic, yarn, llama3 and longrope";
                 return Err(r.unsupported("rope_type", other, hint));
             }
         };
         r.finish(&[])?;
-        Ok(Self { theta, scaling })
+        Ok(Self { theta, scaling, partial_rotary_factor })
     }
 
     /// The keys `rope_theta` and `rope_scaling`, which transformers 4 and 5 both read.
@@ -182,7 +216,7 @@ impl RopeConfig {
         max_positions: u64,
         max_length: u64,
     ) -> (Vec<f32>, f32) {
-        let d = head_dim;
+        let d = self.rotary_dim(head_dim);
         match &self.scaling {
             RopeScaling::Default => (inverse(&powers(self.theta, d)), 1.0),
             RopeScaling::Linear { factor } => {
@@ -291,6 +325,23 @@ impl RopeConfig {
     }
 }
 
+/// What rotary keys may depend on.
+struct Sizes {
+    head_dim: u64,
+    max_positions: u64,
+    /// `original_max_position_embeddings` outside of the rotary keys.
+    original: Option<u64>,
+}
+
+fn read_partial(r: &mut Reader<'_>, default: f64) -> Result<f64, ModelError> {
+    let factor = r.f64("partial_rotary_factor", default)?;
+    if factor > 0.0 && factor <= 1.0 {
+        return Ok(factor);
+    }
+    let hint = "give a number above 0 and at most 1";
+    Err(r.unsupported("partial_rotary_factor", &factor.to_string(), hint))
+}
+
 fn read_yarn(
     r: &mut Reader<'_>,
     original: u64,
@@ -313,15 +364,15 @@ fn read_yarn(
 fn read_longrope(
     r: &mut Reader<'_>,
     original: u64,
-    head_dim: u64,
+    rotary_dim: u64,
 ) -> Result<RopeScaling, ModelError> {
     let (short_factor, long_factor) = (r.numbers("short_factor")?, r.numbers("long_factor")?);
     for (key, list) in [("short_factor", &short_factor), ("long_factor", &long_factor)] {
-        if list.len() as u64 != head_dim / 2 {
+        if list.len() as u64 != rotary_dim / 2 {
             let what = format!(
-                "rope's {key} has {} numbers, a head of {head_dim} elements needs {}",
+                "rope's {key} has {} numbers, {rotary_dim} turned elements need {}",
                 list.len(),
-                head_dim / 2
+                rotary_dim / 2
             );
             return Err(ModelError::Inconsistent { what });
         }
@@ -373,11 +424,13 @@ mod tests {
         let value: Value = serde_json::from_str(text).unwrap();
         let map = value.as_object().unwrap();
         let config =
-            RopeConfig::read(&mut Reader::new(map, "llama", ""), d, max_positions).unwrap();
+            RopeConfig::read(&mut Reader::new(map, "llama", ""), d, max_positions, 10000.0)
+                .unwrap();
         let mut written = Map::new();
         config.write(&mut written);
         let again =
-            RopeConfig::read(&mut Reader::new(&written, "llama", ""), d, max_positions).unwrap();
+            RopeConfig::read(&mut Reader::new(&written, "llama", ""), d, max_positions, 10000.0)
+                .unwrap();
         assert_eq!(again, config, "what is written reads back");
         config.frequencies(d, max_positions, max_length)
     }
@@ -475,7 +528,7 @@ mod tests {
         let error = |text: &str| {
             let value: Value = serde_json::from_str(text).unwrap();
             let mut r = Reader::new(value.as_object().unwrap(), "llama", "");
-            RopeConfig::read(&mut r, 8, 64).unwrap_err().to_string()
+            RopeConfig::read(&mut r, 8, 64, 10000.0).unwrap_err().to_string()
         };
         assert!(error(r#"{"rope_scaling": {"type": "linear"}}"#).contains("rope_scaling.factor"));
         assert!(
@@ -488,9 +541,9 @@ mod tests {
                 .contains("rope_parameters.rope_theta")
         );
         assert!(error(r#"{"rope_parameters": {"twist": 1}}"#).contains("rope_parameters.twist"));
-        assert!(error(r#"{"partial_rotary_factor": 0.5}"#).contains("partial_rotary_factor"));
+        assert!(error(r#"{"partial_rotary_factor": 1.5}"#).contains("partial_rotary_factor"));
         let short =
             r#"{"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}}"#;
-        assert!(error(short).contains("needs 4"));
+        assert!(error(short).contains("need 4"));
     }
 }

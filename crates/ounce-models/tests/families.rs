@@ -44,7 +44,7 @@ fn tensors_of(file: &Path) -> Vec<(String, Vec<u64>)> {
 #[test]
 fn parameters_are_the_tensors_that_transformers_saves() {
     let folders = golden_folders();
-    assert!(folders.len() >= 23, "{} golden folders", folders.len());
+    assert!(folders.len() >= 47, "{} golden folders", folders.len());
     for folder in folders {
         let config = config_of(&folder);
         for purpose in [Purpose::Loss, Purpose::Decode] {
@@ -80,7 +80,20 @@ fn presets_have_the_published_numbers_of_parameters() {
             graph.n_params_elems()
         })
         .collect();
-    assert_eq!(counts, [124_439_808, 134_515_008, 494_032_768, 1_100_048_384]);
+    let published = [
+        124_439_808,
+        134_515_008,
+        494_032_768,
+        1_100_048_384,
+        596_049_920,
+        2_614_341_888,
+        268_098_176,
+        3_821_079_552,
+        3_075_098_624,
+        1_484_916_736,
+        7_241_732_096,
+    ];
+    assert_eq!(counts, published);
     assert_eq!(preset("gpt5"), None);
 }
 
@@ -210,4 +223,106 @@ fn keys_that_change_the_mathematics_are_refused_by_name() {
     assert_eq!(config.special_tokens().eos, [1, 2]);
     let missing = ModelConfig::from_json(r#"{"model_type": "llama"}"#).unwrap_err();
     assert!(missing.to_string().contains("lacks \"hidden_size\""), "{missing}");
+}
+
+/// A tiny model of that type with one more key.
+fn with_key(model_type: &str, extra: &str) -> Result<ModelConfig, ModelError> {
+    ModelConfig::from_json(&format!(
+        r#"{{"model_type": "{model_type}", "hidden_size": 8, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "intermediate_size": 8, "num_hidden_layers": 2,
+            "head_dim": 4{extra}}}"#
+    ))
+}
+
+#[test]
+fn every_family_refuses_what_it_does_not_have_by_name() {
+    for (model_type, key, value) in [
+        ("llama", "num_local_experts", "8"),
+        ("llama", "partial_rotary_factor", "0.5"),
+        ("mistral", "layer_types", r#"["full_attention", "sliding_attention"]"#),
+        ("mistral", "attention_bias", "true"),
+        ("mistral", "sliding_window", "0"),
+        ("qwen2", "num_experts", "60"),
+        ("qwen2", "layer_types", r#"["chunked_attention", "full_attention"]"#),
+        ("qwen2", "layer_types", r#"["sliding_attention", "full_attention"]"#),
+        ("qwen2", "layer_types", r#"["full_attention"]"#),
+        ("qwen3", "mlp_bias", "true"),
+        ("qwen3", "decoder_sparse_step", "1"),
+        ("qwen3", "hidden_act", r#""gelu""#),
+        ("gemma2", "use_bidirectional_attention", "true"),
+        ("gemma2", "hidden_activation", r#""gelu""#),
+        ("gemma2", "query_pre_attn_scalar", "-1"),
+        ("gemma2", "final_logit_softcapping", "-3.0"),
+        ("gemma3_text", "attn_logit_softcapping", "50.0"),
+        ("gemma3_text", "vision_config", "{}"),
+        ("phi3", "mlp_bias", "true"),
+        ("phi3", "rope_scaling", r#"{"type": "linear", "factor": 2.0}"#),
+        ("phi3", "partial_rotary_factor", "0.3"),
+        ("phi3", "embd_layer", r#""x""#),
+        ("smollm3", "no_rope_layers", "[1]"),
+        ("olmo2", "clip_qkv", "8.0"),
+        ("olmo2", "quantization_config", r#"{"bits": 4}"#),
+    ] {
+        let error = with_key(model_type, &format!(r#", "{key}": {value}"#));
+        let message = error.expect_err(key).to_string();
+        let named = match key {
+            "rope_scaling" => "rope_type",
+            "partial_rotary_factor" if model_type == "phi3" => "head_dim 4",
+            "final_logit_softcapping" => "soft cap of -3",
+            _ => key,
+        };
+        assert!(message.contains(named) && message.contains("\nhint: "), "{key}: {message}");
+        assert!(with_key(model_type, "").is_ok(), "{model_type}");
+    }
+}
+
+/// Which layers have a window, and which turn by position, as `transformers` derives them.
+#[test]
+fn kinds_of_layers_follow_from_each_familys_own_keys() {
+    let layers = |model_type: &str, extra: &str| {
+        let text = format!(r#", "num_hidden_layers": 7{extra}"#);
+        let ModelConfig::Decoder(c) = with_key(model_type, &text).unwrap() else {
+            panic!("not GPT-2")
+        };
+        let mark = |layer: &ounce_models::Layer| match (layer.windowed, layer.rotary) {
+            (false, true) => 'g',
+            (true, true) => 'w',
+            (false, false) => 'n',
+            (true, false) => 'm',
+        };
+        (c.layers.iter().map(mark).collect::<String>(), c.window)
+    };
+    let of = |kinds: &str, window| (kinds.to_owned(), window);
+    assert_eq!(layers("mistral", ""), of("wwwwwww", Some(4096)));
+    assert_eq!(layers("mistral", r#", "sliding_window": null"#), of("ggggggg", None));
+    assert_eq!(layers("qwen2", r#", "sliding_window": 8"#), of("ggggggg", None));
+    let windows = r#", "use_sliding_window": true, "sliding_window": 8, "max_window_layers": 5"#;
+    assert_eq!(layers("qwen3", windows), of("gggggww", Some(8)));
+    assert_eq!(layers("gemma2", ""), of("wgwgwgw", Some(4096)));
+    assert_eq!(layers("gemma3_text", ""), of("wwwwwgw", Some(4096)));
+    assert_eq!(
+        layers("gemma3_text", r#", "sliding_window_pattern": 3"#),
+        of("wwgwwgw", Some(4096))
+    );
+    assert_eq!(layers("smollm3", ""), of("gggnggg", None));
+    let windows = r#", "use_sliding_window": true, "sliding_window": 8"#;
+    assert_eq!(layers("smollm3", windows), of("gggmggg", Some(8)));
+    assert_eq!(layers("phi3", r#", "sliding_window": 9"#), of("wwwwwww", Some(9)));
+    assert_eq!(layers("olmo2", ""), of("ggggggg", None));
+}
+
+/// A window that no row outgrows changes nothing, so its layers are of one type with the others.
+#[test]
+fn windows_are_dropped_where_no_row_is_longer() {
+    let config = with_key("mistral", r#", "sliding_window": 32"#).unwrap();
+    let windows = |max_length| {
+        let graph = build_for_length(&config, Purpose::Loss, 0.0, max_length).unwrap();
+        let window = |op: &ounce_ir::Op| match op.kind {
+            OpKind::Attention(spec) => Some(spec.window),
+            _ => None,
+        };
+        graph.ops.values().filter_map(window).collect::<Vec<_>>()
+    };
+    assert_eq!(windows(32), [None, None]);
+    assert_eq!(windows(33), [Some(32), Some(32)]);
 }

@@ -3,8 +3,8 @@
 use arbtest::arbitrary::{Result, Unstructured};
 use ounce_ir::{Graph, OptimizerKind, verify};
 use ounce_models::{
-    Family, Gpt2Config, LlamaConfig, ModelConfig, Purpose, RopeConfig, RopeScaling, SpecialTokens,
-    build_for_length,
+    DecoderConfig, Family, Gpt2Config, Layer, ModelConfig, Purpose, RopeConfig, RopeScaling,
+    SpecialTokens, build_for_length,
 };
 
 fn gpt2(u: &mut Unstructured<'_>) -> Result<ModelConfig> {
@@ -25,26 +25,52 @@ fn gpt2(u: &mut Unstructured<'_>) -> Result<ModelConfig> {
     }))
 }
 
-fn llama(u: &mut Unstructured<'_>) -> Result<ModelConfig> {
+/// A Llama-like model with what its family allows.
+fn decoder(u: &mut Unstructured<'_>) -> Result<ModelConfig> {
+    let family = *u.choose(&Family::ALL[1..])?;
     let n_kv_heads = u.int_in_range(1..=3)?;
     let head_dim = 2 * u.int_in_range(2..=5)?;
-    let attention_bias = u.arbitrary()?;
-    let max_position_embeddings = u.int_in_range(8..=100)?;
-    Ok(ModelConfig::Llama(LlamaConfig {
+    let n_layers = u.int_in_range(1..=3)?;
+    let gemma = matches!(family, Family::Gemma2 | Family::Gemma3);
+    let any_bias = !matches!(family, Family::Qwen2 | Family::Phi3 | Family::Mistral);
+    let has_windows = !matches!(family, Family::Llama | Family::Olmo2);
+    let window = if has_windows && u.arbitrary()? { Some(u.int_in_range(1..=99)?) } else { None };
+    let all_alike = matches!(family, Family::Mistral | Family::Phi3);
+    let layers: Vec<Layer> = (0..n_layers)
+        .map(|_| {
+            let windowed = window.is_some() && (all_alike || u.arbitrary()?);
+            let rotary = family != Family::SmolLm3 || u.arbitrary()?;
+            Ok(Layer { windowed, rotary })
+        })
+        .collect::<Result<_>>()?;
+    let scaling = match family {
+        Family::Phi3 | Family::Gemma3 => RopeScaling::Default,
+        _ => scaling(u, head_dim)?,
+    };
+    let cap = |u: &mut Unstructured<'_>, possible: bool| -> Result<Option<f64>> {
+        Ok(if possible && u.arbitrary()? { Some(*u.choose(&[0.5, 30.0])?) } else { None })
+    };
+    let theta = *u.choose(&[1e4, 5e5])?;
+    Ok(ModelConfig::Decoder(DecoderConfig {
+        family,
         vocab_size: u.int_in_range(1..=99)?,
         hidden: u.int_in_range(1..=40)?,
         intermediate: u.int_in_range(1..=40)?,
-        n_layers: u.int_in_range(1..=3)?,
         n_heads: n_kv_heads * u.int_in_range(1..=3)?,
         n_kv_heads,
         head_dim,
-        max_position_embeddings,
+        max_position_embeddings: u.int_in_range(8..=100)?,
         rms_norm_eps: *u.choose(&[1e-5, 1e-6])?,
         initializer_range: 0.02,
-        rope: RopeConfig { theta: *u.choose(&[1e4, 5e5])?, scaling: scaling(u, head_dim)? },
-        qkv_bias: attention_bias,
-        o_bias: attention_bias,
-        mlp_bias: u.arbitrary()?,
+        rope: RopeConfig { scaling, ..RopeConfig::plain(theta) },
+        local_theta: (family == Family::Gemma3).then_some(500.0),
+        layers,
+        window,
+        query_scalar: if gemma { 7.0 } else { head_dim as f64 },
+        score_cap: cap(u, family == Family::Gemma2)?,
+        logit_cap: cap(u, gemma)?,
+        attention_bias: family == Family::Qwen2 || (any_bias && u.arbitrary()?),
+        mlp_bias: matches!(family, Family::Llama | Family::SmolLm3) && u.arbitrary()?,
         tied: u.arbitrary()?,
         special_tokens: special_tokens(u)?,
     }))
@@ -101,10 +127,10 @@ fn assert_sound(graph: &Graph) {
 #[test]
 fn random_models_verify_and_read_back_after_every_pass() {
     arbtest::arbtest(|u| {
-        let config = if u.arbitrary()? { gpt2(u)? } else { llama(u)? };
+        let config = if u.arbitrary()? { gpt2(u)? } else { decoder(u)? };
         let dropout = match config.family() {
             Family::Gpt2 => *u.choose(&[0.0, 0.25])?,
-            Family::Llama => 0.0,
+            _ => 0.0,
         };
         let max_length = u.int_in_range(1..=config.max_positions())?;
         let decode = build_for_length(&config, Purpose::Decode, 0.0, max_length);
@@ -131,7 +157,7 @@ fn random_models_verify_and_read_back_after_every_pass() {
 #[test]
 fn random_configs_read_back_from_their_json() {
     arbtest::arbtest(|u| {
-        let config = if u.arbitrary()? { gpt2(u)? } else { llama(u)? };
+        let config = if u.arbitrary()? { gpt2(u)? } else { decoder(u)? };
         let json = config.to_json();
         let again = ModelConfig::from_json(&json);
         assert_eq!(again.as_ref(), Ok(&config), "{json}");

@@ -13,7 +13,7 @@ use std::path::Path;
 use golden::{Golden, folders, read};
 use ounce_ir::{Graph, OpKind, OptimizerKind, WeightLayout};
 use ounce_models::{Purpose, build_for_length};
-use ounce_oracle::ops::{Weight, linear};
+use ounce_oracle::ops::{Weight, linear, soft_caps};
 use ounce_oracle::{Hyper, Interpreter};
 use ounce_passes::{attach_optimizer, differentiate};
 use ounce_program::StepShape;
@@ -56,6 +56,8 @@ fn logits(step: &Interpreter<'_>, n_tokens: usize) -> Vec<f64> {
     let data = step.param(param);
     let w = Weight { data, n_in: dims[1], n_out: dims[0], layout: WeightLayout::OutIn };
     let all = linear(step.value(head.inputs[0]), w, None);
+    let OpKind::CrossEntropyTrain { soft_cap } = head.kind else { unreachable!("found as one") };
+    let all = soft_cap.map_or(all.clone(), |cap| soft_caps(&all, cap.into()));
     let row_stride = n_tokens.next_multiple_of(64) * dims[0];
     all.chunks(row_stride).flat_map(|row| row[..n_tokens * dims[0]].to_vec()).collect()
 }
@@ -110,4 +112,44 @@ fn every_gpt2_model_trains_as_in_transformers() {
 #[test]
 fn every_llama_model_trains_as_in_transformers() {
     check_family("llama-", 13);
+}
+
+#[test]
+fn every_mistral_model_trains_as_in_transformers() {
+    check_family("mistral-", 3);
+}
+
+#[test]
+fn every_qwen2_model_trains_as_in_transformers() {
+    check_family("qwen2-", 3);
+}
+
+#[test]
+fn every_qwen3_model_trains_as_in_transformers() {
+    check_family("qwen3-", 3);
+}
+
+#[test]
+fn every_gemma2_model_trains_as_in_transformers() {
+    check_family("gemma2-", 3);
+}
+
+#[test]
+fn every_gemma3_model_trains_as_in_transformers() {
+    check_family("gemma3-", 3);
+}
+
+#[test]
+fn every_phi3_model_trains_as_in_transformers() {
+    check_family("phi3-", 3);
+}
+
+#[test]
+fn every_smollm3_model_trains_as_in_transformers() {
+    check_family("smollm3-", 3);
+}
+
+#[test]
+fn every_olmo2_model_trains_as_in_transformers() {
+    check_family("olmo2-", 3);
 }

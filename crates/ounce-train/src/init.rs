@@ -3,24 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use ounce_io::{StagingDir, Tokenizer, write_file, write_json};
-use ounce_models::{
-    Gpt2Config, LlamaConfig, ModelConfig, Purpose, RopeConfig, SpecialTokens, build,
-};
+use ounce_models::{Family, ModelConfig, Purpose, SpecialTokens, build};
 use serde::Serialize;
+use serde_json::json;
 
 use crate::model::{model_error, read_config};
 use crate::{Error, Result, weights};
 
 /// Vocabulary of a `bpe` tokenizer, if neither flag nor configuration says.
 const DEFAULT_BPE_VOCAB: u64 = 1024;
-
-/// Families that can be made from sizes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
-pub enum Architecture {
-    Gpt2,
-    Llama,
-}
 
 /// The shape of a fresh model.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,7 +21,7 @@ pub enum ModelShape {
     /// From sizes.
     Sizes {
         /// Family.
-        architecture: Architecture,
+        family: Family,
         /// `L`.
         n_layers: u64,
         /// `H`.
@@ -162,10 +153,10 @@ fn copy_tokenizer(from: &Path, to: &Path) -> Result<()> {
     Ok(write_file(&to.join("tokenizer.json"), &bytes)?)
 }
 
-/// The configuration of a family from its sizes.
+/// The configuration of a family from its sizes; the rest is as `transformers` has it.
 fn from_sizes(shape: &ModelShape, vocab_size: u64) -> Result<ModelConfig> {
     let ModelShape::Sizes {
-        architecture,
+        family,
         n_layers,
         n_heads,
         n_kv_heads,
@@ -182,39 +173,31 @@ fn from_sizes(shape: &ModelShape, vocab_size: u64) -> Result<ModelConfig> {
             hint: "choose `--hidden-size` as heads times 32 or 64".to_owned(),
         });
     }
-    let config = match architecture {
-        Architecture::Gpt2 => ModelConfig::Gpt2(Gpt2Config {
-            vocab_size,
-            n_positions: context_length,
-            hidden: hidden_size,
-            n_layers,
-            n_heads,
-            n_inner: intermediate_size,
-            ..Gpt2Config::default()
-        }),
-        Architecture::Llama => ModelConfig::Llama(LlamaConfig {
-            vocab_size,
-            hidden: hidden_size,
-            // 8/3 C, as in the Llama papers, in whole cache lines.
-            intermediate: intermediate_size
-                .unwrap_or_else(|| (hidden_size * 8 / 3).next_multiple_of(32)),
-            n_layers,
-            n_heads,
-            n_kv_heads: n_kv_heads.unwrap_or(n_heads),
-            head_dim: hidden_size / n_heads,
-            max_position_embeddings: context_length,
-            rms_norm_eps: 1e-5,
-            initializer_range: 0.02,
-            rope: RopeConfig::plain(10000.0),
-            qkv_bias: false,
-            o_bias: false,
-            mlp_bias: false,
-            tied: true,
-            special_tokens: SpecialTokens::default(),
-        }),
+    let config = if family == Family::Gpt2 {
+        json!({
+            "model_type": "gpt2", "vocab_size": vocab_size, "n_positions": context_length,
+            "n_embd": hidden_size, "n_layer": n_layers, "n_head": n_heads,
+            "n_inner": intermediate_size,
+        })
+    } else {
+        // 8/3 C, as in the Llama papers, in whole cache lines.
+        let usual = (hidden_size * 8 / 3).next_multiple_of(32);
+        let head_dim = hidden_size / n_heads;
+        let mut config = json!({
+            "model_type": family.name(), "vocab_size": vocab_size, "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size.unwrap_or(usual),
+            "num_hidden_layers": n_layers, "num_attention_heads": n_heads,
+            "num_key_value_heads": n_kv_heads.unwrap_or(n_heads), "head_dim": head_dim,
+            "max_position_embeddings": context_length, "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": true, "bos_token_id": null, "eos_token_id": null,
+        });
+        if matches!(family, Family::Gemma2 | Family::Gemma3) {
+            config["query_pre_attn_scalar"] = json!(head_dim);
+        }
+        config
     };
-    // Reading it back checks the sizes against each other.
-    ModelConfig::from_json(&config.to_json()).map_err(|e| {
+    // Reading it checks the sizes against each other.
+    ModelConfig::from_json(&config.to_string()).map_err(|e| {
         let text = e.to_string();
         let (message, hint) = text.split_once("\nhint: ").unwrap_or((&text, "change the sizes"));
         Error::Usage { message: message.to_owned(), hint: hint.to_owned() }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
 use ounce_train::{
-    Architecture, BenchSettings, DoctorRecord, Environment, Error, GenerateSettings, InitSettings,
+    BenchSettings, DoctorRecord, Environment, Error, Family, GenerateSettings, InitSettings,
     ModelShape, Optimizer, Precision, Result, Settings, format_bytes,
 };
 
@@ -62,11 +62,7 @@ fn init(flags: InitFlags) -> Result<()> {
     let model = match (flags.config, flags.arch.as_deref()) {
         (Some(path), _) => ModelShape::Config(path),
         (None, arch) => ModelShape::Sizes {
-            architecture: if arch == Some("gpt2") {
-                Architecture::Gpt2
-            } else {
-                Architecture::Llama
-            },
+            family: arch.and_then(Family::from_name).unwrap_or(Family::Llama),
             n_layers: flags.n_layers.unwrap_or(4),
             n_heads: flags.n_heads.unwrap_or(4),
             n_kv_heads: flags.n_kv_heads,

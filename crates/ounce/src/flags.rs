@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use ounce_train::Memory;
+use ounce_train::{Family, Memory};
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
@@ -276,7 +276,7 @@ pub(crate) struct InitFlags {
     #[arg(long, value_name = "FILE", required_unless_present = "arch", conflicts_with = "arch")]
     pub(crate) config: Option<PathBuf>,
     /// Family of the model
-    #[arg(long, value_parser = ["gpt2", "llama"])]
+    #[arg(long, value_parser = Family::NAMES)]
     pub(crate) arch: Option<String>,
     /// Layers [default: 4]
     #[arg(long, value_name = "N", requires = "arch")]
@@ -284,7 +284,7 @@ pub(crate) struct InitFlags {
     /// Attention heads [default: 4]
     #[arg(long, value_name = "N", requires = "arch")]
     pub(crate) n_heads: Option<u64>,
-    /// Key and value heads, llama only [default: the heads]
+    /// Key and value heads, not for gpt2 [default: the heads]
     #[arg(long, value_name = "N", requires = "arch")]
     pub(crate) n_kv_heads: Option<u64>,
     /// Channels [default: 128]
