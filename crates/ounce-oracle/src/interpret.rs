@@ -383,14 +383,14 @@ impl<'g> Interpreter<'g> {
     /// The ops of the update that need its settings.
     fn update(&mut self, op: &Op, hyper: &Hyper) {
         let scale = op.inputs.get(1).filter(|_| op.updates.is_some());
-        let scale = scale.map_or(1.0, |&v| self.value(v)[0]) / self.loss_scale;
+        let scale = scale.map_or(1.0 / self.loss_scale, |&v| self.value(v)[0]);
         let scalar = match op.kind {
             OpKind::SumSquares => ops::sum_squares(self.value(op.inputs[0])),
             OpKind::ClipScale => {
                 let squared = self.loss_scale * self.loss_scale;
                 let parts: Vec<f64> =
                     op.inputs.iter().map(|&v| self.value(v)[0] / squared).collect();
-                ops::clip_scale(&parts, hyper.max_grad_norm)
+                ops::clip_scale(&parts, hyper.max_grad_norm) / self.loss_scale
             }
             OpKind::AdamW | OpKind::Sgd => {
                 let param = op.updates.expect("an update names its parameter");

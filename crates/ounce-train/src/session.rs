@@ -10,7 +10,7 @@ use ounce_exec::{Arena, Executor, MeasuredMachine};
 use ounce_io::checkpoint::Checkpoint;
 use ounce_ir::{DType, Graph, OpId, ParamId, ValueId, ValueKind};
 use ounce_kernels::pool::Pool;
-use ounce_passes::{OpClass, Precision};
+use ounce_passes::OpClass;
 use ounce_program::{Buffer, BufferRole, Certificate, Choice, Plan, StepShape};
 
 use crate::baseline::{Baseline, Sizes};
@@ -104,10 +104,6 @@ impl<'a> Prepared<'a> {
         limits: &Limits,
         env: &Environment,
     ) -> Result<Self> {
-        let precision = wanted.policy.precision;
-        if precision != Precision::F32 {
-            return Err(Error::NotBuilt { what: format!("--precision {precision}") });
-        }
         let graphs = build(model, wanted)?;
         let baseline = declare(&graphs, model, wanted, limits);
         let budget_bytes = limits.budget_bytes;

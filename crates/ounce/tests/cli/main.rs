@@ -2,8 +2,9 @@
 //!
 //! Files: `lab` (a folder with a tiny model, and what runs the binary in it), `flow` (the whole way of
 //! a model), `same_bits` (what must not change the result), `resume` (nothing is lost), `signals`
-//! (stopped in any phase), `faults` (a disk that fails), `refusals` (errors, hints and exit codes),
-//! `damage` (files that are not what they should be).
+//! (stopped in any phase), `precision` (16 bits, the loss scale, numbers that are not finite),
+//! `faults` (a disk that fails), `refusals` (errors, hints and exit codes), `damage` (files that are
+//! not what they should be).
 #![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
 
 mod lab;
@@ -15,6 +16,8 @@ mod same_bits;
 mod resume;
 
 mod signals;
+
+mod precision;
 
 mod faults;
 

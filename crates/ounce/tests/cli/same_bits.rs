@@ -14,8 +14,19 @@ fn gpt2() -> Lab {
 #[test]
 fn budgets_from_unconstrained_to_the_smallest_give_the_same_bits() {
     let lab = gpt2();
-    let run = format!("{RUN} --per-device-train-batch-size 6 --dropout 0.1 --threads 2");
-    let free = lab.train(&run, "free");
+    for precision in PRECISIONS {
+        check_budgets(&lab, precision);
+    }
+}
+
+/// Precisions with everything that must not change a bit in them.
+const PRECISIONS: [&str; 3] = ["f32", "bf16", "f16"];
+
+fn check_budgets(lab: &Lab, precision: &str) {
+    let run = format!(
+        "{RUN} --per-device-train-batch-size 6 --dropout 0.1 --threads 2 --precision {precision}"
+    );
+    let free = lab.train(&run, &format!("free-{precision}"));
     let refused =
         format!("train --model model --data train.txt --output-dir x {run} --memory 1MiB");
     let error = lab.fail(3, &words(&refused));
@@ -23,8 +34,9 @@ fn budgets_from_unconstrained_to_the_smallest_give_the_same_bits() {
     let mib: f64 = smallest.trim_end_matches("MiB").parse().unwrap();
     for extra in [0.0, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0] {
         let memory = format!("{}MiB", mib + extra);
-        let tight = lab.train(&format!("{run} --memory {memory}"), &memory);
-        tight.assert_same_bits(&free, &memory);
+        let out = format!("{memory}-{precision}");
+        let tight = lab.train(&format!("{run} --memory {memory}"), &out);
+        tight.assert_same_bits(&free, &out);
         let (rss, budget) = (&tight.done["rss_peak_bytes"], &tight.done["budget_bytes"]);
         assert!(rss.as_u64() <= budget.as_u64(), "{rss} of {budget}");
     }
@@ -39,11 +51,46 @@ fn budgets_from_unconstrained_to_the_smallest_give_the_same_bits() {
 #[test]
 fn threads_give_the_same_bits() {
     let lab = Lab::llama();
-    let run = format!("{RUN} --per-device-train-batch-size 3");
-    let one = lab.train(&format!("{run} --threads 1"), "t1");
-    for threads in [2, 3] {
-        let more = lab.train(&format!("{run} --threads {threads}"), &format!("t{threads}"));
-        more.assert_same_bits(&one, &format!("{threads} threads"));
+    for precision in PRECISIONS {
+        let run = format!("{RUN} --per-device-train-batch-size 3 --precision {precision}");
+        let one = lab.train(&format!("{run} --threads 1"), &format!("t1-{precision}"));
+        for threads in [2, 3] {
+            let out = format!("t{threads}-{precision}");
+            lab.train(&format!("{run} --threads {threads}"), &out).assert_same_bits(&one, &out);
+        }
+    }
+}
+
+/// Goal: recomputing, accumulating, clipping, scaling and releasing gradients into the update hold
+/// together in every precision. Method: every way to cut the rows, in a large and in the smallest
+/// budget; without clipping the small plan releases gradients, which f16 never may.
+#[test]
+fn recompute_accumulation_clipping_and_release_compose_in_every_precision() {
+    let lab = Lab::llama();
+    for precision in PRECISIONS {
+        for clip in ["0", "0.5"] {
+            let run = format!(
+                "--max-length 64 --max-steps 2 --learning-rate 1e-2 --sample-steps 0 \
+                 --precision {precision} --max-grad-norm {clip}"
+            );
+            let rows = "--per-device-train-batch-size 4 --gradient-accumulation-steps 1";
+            let whole = lab.train(&format!("{run} {rows}"), &format!("{precision}-{clip}"));
+            let tiny = format!("plan --model model {run} {rows} --memory 1MiB");
+            let smallest = smallest_budget(&lab.fail(3, &words(&tiny)));
+            let mut released = false;
+            for (b, n) in [(4, 1), (2, 2), (1, 4)] {
+                let rows =
+                    format!("--per-device-train-batch-size {b} --gradient-accumulation-steps {n}");
+                for memory in ["1GiB", &smallest] {
+                    let line = format!("{run} {rows} --memory {memory}");
+                    let out = format!("{precision}-{clip}-{b}-{memory}");
+                    lab.train(&line, &out).assert_same_bits(&whole, &out);
+                    let plan = lab.json(&words(&format!("plan --model model {line}")));
+                    released |= plan[0]["release_gradients"] == true;
+                }
+            }
+            assert_eq!(released, clip == "0" && precision != "f16", "{precision}, clip {clip}");
+        }
     }
 }
 
