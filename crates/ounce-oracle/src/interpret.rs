@@ -323,11 +323,7 @@ impl<'g> Interpreter<'g> {
                 vec![ops::cross_entropy(x(0), ints(1), w, soft_cap.map(f64::from))]
             }
             OpKind::CrossEntropyTrain { soft_cap } => {
-                let w = self.weight(op, WeightLayout::OutIn);
-                let dw = sums.first_mut().map(Vec::as_mut_slice);
-                let (cap, scale) = (soft_cap.map(f64::from), self.grad_scale() * self.loss_scale);
-                let (loss, dx) = ops::cross_entropy_train(x(0), ints(1), w, scale, cap, dw);
-                vec![loss, dx]
+                self.head(op, soft_cap, sums.first_mut().map(Vec::as_mut_slice))
             }
             OpKind::LinearGradInput { layout } => {
                 vec![ops::linear_grad_input(x(0), self.weight(op, layout))]
@@ -408,6 +404,15 @@ impl<'g> Interpreter<'g> {
             kind => unreachable!("{} has run before the update", kind.name()),
         };
         self.values[op.outputs[0].index()] = vec![scalar];
+    }
+
+    /// Loss and scaled gradient of the head.
+    fn head(&self, op: &Op, soft_cap: Option<f32>, dw: Option<&mut [f64]>) -> Vec<Vec<f64>> {
+        let (x, targets) = (self.value(op.inputs[0]), self.ints(op.inputs[1]));
+        let w = self.weight(op, WeightLayout::OutIn);
+        let (cap, scale) = (soft_cap.map(f64::from), self.grad_scale() * self.loss_scale);
+        let (loss, dx) = ops::cross_entropy_train(x, targets, w, scale, cap, dw);
+        vec![loss, dx]
     }
 
     fn ints(&self, value: ValueId) -> &[i32] {

@@ -9,8 +9,9 @@
 //! declared size of the process), [`settings`], [`schedule`], [`report`] (what is told), `model` (the
 //! directory that a run starts from), [`precision`] (who chooses it; the loss scale), `tokenize`,
 //! `text_table` and `data` (tokenizing in a child process), `weights`, `batch` (rows on the token
-//! axis), `graphs`, `planning`, `session`, `output` (the directory in the making), `checkpoint`, `step`, [`train_loop`], [`mod@evaluate`],
-//! [`mod@generate`], [`mod@bench`], [`mod@init`], [`mod@doctor`], [`watch`].
+//! axis), `graphs`, `planning`, `session`, `output` (the directory in the making), `checkpoint`,
+//! `step`, [`train_loop`], [`mod@evaluate`], [`mod@generate`], [`mod@bench`], [`mod@init`],
+//! [`mod@doctor`], [`watch`].
 //!
 //! ```
 //! use ounce_train::{Memory, Settings};
