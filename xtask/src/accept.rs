@@ -16,7 +16,7 @@ use crate::record::{Record, keep};
 use crate::shell::{capture, flag, json_lines, output, release_binary, root, scratch_folder};
 use crate::tokenising::tokenising;
 
-const FLAGS: &[&str] = &["--python", "--threads", "--times", "--seed", "--precision"];
+const FLAGS: &[&str] = &["--python", "--threads", "--times", "--seed", "--precision", "--binary"];
 
 pub(crate) const MIB: f64 = 1024.0 * 1024.0;
 
@@ -38,6 +38,7 @@ const DEMONSTRATIONS: &[Demonstration] = &[
 
 /// What a demonstration runs with.
 pub(crate) struct Setting<'a> {
+    /// The release binary, or one that was given.
     pub(crate) binary: String,
     /// A Python with torch or tokenizers, for the other side.
     pub(crate) python: Option<&'a str>,
@@ -92,7 +93,8 @@ pub(crate) fn accept(args: &[&str]) -> Result {
         precision: flag(flags, "--precision", FLAGS)?,
         times: whole(flag(flags, "--times", FLAGS)?)?,
         seed: whole(flag(flags, "--seed", FLAGS)?)?,
-        binary: release_binary()?,
+        binary: flag(flags, "--binary", FLAGS)?
+            .map_or_else(release_binary, |b| Ok(b.to_owned()))?,
     };
     println!("{name}: {what}");
     let mut outcome = run(&setting)?;

@@ -49,7 +49,7 @@ cargo xtask COMMAND
 
 Flags of bench step: --model M --batch-size B --max-length T --steps N --rounds R --memory BYTES
   --threads N --python PROGRAM
-Flags of accept: --python PROGRAM --threads N --times N --seed N
+Flags of accept: --python PROGRAM --threads N --times N --seed N --binary FILE
 ";
 
 fn main() -> ExitCode {
