@@ -85,23 +85,8 @@ pub(crate) fn dispatch(op: &OpSpec, mut o: Operands<'_>, cx: &Context<'_>) {
         OpKind::GeluGrad(kind) => {
             activation::gelu_backward(pool, o.in_out(0, 1), o.input_view(0), gelu(kind));
         }
-        OpKind::Glu { gate: kind, packed: false } => {
-            let y = InOut::separate(o.output_view(0), o.input_view(0));
-            activation::glu_forward(pool, y, o.input_view(1), gate(kind));
-        }
-        OpKind::Glu { gate: kind, packed: true } => {
-            let (y, x, width) = (o.output_view(0), o.input_view(0), o.output_width(0));
-            activation::glu_packed_forward(pool, y, x, width, gate(kind));
-        }
-        OpKind::GluGrad { gate: kind, packed: false } => {
-            let (dgate, dup) = (o.in_out(0, 0), o.in_out(1, 1));
-            activation::glu_backward(pool, dgate, dup, o.input_view(2), gate(kind));
-        }
-        OpKind::GluGrad { gate: kind, packed: true } => {
-            let (dx, x, dy) = (o.output_view(0), o.input_view(0), o.input_view(1));
-            let width = o.input_width(1);
-            activation::glu_packed_backward(pool, dx, dy, x, width, gate(kind));
-        }
+        OpKind::Glu { gate, packed } => glu(pool, &mut o, gate, packed),
+        OpKind::GluGrad { gate, packed } => glu_grad(pool, &mut o, gate, packed),
         OpKind::Scale { factor } => elementwise::scale(pool, o.in_out(0, 0), factor),
         OpKind::SoftCap { cap } => activation::soft_cap_forward(pool, o.in_out(0, 0), cap),
         OpKind::SoftCapGrad { cap } => {
@@ -118,19 +103,8 @@ pub(crate) fn dispatch(op: &OpSpec, mut o: Operands<'_>, cx: &Context<'_>) {
             let (c, first) = (o.output_width(0), cx.first_token as usize);
             elementwise::dropout(pool, o.in_out(0, 0), c, p, key, first);
         }
-        OpKind::CrossEntropy { soft_cap } => {
-            let (x, targets, w) = (o.input_view(0), o.input(1), o.weight(0));
-            let chunk = cx.n_tokens as usize;
-            head::head_forward(pool, o.output(0), x, w, targets, soft_cap, chunk, o.scratch());
-        }
-        OpKind::CrossEntropyTrain { soft_cap } => {
-            let (loss, dx, dw, scratch) =
-                (o.output(0), o.output_view(1), o.sum_if_any(0), o.scratch());
-            let (x, targets, w) = (o.input_view(0), o.input(1), o.weight(0));
-            let scale = cx.inputs.grad_scale * cx.inputs.loss_scale;
-            let (cap, chunk) = (soft_cap, cx.n_tokens as usize);
-            head::head_train(pool, loss, dx, dw, x, w, targets, cap, scale, chunk, scratch);
-        }
+        OpKind::CrossEntropy { soft_cap } => head_forward(&mut o, cx, soft_cap),
+        OpKind::CrossEntropyTrain { soft_cap } => head_train(&mut o, cx, soft_cap),
         OpKind::EmbedGradRows => elementwise::copy(pool, o.sum_view(), o.input_view(0)),
         OpKind::EmbedScatter => {
             let (ids, rows, c) = (o.input(0), o.input_view(1), o.input_width(1));
@@ -312,6 +286,41 @@ impl Output<'_> {
             elementwise::copy(pool, self.stored, View::F32(self.f32));
         }
     }
+}
+
+fn glu(pool: &Pool, o: &mut Operands<'_>, kind: Gate, packed: bool) {
+    if packed {
+        let (y, x, width) = (o.output_view(0), o.input_view(0), o.output_width(0));
+        activation::glu_packed_forward(pool, y, x, width, gate(kind));
+    } else {
+        let y = InOut::separate(o.output_view(0), o.input_view(0));
+        activation::glu_forward(pool, y, o.input_view(1), gate(kind));
+    }
+}
+
+fn glu_grad(pool: &Pool, o: &mut Operands<'_>, kind: Gate, packed: bool) {
+    if packed {
+        let (dx, x, dy) = (o.output_view(0), o.input_view(0), o.input_view(1));
+        let width = o.input_width(1);
+        activation::glu_packed_backward(pool, dx, dy, x, width, gate(kind));
+    } else {
+        let (dgate, dup) = (o.in_out(0, 0), o.in_out(1, 1));
+        activation::glu_backward(pool, dgate, dup, o.input_view(2), gate(kind));
+    }
+}
+
+fn head_forward(o: &mut Operands<'_>, cx: &Context<'_>, soft_cap: Option<f32>) {
+    let (x, targets, w) = (o.input_view(0), o.input(1), o.weight(0));
+    let chunk = cx.n_tokens as usize;
+    head::head_forward(cx.pool, o.output(0), x, w, targets, soft_cap, chunk, o.scratch());
+}
+
+fn head_train(o: &mut Operands<'_>, cx: &Context<'_>, soft_cap: Option<f32>) {
+    let (loss, dx, dw, scratch) = (o.output(0), o.output_view(1), o.sum_if_any(0), o.scratch());
+    let (x, targets, w) = (o.input_view(0), o.input(1), o.weight(0));
+    let scale = cx.inputs.grad_scale * cx.inputs.loss_scale;
+    let chunk = cx.n_tokens as usize;
+    head::head_train(cx.pool, loss, dx, dw, x, w, targets, soft_cap, scale, chunk, scratch);
 }
 
 fn gelu(kind: GeluKind) -> activation::GeluKind {

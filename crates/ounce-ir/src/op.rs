@@ -9,7 +9,7 @@
 //! | `linear` | x `[N,K]` | w, (b `[M]`) | | y `[N,M]` |
 //! | `layer_norm` | x `[N,C]` | w `[C]`, (b `[C]`) | | y `[N,C]` |
 //! | `rms_norm` | x `[N,G*C]` | w `[C]` | | y `[N,G*C]`: every C channels are normalized on their own |
-//! | `rope` | x `[N,W]`, pos `[N]` | | | y `[N,W]`: the first H*D columns are turned, the others copied; `inverse` rotates back (the gradient) |
+//! | `rope` | x `[N,W]`, pos `[N]` | | | y: the first H*D columns turned, the others copied; `inverse` turns back |
 //! | `attention` | q `[N,H*D]`, k, v `[N,Hkv*D]`, or qkv side by side in one | | | o `[N,H*D]`, lse `[N,H]` |
 //! | `gelu` | x | | | y |
 //! | `glu` | gate, up `[N,F]`, or both side by side in one | | | act(gate) * up |
@@ -18,7 +18,7 @@
 //! | `soft_cap` | x | | | cap * tanh(x / cap) |
 //! | `dropout` | x | | | x * mask / (1 - p); the same op is its own gradient |
 //! | `take_rows` | x `[N,C]`, idx `[R]` | | | y `[R,C]` |
-//! | `cross_entropy` | x `[N,C]`, targets `[N]` | w `[V,C]` | | loss `[N]`; 0 where target < 0; logits may have a soft cap |
+//! | `cross_entropy` | x `[N,C]`, targets `[N]` | w `[V,C]` | | loss `[N]`; 0 where target < 0; perhaps a soft cap |
 //! | `cross_entropy_train` | x, targets | w | dw, if w is trained | loss `[N]`, dx `[N,C]` |
 //! | `linear_grad_input` | dy `[N,M]` | w | | dx `[N,K]` |
 //! | `linear_grad_weight` | x, dy | | dw | |

@@ -14,8 +14,8 @@
 use std::ops::Range;
 
 use ounce_ir::{
-    AttentionSpec, DType, EntityId, Graph, InputKind, Lead, MASTER_LO, Op, OpId, OpKind, ParamId,
-    Phase, ValueId, ValueKind, WeightLayout,
+    AttentionSpec, DType, EntityId, Gate, Graph, InputKind, Lead, MASTER_LO, Op, OpId, OpKind,
+    ParamId, Phase, ValueId, ValueKind, WeightLayout,
 };
 use ounce_program::StepShape;
 
@@ -352,15 +352,7 @@ impl<'g> Interpreter<'g> {
                 if spec.packed { vec![d.pack(&spec)] } else { vec![d.q, d.k, d.v] }
             }
             OpKind::GeluGrad(kind) => vec![ops::gelu_grad(x(0), x(1), kind)],
-            OpKind::GluGrad { gate: kind, packed } => {
-                let (gate, up, n) = self.glu(op, packed);
-                let (d_gate, d_up) = ops::glu_grad(&gate, &up, x(n), kind);
-                if packed {
-                    vec![ops::join_glu(&d_gate, &d_up, width(0) / 2)]
-                } else {
-                    vec![d_gate, d_up]
-                }
-            }
+            OpKind::GluGrad { gate: kind, packed } => self.glu_grad(op, kind, packed),
             OpKind::SoftCapGrad { cap } => vec![ops::soft_caps_grad(x(0), x(1), cap.into())],
             OpKind::EmbedGradRows => {
                 sums[0].copy_from_slice(x(0));
@@ -441,6 +433,18 @@ impl<'g> Interpreter<'g> {
             (gate, up, 1)
         } else {
             (x(0).to_vec(), x(1).to_vec(), 2)
+        }
+    }
+
+    /// Gradients of gate and up, side by side if they came so.
+    fn glu_grad(&self, op: &Op, kind: Gate, packed: bool) -> Vec<Vec<f64>> {
+        let (gate, up, n) = self.glu(op, packed);
+        let (d_gate, d_up) = ops::glu_grad(&gate, &up, self.value(op.inputs[n]), kind);
+        if packed {
+            let width = self.graph.values[op.inputs[0]].shape.last() as usize / 2;
+            vec![ops::join_glu(&d_gate, &d_up, width)]
+        } else {
+            vec![d_gate, d_up]
         }
     }
 
