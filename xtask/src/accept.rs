@@ -12,6 +12,7 @@ use crate::bench::last_object;
 use crate::budgets::gpt2_budgets;
 use crate::cgroup_runs::cgroup_runs;
 use crate::killed::killed;
+use crate::plan_times::plan_times;
 use crate::record::{Record, keep};
 use crate::shell::{capture, flag, json_lines, output, release_binary, root, scratch_folder};
 use crate::tokenising::tokenising;
@@ -31,6 +32,7 @@ const DEMONSTRATIONS: &[Demonstration] = &[
         "GPT-2 124M, 4 x 1024, from unconstrained to the smallest budget",
         gpt2_budgets,
     ),
+    ("plan-times", "predicted and measured time of many plans of a small GPT-2", plan_times),
     ("killed", "kill -9 at random moments of a run that saves, then the same bits", killed),
     ("tokenising", "JSONL of growing length: peak, throughput, ids of the peer", tokenising),
     ("cgroup-runs", "random models in memory cgroups of their budgets' sizes", cgroup_runs),

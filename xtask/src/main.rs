@@ -1,10 +1,10 @@
 //! Repository chores in one language: `cargo xtask help` lists them.
 //!
-//! Files, in reading order: `shell` (running programs), `ci` (the list of checks), `tidy` (what
-//! the compiler does not check), `golden` (making golden data anew), `record` (results kept under
-//! `bench/runs`), `bench` (speed, side by side with PyTorch), `accept` (demonstrations; those that are
-//! longer than a page in `killed`, `cgroup_runs` and `tokenising`, with `random` and `cgroup`), `quickstart` (the
-//! README's first command).
+//! Files, in reading order: `shell` (running programs), `ci` (the list of checks), `tidy` (what the
+//! compiler does not check), `golden` (making golden data anew), `record` (results kept under
+//! `bench/runs`), `bench` (speed, side by side with PyTorch), `accept` (demonstrations; those that
+//! are longer than a page in `budgets`, `plan_times`, `killed`, `cgroup_runs` and `tokenising`,
+//! with `random` and `cgroup`), `quickstart` (the README's first command).
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "chores speak to people")]
 
@@ -26,6 +26,7 @@ mod bench;
 mod budgets;
 mod cgroup_runs;
 mod killed;
+mod plan_times;
 mod quickstart;
 mod tokenising;
 

@@ -123,10 +123,16 @@ fn a_bpe_model_is_made_and_measured() {
     assert_eq!(made["vocab_size"].as_u64(), Some(320));
 
     let bench = "bench step --model model --batch-size 2 --max-length 64 --steps 3 --memory 64MiB";
-    let record = &lab.json(&words(bench)).pop().unwrap();
+    let record = &lab.json(&words(&format!("{bench} --profile"))).pop().unwrap();
     for key in ["tok_per_s", "step_s_median", "peak_rss_mib", "plan_peak_mib", "predicted_step_s"] {
         assert!(record[key].as_f64().unwrap() > 0.0, "{key}: {record}");
     }
+    let profile = &record["profile"];
+    let classes = profile["classes"].as_array().unwrap();
+    let shares: f64 = classes.iter().map(|c| c["share"].as_f64().unwrap()).sum();
+    assert!(classes.len() >= 8 && shares > 0.0 && shares <= 1.0, "{profile}");
+    let outside = profile["outside_products_share"].as_f64().unwrap();
+    assert!(outside > 0.0 && outside < 1.0, "{profile}");
     let losses = record["losses"].as_array().unwrap();
     assert!(losses.len() == 4 && losses[3].as_f64() < losses[0].as_f64(), "{losses:?}");
 }
