@@ -271,12 +271,14 @@ pub(crate) fn smallest_budget(stderr: &str) -> Option<String> {
 
 const NANOGPT_STEPS: &str = "2000";
 
-/// Three seeds of nanoGPT's recipe; if a Python with torch is given, its time per step beside it.
+/// Three seeds of nanoGPT's recipe; if a Python with torch is given, its time per step beside it. In
+/// 16 bits each seed runs in f32 too, and the losses are compared.
 fn nanogpt(s: &Setting<'_>) -> Result<Outcome> {
     let mut outcome = Outcome { is_kept: true, ..Outcome::default() };
     let folder = scratch_folder("accept-nanogpt")?;
     let (train, validation) = shakespeare(&folder)?;
-    let mut losses = Vec::new();
+    let precision = s.precision.unwrap_or("f32");
+    let (mut losses, mut wide_losses) = (Vec::new(), Vec::new());
     let mut step_s = Vec::new();
     let mut peer_s = Vec::new();
     for seed in ["1337", "1338", "1339"] {
@@ -284,19 +286,28 @@ fn nanogpt(s: &Setting<'_>) -> Result<Outcome> {
         nanogpt_init(s, &fresh, &train, seed)?;
         let files =
             ["--model", path(&fresh), "--data", path(&train), "--eval-data", path(&validation)];
-        let args =
-            [&["train"], &files[..], NANOGPT, &["--output-dir", path(&trained), "--seed", seed]];
-        let lines = json_lines(&s.ounce(&[&args.concat()[..], &s.thread_args()].concat())?);
+        let run = |precision: &str, out: &Path| -> Result<Vec<Value>> {
+            let own = ["--output-dir", path(out), "--seed", seed, "--precision", precision];
+            let args = [&["train"], &files[..], NANOGPT, &own, &s.thread_args()].concat();
+            Ok(json_lines(&s.ounce(&args)?))
+        };
+        let lines = run(precision, &trained)?;
         let mut done = lines.last().cloned().ok_or("train printed nothing")?;
         let peak = number(&done, "rss_peak_bytes")?;
         outcome.claim(peak <= 48.0 * MIB, format!("seed {seed}: peak {:.2} MiB of 48", peak / MIB));
         losses.push(number(&done, "eval_loss")?);
+        if precision != "f32" {
+            let wide = run("f32", &folder.join(format!("{seed}-f32")))?;
+            let wide = wide.last().cloned().ok_or("train printed nothing")?;
+            wide_losses.push(number(&wide, "eval_loss")?);
+            outcome.runs.push(("ounce", format!("nanoGPT recipe, seed {seed}, f32"), wide));
+        }
         let times: Vec<f64> = lines.iter().filter_map(|l| l["step_s"].as_f64()).collect();
         step_s.push(median(times));
         done["step_s_median"] = json!(step_s.last());
         done["peak_rss_mib"] = json!(peak / MIB);
         done["budget_mib"] = json!(48);
-        outcome.runs.push(("ounce", format!("nanoGPT recipe, seed {seed}"), done));
+        outcome.runs.push(("ounce", format!("nanoGPT recipe, seed {seed}, {precision}"), done));
         if let Some(python) = s.python {
             let peer = ["bench/peer_nanogpt.py", "--iters", "400", "--no-eval", "--seed", seed];
             let text = capture(python, &[&peer[..], &s.thread_args()].concat())?;
@@ -308,6 +319,9 @@ fn nanogpt(s: &Setting<'_>) -> Result<Outcome> {
     }
     let mean = losses.iter().sum::<f64>() / losses.len() as f64;
     outcome.claim(mean <= 1.90, format!("mean validation loss {mean:.4}, at most 1.90"));
+    if precision != "f32" {
+        outcome.claims.push(compare_losses(precision, &losses, &wide_losses));
+    }
     if peer_s.is_empty() {
         println!("time is not judged: no --python with torch was given");
     } else {
@@ -318,6 +332,18 @@ fn nanogpt(s: &Setting<'_>) -> Result<Outcome> {
         outcome.claim(share <= 80.0, what);
     }
     Ok(outcome)
+}
+
+/// Whether the mean validation loss in 16 bits is that in f32 within 0.01, with the seeds' own.
+fn compare_losses(precision: &str, narrow: &[f64], wide: &[f64]) -> (String, bool) {
+    let apart: Vec<f64> = narrow.iter().zip(wide).map(|(n, w)| n - w).collect();
+    let mean = apart.iter().sum::<f64>() / apart.len() as f64;
+    let seeds: Vec<String> = apart.iter().map(|d| format!("{d:+.4}")).collect();
+    let what = format!(
+        "mean validation loss in {precision} less that in f32: {mean:+.4} ({}), within 0.01",
+        seeds.join(", ")
+    );
+    (what, mean.abs() <= 0.01)
 }
 
 /// The recipe, as flags.

@@ -94,6 +94,37 @@ fn three_steps_in_16_bits_match_the_f64_interpreter_within_their_rounding() {
     }
 }
 
+/// Goal: the halves of a master hold what an f32 master would. Method: beside the run, an f32 array
+/// is updated from the run's own moments by the formula of AdamW; bits must be equal.
+#[test]
+fn masters_in_two_halves_are_updated_as_f32_masters_are() {
+    let shape = StepShape::new(N_ROWS, ROW_TOKENS);
+    let graph = training_in(Precision::Bf16, &llama_like(), OptimizerKind::AdamW, false);
+    let mut session = Session::new(&graph, shape, Cut::NONE, 2);
+    let mut shadow: Vec<Vec<f32>> = graph.params.ids().map(|p| start_values(&graph, p)).collect();
+    for step in 1..=N_STEPS {
+        let rows = rows(shape.n_rows, step);
+        let spans = spans(shape, &rows);
+        session.set_rows(&graph, shape, &rows);
+        let inputs = step_inputs(step, 1e-2, &spans);
+        session.exec.run(&mut session.arena, &inputs).expect("finite numbers");
+        let (h, lr) = (inputs.hyper, inputs.lr);
+        let correction = |beta: f32| (1.0 - f64::from(beta).powf(step as f64)) as f32;
+        let (factor, root) = (lr / correction(h.beta1), correction(h.beta2).sqrt());
+        let mut buffers = session.exec.buffers(&mut session.arena);
+        for ((p, param), shadow) in graph.params.iter().zip(&mut shadow) {
+            let m = buffers.state(p, 0).to_vec();
+            let decay = 1.0 - lr * if param.decay { h.weight_decay } else { 0.0 };
+            for ((w, m), v) in shadow.iter_mut().zip(m).zip(buffers.state(p, 1)) {
+                *w = (-factor).mul_add(m / (v.sqrt() / root + h.eps), *w * decay);
+            }
+            let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            let halves = master(&mut buffers, &graph, p);
+            assert!(bits(&halves) == bits(shadow), "{} after step {step}", param.name);
+        }
+    }
+}
+
 /// A power of two on the loss is gone after the update: f16 gradients neither overflow nor vanish
 /// here, so the bits are those of any other scale.
 #[test]
