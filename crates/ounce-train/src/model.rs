@@ -27,6 +27,19 @@ impl Model {
     pub(crate) fn at(dir: &Path) -> Result<Self> {
         // A directory that cannot be written is read as it is; what is missing then says why.
         let _ = ounce_io::complete_publication(dir);
+        let refuse = |what: &str, hint: &str| Error::Input {
+            message: format!("{} {what}", dir.display()),
+            hint: hint.to_owned(),
+        };
+        if !dir.exists() {
+            let hint = "`--model` takes a directory on this machine; nothing is downloaded";
+            return Err(refuse("does not exist", hint));
+        }
+        let extension = dir.extension().and_then(|e| e.to_str());
+        if dir.is_file() && matches!(extension, Some("safetensors" | "bin" | "pt")) {
+            let hint = "name the directory, with `config.json` and tokenizer beside the weights";
+            return Err(refuse("is a file of weights, not a model directory", hint));
+        }
         Ok(Self { dir: dir.to_path_buf(), config: read_config(dir)? })
     }
 

@@ -26,12 +26,15 @@ pub(crate) enum Command {
     /// Make a fresh model directory: config, random weights, tokenizer
     Init(InitFlags),
     /// Show what a run would take, without running it
+    #[command(allow_negative_numbers = true)]
     Plan(PlanFlags),
     /// Train a model inside a memory budget
+    #[command(allow_negative_numbers = true)]
     Train(RunFlags),
     /// Loss and perplexity of a model on a text
     Eval(RunFlags),
     /// Continue a prompt
+    #[command(allow_negative_numbers = true)]
     Generate(GenerateFlags),
     /// Measure speed and memory
     Bench(BenchFlags),

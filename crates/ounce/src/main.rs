@@ -67,6 +67,19 @@ fn exit_code(e: &Error, signal: usize) -> ExitCode {
     })
 }
 
+/// What is meant by a name that other programs have for a setting, where it is spelt too differently to be found.
+fn usual_name(given: &str) -> Option<&'static str> {
+    Some(match given {
+        "--batch-size" => "--per-device-train-batch-size",
+        "--lr" => "--learning-rate",
+        "--epochs" => "--num-train-epochs",
+        "--steps" => "--max-steps",
+        "--seq-len" | "--context-length" | "--block-size" => "--max-length",
+        "--output" | "--out" => "--output-dir",
+        _ => return None,
+    })
+}
+
 /// Prints help, or what is wrong with the command line and what it might have meant.
 fn refuse(e: &clap::Error) -> ExitCode {
     if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
@@ -85,6 +98,10 @@ fn refuse(e: &clap::Error) -> ExitCode {
                 ContextValue::Strings(s) => s.first().cloned(),
                 _ => None,
             });
+    let suggestion = suggestion.or_else(|| match e.get(ContextKind::InvalidArg)? {
+        ContextValue::String(given) => Some(usual_name(given)?.to_owned()),
+        _ => None,
+    });
     let hint = suggestion.map_or_else(
         || "see `ounce --help` and `ounce COMMAND --help`".to_owned(),
         |s| format!("the nearest match is `{s}`"),

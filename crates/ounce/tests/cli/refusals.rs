@@ -26,6 +26,8 @@ fn wrong_usage_names_the_nearest_match() {
     let hints = [
         ("train --lerning-rate 1", "`--learning-rate`"),
         ("trian", "`train`"),
+        ("train --batch-size 4", "`--per-device-train-batch-size`"),
+        ("train --learning-rate -1", "at least 0"),
         ("train --optimizer adam", "`adamw`"),
         ("train --memory 64", "`64MiB`"),
         ("train --max-steps 0", "at least 1"),
@@ -48,6 +50,10 @@ fn wrong_models_and_data_are_named() {
     let run = "--max-length 64 --max-steps 1 --output-dir out";
     let missing = lab.fail(4, &words(&format!("train --model nope --data train.txt {run}")));
     assert!(missing.contains("nope"), "{missing}");
+    assert!(missing.contains("nothing is downloaded"), "{missing}");
+    let file = "--model model/model.safetensors --data train.txt";
+    let file = lab.fail(4, &words(&format!("train {file} {run}")));
+    assert!(file.contains("model.safetensors is a file of weights"), "{file}");
     let missing = lab.fail(4, &words(&format!("train --model model --data nope.txt {run}")));
     assert!(missing.contains("nope.txt"), "{missing}");
 
