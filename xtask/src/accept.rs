@@ -15,9 +15,20 @@ use crate::killed::killed;
 use crate::plan_times::plan_times;
 use crate::record::{Record, keep};
 use crate::shell::{capture, flag, json_lines, output, release_binary, root, scratch_folder};
+use crate::smollm2::smollm2;
 use crate::tokenising::tokenising;
 
-const FLAGS: &[&str] = &["--python", "--threads", "--times", "--seed", "--precision", "--binary"];
+const FLAGS: &[&str] = &[
+    "--python",
+    "--threads",
+    "--times",
+    "--seed",
+    "--precision",
+    "--binary",
+    "--gguf",
+    "--data",
+    "--llama-python",
+];
 
 pub(crate) const MIB: f64 = 1024.0 * 1024.0;
 
@@ -34,6 +45,7 @@ const DEMONSTRATIONS: &[Demonstration] = &[
     ),
     ("plan-times", "predicted and measured time of many plans of a small GPT-2", plan_times),
     ("killed", "kill -9 at random moments of a run that saves, then the same bits", killed),
+    ("smollm2", "SmolLM2-135M-Instruct as GGUF: loss and tokens as in other engines", smollm2),
     ("tokenising", "JSONL of growing length: peak, throughput, ids of the peer", tokenising),
     ("cgroup-runs", "random models in memory cgroups of their budgets' sizes", cgroup_runs),
 ];
@@ -51,6 +63,12 @@ pub(crate) struct Setting<'a> {
     pub(crate) times: Option<u64>,
     /// Of random choices; from the clock where it is not given.
     pub(crate) seed: Option<u64>,
+    /// A pretrained model.
+    pub(crate) gguf: Option<&'a str>,
+    /// A data set.
+    pub(crate) data: Option<&'a str>,
+    /// A Python with llama-cpp-python.
+    pub(crate) llama_python: Option<&'a str>,
 }
 
 /// What a demonstration found.
@@ -95,6 +113,9 @@ pub(crate) fn accept(args: &[&str]) -> Result {
         precision: flag(flags, "--precision", FLAGS)?,
         times: whole(flag(flags, "--times", FLAGS)?)?,
         seed: whole(flag(flags, "--seed", FLAGS)?)?,
+        gguf: flag(flags, "--gguf", FLAGS)?,
+        data: flag(flags, "--data", FLAGS)?,
+        llama_python: flag(flags, "--llama-python", FLAGS)?,
         binary: flag(flags, "--binary", FLAGS)?
             .map_or_else(release_binary, |b| Ok(b.to_owned()))?,
     };

@@ -3,8 +3,8 @@
 //! Files, in reading order: `shell` (running programs), `ci` (the list of checks), `tidy` (what the
 //! compiler does not check), `golden` (making golden data anew), `record` (results kept under
 //! `bench/runs`), `bench` (speed, side by side with PyTorch), `accept` (demonstrations; those that
-//! are longer than a page in `budgets`, `plan_times`, `killed`, `cgroup_runs` and `tokenising`,
-//! with `random` and `cgroup`), `quickstart` (the README's first command).
+//! are longer than a page in `budgets`, `plan_times`, `killed`, `cgroup_runs`, `smollm2` and
+//! `tokenising`, with `random` and `cgroup`), `quickstart` (the README's first command).
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "chores speak to people")]
 
@@ -28,6 +28,7 @@ mod cgroup_runs;
 mod killed;
 mod plan_times;
 mod quickstart;
+mod smollm2;
 mod tokenising;
 
 use std::process::ExitCode;
@@ -50,7 +51,8 @@ cargo xtask COMMAND
 
 Flags of bench step: --model M --batch-size B --max-length T --steps N --rounds R --memory BYTES
   --threads N --python PROGRAM
-Flags of accept: --python PROGRAM --threads N --times N --seed N --binary FILE
+Flags of accept: --python PROGRAM --threads N --times N --seed N --binary FILE; of smollm2 also
+  --gguf FILE --data FILE --llama-python PROGRAM
 ";
 
 fn main() -> ExitCode {

@@ -22,11 +22,11 @@
 //! # }
 //! ```
 //!
-//! Files in reading order: `error.rs`; `json.rs` (strict, bounded), `hash.rs`, `half.rs`; `disk.rs` (the seam below all
-//! writing), `temp.rs`, `atomic.rs` (one file), `staging.rs` and `publication.rs` (a model directory); `safetensors/`;
-//! `hf_dir.rs` (a model directory's side files); `checkpoint/`; `tokenizer/`; `text.rs` (training text in pieces),
-//! `encode.rs` (text to ids on several threads), `token_cache.rs`, `shuffle.rs`, `batches.rs`; `disk_speed.rs`;
-//! `testing/` (faults and fuzzing, for tests).
+//! Files in reading order: `error.rs`; `json.rs` (strict, bounded), `hash.rs`, `half.rs`, `window.rs`; `disk.rs` (the
+//! seam below all writing), `temp.rs`, `atomic.rs` (one file), `staging.rs` and `publication.rs` (a model directory);
+//! `safetensors/`; `gguf/`; `hf_dir.rs` (a model directory's side files), `hub_cache.rs`; `checkpoint/`; `tokenizer/`;
+//! `text.rs` (training text in pieces), `encode.rs` (text to ids on several threads), `token_cache.rs`, `shuffle.rs`,
+//! `batches.rs`; `disk_speed.rs`; `testing/` (faults and fuzzing, for tests).
 
 #![forbid(unsafe_code)]
 
@@ -37,9 +37,11 @@ mod disk;
 mod disk_speed;
 mod encode;
 mod error;
+mod gguf;
 mod half;
 mod hash;
 mod hf_dir;
+mod hub_cache;
 mod json;
 mod publication;
 mod safetensors;
@@ -50,15 +52,20 @@ pub mod testing;
 mod text;
 mod token_cache;
 mod tokenizer;
+mod window;
 
 pub use atomic::{AtomicFile, write_file};
 pub use batches::{BlockSampler, EvalBlocks};
 pub use disk::{Disk, check_room, real_disk};
 pub use disk_speed::{DiskSpeed, disk_speed};
 pub use error::{ErrorKind, IoError};
+pub use gguf::{
+    GGUF_FILE, GgmlType, Gguf, GgufArray, GgufExport, GgufModel, GgufTensor, GgufValue, is_gguf,
+};
 pub use hf_dir::{
     MAX_CONFIG_BYTES, copy_side_files, copy_tokenizer_files, read_config, write_json,
 };
+pub use hub_cache::{DEFAULT_REVISION, HubName, cached_snapshot, hub_name, is_commit};
 pub use json::{MAX_DEPTH, parse_json, read_json};
 pub use publication::complete_publication;
 pub use safetensors::{

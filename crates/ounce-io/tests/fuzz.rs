@@ -62,6 +62,11 @@ fn damaged_shard_indices_are_errors_or_usable() {
 }
 
 #[test]
+fn damaged_gguf_files_are_errors_or_usable() {
+    fuzz(Target::Gguf);
+}
+
+#[test]
 fn damaged_configurations_are_errors_or_usable() {
     fuzz(Target::Config);
 }

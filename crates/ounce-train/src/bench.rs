@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::budget::{Memory, peak_resident_bytes};
 use crate::graphs::{TrainWanted, Wanted};
-use crate::model::{Model, read_config};
+use crate::model::Model;
 use crate::planning::ONE_ROW_FLAGS;
 use crate::schedule::SchedulerType;
 use crate::session::compile;
@@ -123,7 +123,7 @@ pub fn bench_step(
     env: &Environment,
     observer: &mut dyn Observer,
 ) -> Result<BenchRecord> {
-    let model = open_model(&wanted.model)?;
+    let model = open_model(&wanted.model, env)?;
     let settings = settings(wanted);
     settings.check_ranges()?;
     if wanted.n_steps == 0 {
@@ -202,19 +202,19 @@ fn with_own_flags(mut e: Error) -> Error {
     e
 }
 
-/// A published size by name, else a directory or file with a configuration.
-fn open_model(name: &str) -> Result<Model> {
+/// A published size by name, else a model or a file with a configuration.
+fn open_model(name: &str, env: &Environment) -> Result<Model> {
     if let Some(config) = preset(name) {
-        return Ok(Model { dir: name.into(), config });
+        return Ok(Model::without_files(name, config));
     }
-    let dir = Path::new(name);
-    if !dir.exists() {
+    let path = Path::new(name);
+    if !path.exists() && ounce_io::hub_name(path).is_none() {
         return Err(Error::Usage {
             message: format!("`{name}` is neither a directory nor a published size"),
             hint: format!("published sizes are {}", PRESETS.join(", ")),
         });
     }
-    Ok(Model { dir: dir.to_path_buf(), config: read_config(dir)? })
+    Model::find(path, env)
 }
 
 /// The settings of a run that does what `bench/peer_torch.py` does.

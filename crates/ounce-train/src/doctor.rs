@@ -143,7 +143,7 @@ fn expect(
     env: &Environment,
 ) -> Result<(u64, Option<f64>)> {
     let config = preset(name).expect("a name of this file is a published size");
-    let model = Model { dir: name.into(), config };
+    let model = Model::without_files(name, config);
     let shape = StepShape::new(n_rows, max_length);
     let settings = Settings::default();
     let train = TrainWanted::of(&settings, shape);

@@ -42,7 +42,7 @@ pub fn evaluate(
     env: &Environment,
     observer: &mut dyn Observer,
 ) -> Result<EvalRecord> {
-    let model = Model::open(settings)?;
+    let model = Model::open(settings, env)?;
     let files = if settings.data.is_empty() { &settings.eval_data } else { &settings.data };
     if files.is_empty() {
         return Err(missing("--data FILE"));

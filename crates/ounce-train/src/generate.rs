@@ -65,7 +65,7 @@ pub fn generate(
             hint: "it may be 0 (the likeliest token) or above".to_owned(),
         });
     }
-    let model = Model::open(settings)?;
+    let model = Model::open(settings, env)?;
     let limits = limits(settings);
     let request = Request {
         tokenizer: model.dir.clone(),

@@ -68,7 +68,7 @@ pub(crate) struct Graphs {
 pub(crate) fn build(model: &Model, wanted: &Wanted) -> Result<Graphs> {
     let forward = |purpose, dropout| {
         build_for_length(&model.config, purpose, dropout, wanted.max_length)
-            .map_err(|e| model_error(&model.dir, &e))
+            .map_err(|e| model_error(&model.path, &e))
     };
     let (mut train, mut variants) = (None, Vec::new());
     if let Some(t) = &wanted.train {

@@ -6,12 +6,12 @@
 //! step, evaluate, sample, save.
 //!
 //! Files, in reading order: [`error`], [`budget`] (bytes stated, free and used), `baseline` (the
-//! declared size of the process), [`settings`], [`schedule`], [`report`] (what is told), `model` (the
-//! directory that a run starts from), [`precision`] (who chooses it; the loss scale), `tokenize`,
-//! `text_table` and `data` (tokenizing in a child process), `weights`, `batch` (rows on the token
-//! axis), `graphs`, `planning`, `session`, `output` (the directory in the making), `checkpoint`,
-//! `step`, [`train_loop`], [`mod@evaluate`], [`mod@generate`], [`mod@bench`], [`mod@init`],
-//! [`mod@doctor`], [`watch`].
+//! declared size of the process), [`settings`], [`schedule`], [`report`] (what is told), `model`
+//! (the directory that a run starts from), [`precision`] (who chooses it; the loss scale),
+//! `tokenize`, `text_table` and `data` (tokenizing in a child process), `weights`, `batch` (rows on
+//! the token axis), `graphs`, `planning`, `session`, `output` (the directory in the making),
+//! `checkpoint`, `step`, [`train_loop`], [`mod@evaluate`], [`mod@generate`], [`mod@bench`],
+//! [`mod@init`], [`mod@export`], [`mod@doctor`], [`watch`].
 //!
 //! ```
 //! use ounce_train::{Memory, Settings};
@@ -71,6 +71,8 @@ pub mod bench;
 
 pub mod init;
 
+pub mod export;
+
 pub mod doctor;
 
 pub mod watch;
@@ -85,6 +87,7 @@ pub use budget::{Memory, format_bytes};
 pub use doctor::{DiskRecord, DoctorRecord, ModelRecord, PeakRecord, doctor};
 pub use error::{Error, ErrorClass, Result};
 pub use evaluate::evaluate;
+pub use export::{ExportDtype, ExportFormat, ExportRecord, ExportSettings, export};
 pub use generate::{GenerateRecord, GenerateSettings, generate};
 pub use init::{InitRecord, InitSettings, ModelShape, init};
 pub use ounce_models::Family;
@@ -99,15 +102,18 @@ pub use train_loop::{plan, train};
 pub struct Environment {
     /// A program that hands `__tokenize` requests to [`answer_tokenize_request`]: the caller itself.
     pub worker: PathBuf,
-    /// Folder for token files and measured costs.
+    /// Folder for token files, measured costs, and what is taken out of GGUF files.
     pub cache_dir: PathBuf,
+    /// The cache of models that Hugging Face's tools share.
+    pub hub_dir: PathBuf,
     /// Through which checkpoints and models are written, so that a test can let it fail.
     pub disk: Arc<dyn Disk>,
 }
 
 impl Environment {
-    /// With the disk of this machine.
+    /// With the disk of this machine, and a cache of models of our own.
     pub fn new(worker: PathBuf, cache_dir: PathBuf) -> Self {
-        Self { worker, cache_dir, disk: ounce_io::real_disk() }
+        let hub_dir = cache_dir.join("hub");
+        Self { worker, cache_dir, hub_dir, disk: ounce_io::real_disk() }
     }
 }

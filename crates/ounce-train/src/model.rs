@@ -1,26 +1,55 @@
-//! The model directory that a run starts from.
+//! The model that a run starts from: a directory, a GGUF file, or a name in the hub's cache.
+//!
+//! Of a GGUF file only the weights are read in place. Its configuration and tokenizer become the files of a
+//! directory in the cache, once, made by a child process (a vocabulary takes memory that must not stay
+//! ours); everything after that sees a directory.
 
 use std::path::{Path, PathBuf};
 
+use ounce_io::GgufModel;
 use ounce_models::{ModelConfig, ModelError};
 
-use crate::{Error, Result, Settings};
+use crate::tokenize;
+use crate::{Environment, Error, Result, Settings};
 
 /// Rows are at most this long where neither the user nor the model says less.
 const DEFAULT_MAX_LENGTH: u64 = 1024;
+/// Changes when a GGUF file would become other files.
+const SIDE_FILES_VERSION: u32 = 1;
 
 /// A configuration and where it came from.
 #[derive(Debug, Clone)]
 pub(crate) struct Model {
+    /// What holds the weights, as the user called it: a directory or a GGUF file.
+    pub(crate) path: PathBuf,
+    /// The directory of configuration and tokenizer.
     pub(crate) dir: PathBuf,
     pub(crate) config: ModelConfig,
 }
 
 impl Model {
-    /// Reads the configuration in the directory that the settings name.
-    pub(crate) fn open(settings: &Settings) -> Result<Self> {
-        let dir = settings.model.as_deref().ok_or_else(|| missing("--model DIR"))?;
-        Self::at(dir)
+    /// Reads the configuration of the model that the settings name.
+    pub(crate) fn open(settings: &Settings, env: &Environment) -> Result<Self> {
+        let path = settings.model.as_deref().ok_or_else(|| missing("--model DIR"))?;
+        Self::find(path, env)
+    }
+
+    /// Reads the configuration of a model: a directory, a GGUF file, or ORG/NAME in the hub's cache.
+    pub(crate) fn find(path: &Path, env: &Environment) -> Result<Self> {
+        if path.is_file() && ounce_io::is_gguf(path)? {
+            let dir = side_files(path, env)?;
+            return Ok(Self { path: path.to_path_buf(), config: read_config(&dir)?, dir });
+        }
+        match ounce_io::hub_name(path).filter(|_| !path.exists()) {
+            Some(name) => {
+                let snapshot = ounce_io::cached_snapshot(&env.hub_dir, &name)?;
+                match only_gguf(&snapshot) {
+                    Some(file) => Self::find(&file, env),
+                    None => Self::at(&snapshot),
+                }
+            }
+            None => Self::at(path),
+        }
     }
 
     /// Reads the configuration in a directory. Completes the publication that a crash interrupted there.
@@ -32,7 +61,8 @@ impl Model {
             hint: hint.to_owned(),
         };
         if !dir.exists() {
-            let hint = "`--model` takes a directory on this machine; nothing is downloaded";
+            let hint = "`--model` takes a directory or a GGUF file, or ORG/NAME after \
+                        `ounce pull ORG/NAME`";
             return Err(refuse("does not exist", hint));
         }
         let extension = dir.extension().and_then(|e| e.to_str());
@@ -40,7 +70,12 @@ impl Model {
             let hint = "name the directory, with `config.json` and tokenizer beside the weights";
             return Err(refuse("is a file of weights, not a model directory", hint));
         }
-        Ok(Self { dir: dir.to_path_buf(), config: read_config(dir)? })
+        Ok(Self { path: dir.to_path_buf(), dir: dir.to_path_buf(), config: read_config(dir)? })
+    }
+
+    /// A configuration without files.
+    pub(crate) fn without_files(name: &str, config: ModelConfig) -> Self {
+        Self { path: name.into(), dir: name.into(), config }
     }
 
     /// Tokens per row: as set, or the model's context, at most 1024.
@@ -48,6 +83,26 @@ impl Model {
         let most = self.config.max_positions();
         settings.max_length.unwrap_or_else(|| most.min(DEFAULT_MAX_LENGTH))
     }
+}
+
+/// The GGUF file of a directory that holds nothing else to be a model.
+fn only_gguf(dir: &Path) -> Option<PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let is_gguf = |path: &PathBuf| path.extension().is_some_and(|e| e == "gguf");
+    let files: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(is_gguf).collect();
+    let [file] = &files[..] else { return None };
+    (!dir.join("config.json").exists()).then(|| file.clone())
+}
+
+/// The directory of a GGUF file's configuration and tokenizer, made if it is not there yet.
+fn side_files(path: &Path, env: &Environment) -> Result<PathBuf> {
+    let hash = GgufModel::open(path)?.header_hash();
+    let dir = env.cache_dir.join("gguf").join(format!("{hash:016x}-{SIDE_FILES_VERSION}"));
+    // Files appear in it all at once.
+    if !dir.join("config.json").exists() {
+        tokenize::unpack(env, path, &dir)?;
+    }
+    Ok(dir)
 }
 
 /// Reads `config.json` of a directory, or a configuration file.

@@ -20,7 +20,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::model::{Model, model_error};
-use crate::{Result, Settings};
+use crate::{Environment, Result, Settings};
 
 /// A `run.yaml` is not longer.
 const MAX_RUN_YAML_BYTES: u64 = 1 << 20;
@@ -54,8 +54,8 @@ pub struct PrecisionRow {
 ///
 /// # Errors
 /// Settings or a configuration that are wrong.
-pub fn explain_precision(settings: &Settings) -> Result<Vec<PrecisionRow>> {
-    let model = Model::open(settings)?;
+pub fn explain_precision(settings: &Settings, env: &Environment) -> Result<Vec<PrecisionRow>> {
+    let model = Model::open(settings, env)?;
     let max_length = model.max_length(settings);
     let graph = ounce_models::build_for_length(
         &model.config,
@@ -141,7 +141,11 @@ fn recorded(dir: &Path) -> Option<Map<String, Value>> {
 /// # Errors
 /// A configuration that cannot be read.
 pub(crate) fn config_with_dtype(dir: &Path, dtype: DType) -> Result<Option<String>> {
-    let name = if dtype == DType::Bf16 { "bfloat16" } else { "float32" };
+    let name = match dtype {
+        DType::Bf16 => "bfloat16",
+        DType::F16 => "float16",
+        _ => "float32",
+    };
     let mut config = ounce_io::read_config(dir)?;
     let map = config.as_object_mut().expect("a configuration is an object");
     // The second is the name since transformers 5.

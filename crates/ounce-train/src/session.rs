@@ -228,7 +228,7 @@ fn resolve(
         .map_err(|e| Error::Bug { message: format!("the checker refuses the plan: {e}") })?;
     let executor = Executor::new(graph, plan, pool.clone())?;
     let trains = graph.ops.values().any(|op| op.updates.is_some());
-    let title = format!("{}: one training step", model.dir.display());
+    let title = format!("{}: one training step", model.path.display());
     let output = graph
         .find_value(ValueKind::Loss)
         .or_else(|| graph.find_value(ValueKind::Result))
@@ -345,7 +345,7 @@ impl Session {
     /// # Errors
     /// Files that are missing, damaged, or of another model.
     pub(crate) fn open_weights(&self, model: &Model) -> Result<Source> {
-        Source::open(&model.dir, &model.config, &self.main().graph)
+        Source::open(&model.path, &model.config, &self.main().graph)
     }
 
     /// Reads the weights into their places, and sets the optimizer's states to zero.

@@ -1,4 +1,4 @@
-//! Tokenizing in a child process, so that its memory is never ours.
+//! Work on tokenizers in a child process, so that its memory is never ours.
 //!
 //! A tokenizer takes tens of MiB, and the pages it leaves behind would stay resident for the whole
 //! run. So the parent starts its own program file as `__tokenize`, sends one request as JSON on stdin
@@ -10,14 +10,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use ounce_io::{IdTable, TokenCache, Tokenizer};
+use ounce_io::{GgufModel, IdTable, StagingDir, TokenCache, Tokenizer};
 use serde::{Deserialize, Serialize};
 
 use crate::baseline::PROCESS_BYTES;
 use crate::budget::peak_resident_bytes;
 use crate::session::Limits;
 use crate::text_table::TextTable;
-use crate::{Environment, Error, Observer, Result};
+use crate::{Environment, Error, Observer, Result, Silent};
 
 /// Between two looks at the child.
 const POLL_EVERY: Duration = Duration::from_millis(3);
@@ -54,10 +54,22 @@ pub(crate) struct Answer {
     pub(crate) rss_peak_bytes: u64,
 }
 
+/// What a child is started for.
+#[derive(Debug, Serialize, Deserialize)]
+enum Work {
+    Tokenize(Request),
+    /// Configuration and tokenizer of a GGUF file become files of a directory.
+    Unpack {
+        gguf: PathBuf,
+        dir: PathBuf,
+    },
+}
+
 /// An answer, or what went wrong in the child.
 #[derive(Debug, Serialize, Deserialize)]
 enum Reply {
-    Done(Answer),
+    Tokenized(Answer),
+    Unpacked,
     Failed { input: bool, message: String, hint: String },
 }
 
@@ -66,12 +78,16 @@ enum Reply {
 /// # Errors
 /// A request that is not one; failures of the work itself are part of the answer.
 pub fn answer_tokenize_request(request: &str) -> Result<String> {
-    let request: Request = serde_json::from_str(request).map_err(|e| Error::Usage {
+    let work: Work = serde_json::from_str(request).map_err(|e| Error::Usage {
         message: format!("not a request to tokenize: {e}"),
         hint: "`__tokenize` is started by ounce itself".to_owned(),
     })?;
-    let reply = match work(&request) {
-        Ok(answer) => Reply::Done(answer),
+    let done = match &work {
+        Work::Tokenize(request) => tokenize(request).map(Reply::Tokenized),
+        Work::Unpack { gguf, dir } => write_side_files(gguf, dir).map(|()| Reply::Unpacked),
+    };
+    let reply = match done {
+        Ok(reply) => reply,
         Err(e) => {
             let text = e.to_string();
             let (message, hint) = text.split_once("\nhint: ").unwrap_or((&text, "see above"));
@@ -85,7 +101,15 @@ pub fn answer_tokenize_request(request: &str) -> Result<String> {
     Ok(serde_json::to_string(&reply).expect("plain fields serialize"))
 }
 
-fn work(request: &Request) -> Result<Answer> {
+/// Writes them all at once, so that half of them is never taken for all.
+fn write_side_files(gguf: &Path, dir: &Path) -> Result<()> {
+    let model = GgufModel::open(gguf)?;
+    let staging = StagingDir::create(dir)?;
+    model.write_side_files(staging.path())?;
+    Ok(staging.publish()?)
+}
+
+fn tokenize(request: &Request) -> Result<Answer> {
     std::fs::create_dir_all(&request.cache_dir).map_err(|e| Error::file(&request.cache_dir, &e))?;
     let tokenizer = Tokenizer::load(&request.tokenizer)?;
     let mut token_files = Vec::with_capacity(request.streams.len());
@@ -118,8 +142,22 @@ fn token_file(request: &Request, files: &[PathBuf], tokenizer: &Tokenizer) -> Re
     Ok(path)
 }
 
-/// Asks a child process, which is killed where the observer asks to stop.
+/// Has a child process tokenize, which is killed where the observer asks to stop.
 pub(crate) fn ask(env: &Environment, request: &Request, observer: &dyn Observer) -> Result<Answer> {
+    match start(env, &Work::Tokenize(request.clone()), observer)? {
+        Reply::Tokenized(answer) => Ok(answer),
+        _ => unreachable!("a child answers what it is asked"),
+    }
+}
+
+/// Has a child process write configuration and tokenizer of a GGUF file into a directory.
+pub(crate) fn unpack(env: &Environment, gguf: &Path, dir: &Path) -> Result<()> {
+    let work = Work::Unpack { gguf: gguf.to_path_buf(), dir: dir.to_path_buf() };
+    start(env, &work, &Silent).map(|_| ())
+}
+
+/// Has a child process do some work.
+fn start(env: &Environment, work: &Work, observer: &dyn Observer) -> Result<Reply> {
     let failed = |e: std::io::Error| Error::file(&env.worker, &e);
     let mut child = Command::new(&env.worker)
         .arg("__tokenize")
@@ -127,7 +165,7 @@ pub(crate) fn ask(env: &Environment, request: &Request, observer: &dyn Observer)
         .stdout(Stdio::piped())
         .spawn()
         .map_err(failed)?;
-    let text = serde_json::to_string(request).expect("plain fields serialize");
+    let text = serde_json::to_string(work).expect("plain fields serialize");
     // A child that dies early closes the pipe; its status below says more than the pipe's error.
     let _ = child.stdin.take().expect("stdin is piped").write_all(text.as_bytes());
     let mut stdout = child.stdout.take().expect("stdout is piped");
@@ -141,9 +179,9 @@ pub(crate) fn ask(env: &Environment, request: &Request, observer: &dyn Observer)
         return Err(Error::Interrupted { step: 0, checkpoint: None });
     };
     match serde_json::from_slice(&said) {
-        Ok(Reply::Done(answer)) if status.success() => Ok(answer),
         Ok(Reply::Failed { input: true, message, hint }) => Err(Error::Input { message, hint }),
         Ok(Reply::Failed { input: false, message, hint }) => Err(Error::Files { message, hint }),
+        Ok(reply) if status.success() => Ok(reply),
         _ => Err(Error::Files {
             message: format!("the tokenizing process ended early ({status})"),
             hint: "if it was killed, the machine may be short of memory".to_owned(),

@@ -22,7 +22,7 @@ use crate::{DoneRecord, Environment, Error, Observer, PlanRecord, Result, Settin
 /// # Errors
 /// As [`train`] before its first step.
 pub fn plan(settings: &Settings, env: &Environment) -> Result<PlanRecord> {
-    let model = Model::open(settings)?;
+    let model = Model::open(settings, env)?;
     let session = compile(&model, &wanted(settings, &model), &limits(settings), env)?;
     Ok(session.record())
 }
@@ -42,7 +42,7 @@ pub fn train(
     let from = checkpoint::find(settings, output_dir, observer)?;
     let model = match &from {
         Some(checkpoint) => Model::at(checkpoint.path())?,
-        None => Model::open(settings)?,
+        None => Model::open(settings, env)?,
     };
     let (plans, limits) = (wanted(settings, &model), limits(settings));
     check_tokenizing(&model, &plans, &limits, env)?;

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ounce_exec::Buffers;
-use ounce_io::{ByteSink, Disk, Dtype, SafetensorsDir, SafetensorsWriter, TensorSpec};
+use ounce_io::{ByteSink, Disk, Dtype, GgufModel, SafetensorsDir, SafetensorsWriter, TensorSpec};
 use ounce_ir::{DType, EntityId, Graph, Init, Param, ParamId};
 use ounce_kernels::philox::philox4x32_10;
 use ounce_models::{ModelConfig, alternative_name, is_ignored_tensor};
@@ -124,50 +124,95 @@ pub(crate) fn append_params<F: ByteSink>(
     Ok(())
 }
 
-/// The tensors of a model directory, matched with the parameters of a graph.
+/// Where tensors are read from: both have Hugging Face's names and layout.
+enum Tensors {
+    Safetensors(SafetensorsDir),
+    Gguf(GgufModel),
+}
+
+impl Tensors {
+    fn open(path: &Path) -> Result<Self> {
+        let is_gguf = path.is_file() && ounce_io::is_gguf(path)?;
+        Ok(if is_gguf {
+            Self::Gguf(GgufModel::open(path)?)
+        } else {
+            Self::Safetensors(SafetensorsDir::open(path)?)
+        })
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        match self {
+            Self::Safetensors(dir) => Some(dir.get(name)?.shape.clone()),
+            Self::Gguf(model) => model.shape(name),
+        }
+    }
+
+    fn names(&self) -> Vec<String> {
+        match self {
+            Self::Safetensors(dir) => dir.tensors().map(|t| t.name.clone()).collect(),
+            Self::Gguf(model) => model.tensor_names().collect(),
+        }
+    }
+
+    fn read_at(&self, name: &str, start: usize, dst: &mut [f32]) -> Result<()> {
+        match self {
+            Self::Safetensors(dir) => dir.read_f32_at(name, start, dst)?,
+            Self::Gguf(model) => model.read_f32_at(name, start, dst)?,
+        }
+        Ok(())
+    }
+}
+
+/// The tensors of a model, matched with the parameters of a graph.
 pub(crate) struct Source {
-    dir: SafetensorsDir,
+    tensors: Tensors,
     /// Name in the file, by `ParamId`.
     names: Vec<String>,
 }
 
 impl Source {
-    /// Opens the weights and checks that every parameter is there in its shape, and nothing else.
+    /// Opens the weights, of a directory or in a GGUF file, and checks that every parameter is there in its
+    /// shape, and nothing else.
     pub(crate) fn open(path: &Path, config: &ModelConfig, graph: &Graph) -> Result<Self> {
-        let dir = SafetensorsDir::open(path)?;
+        let tensors = Tensors::open(path)?;
         let mut names = Vec::with_capacity(graph.params.len());
         for param in graph.params.values() {
-            let found = dir
-                .get(&param.name)
-                .or_else(|| alternative_name(&param.name).and_then(|name| dir.get(name)));
-            let Some(info) = found else {
+            let candidates = [Some(param.name.as_str()), alternative_name(&param.name)];
+            let found = candidates
+                .into_iter()
+                .flatten()
+                .find_map(|name| Some((name, tensors.shape(name)?)));
+            let Some((name, shape)) = found else {
                 return Err(mismatch(path, &param.name, "is missing"));
             };
             let want: Vec<usize> = param.shape.dims.iter().map(|&d| d as usize).collect();
-            if info.shape != want {
-                let what = format!("has shape {:?}, the configuration says {want:?}", info.shape);
-                return Err(mismatch(path, &info.name, &what));
+            if shape != want {
+                let what = format!("has shape {shape:?}, the configuration says {want:?}");
+                return Err(mismatch(path, name, &what));
             }
-            names.push(info.name.clone());
+            names.push(name.to_owned());
         }
         let known: std::collections::BTreeSet<&str> = names.iter().map(String::as_str).collect();
-        let stranger = dir
-            .tensors()
-            .find(|t| !known.contains(t.name.as_str()) && !is_ignored_tensor(config, &t.name));
+        let all = tensors.names();
+        let stranger =
+            all.iter().find(|t| !known.contains(t.as_str()) && !is_ignored_tensor(config, t));
         match stranger {
-            Some(t) => Err(mismatch(path, &t.name, "is no parameter of this configuration")),
-            None => Ok(Self { dir, names }),
+            Some(t) => Err(mismatch(path, t, "is no parameter of this configuration")),
+            None => Ok(Self { tensors, names }),
         }
     }
 
     /// Whether the file says that its weights are random, as `init` makes them.
     pub(crate) fn is_fresh(&self) -> bool {
-        self.dir.metadata().get(FRESH.0).is_some_and(|v| v == FRESH.1)
+        match &self.tensors {
+            Tensors::Safetensors(dir) => dir.metadata().get(FRESH.0).is_some_and(|v| v == FRESH.1),
+            Tensors::Gguf(_) => false,
+        }
     }
 
     /// Reads elements of a parameter, from `start` on.
     pub(crate) fn read(&self, id: ParamId, start: usize, dst: &mut [f32]) -> Result<()> {
-        Ok(self.dir.read_f32_at(&self.names[id.index()], start, dst)?)
+        self.tensors.read_at(&self.names[id.index()], start, dst)
     }
 }
 

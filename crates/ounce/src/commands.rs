@@ -11,6 +11,7 @@ use ounce_train::{
 };
 
 use crate::console::{Console, print_err, print_json, print_out};
+use crate::export::export;
 use crate::flags::{
     BenchFlags, BenchStepFlags, BenchWhat, Command, DoctorFlags, GenerateFlags, InitFlags,
     PlanFlags, RunFlags,
@@ -29,7 +30,11 @@ pub(crate) fn run(command: Command, signal: &Arc<AtomicUsize>) -> Result<()> {
         Command::Serve(_) => not_built("serve"),
         Command::Search(_) => not_built("search"),
         Command::Prune(_) => not_built("prune"),
-        Command::Export(_) => not_built("export"),
+        Command::Export(flags) => export(flags, signal),
+        #[cfg(feature = "hub")]
+        Command::Pull(flags) => crate::pull::pull(flags, signal),
+        #[cfg(not(feature = "hub"))]
+        Command::Pull(_) => not_built("pull"),
         Command::Data(_) => not_built("data"),
         Command::Doctor(flags) => doctor(&flags),
         Command::Tokenize => tokenize(),
@@ -41,7 +46,7 @@ fn not_built(command: &str) -> Result<()> {
 }
 
 /// What the library may know of this process: its own program file, and where caches go.
-fn environment() -> Result<Environment> {
+pub(crate) fn environment() -> Result<Environment> {
     let worker = std::env::current_exe().map_err(|e| Error::Files {
         message: format!("cannot find the program's own file: {e}"),
         hint: "start ounce by its full path".to_owned(),
@@ -51,7 +56,12 @@ fn environment() -> Result<Environment> {
         .or_else(|| home("XDG_CACHE_HOME").map(|d| d.join("ounce")))
         .or_else(|| home("HOME").map(|d| d.join(".cache/ounce")))
         .unwrap_or_else(|| std::env::temp_dir().join("ounce"));
-    Ok(Environment::new(worker, cache_dir))
+    let hub_dir = home("HF_HUB_CACHE")
+        .or_else(|| home("HF_HOME").map(|d| d.join("hub")))
+        .or_else(|| home("XDG_CACHE_HOME").map(|d| d.join("huggingface/hub")))
+        .or_else(|| home("HOME").map(|d| d.join(".cache/huggingface/hub")))
+        .unwrap_or_else(|| cache_dir.join("hub"));
+    Ok(Environment { hub_dir, ..Environment::new(worker, cache_dir) })
 }
 
 fn settings(flags: &RunFlags) -> Result<Settings> {
@@ -96,7 +106,7 @@ fn init(flags: InitFlags) -> Result<()> {
 fn plan(flags: &PlanFlags) -> Result<()> {
     let settings = settings(&flags.run)?;
     if flags.explain.is_some() {
-        let rows = ounce_train::explain_precision(&settings)?;
+        let rows = ounce_train::explain_precision(&settings, &environment()?)?;
         if flags.run.json {
             rows.iter().for_each(print_json);
         } else {

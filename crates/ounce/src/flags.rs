@@ -11,6 +11,8 @@ use ounce_train::{Family, Memory};
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
+use crate::export::ExportFlags;
+
 /// Trains transformer language models inside a memory budget that you state in bytes.
 #[derive(Debug, Parser)]
 #[command(name = "ounce", version, disable_help_subcommand = true, arg_required_else_help = true)]
@@ -46,8 +48,14 @@ pub(crate) enum Command {
     Search(NotBuiltFlags),
     /// (not built yet)
     Prune(NotBuiltFlags),
-    /// (not built yet)
-    Export(NotBuiltFlags),
+    /// Write a model as a Hugging Face directory or as GGUF
+    Export(ExportFlags),
+    /// Fetch a model by name from a hub
+    #[cfg(feature = "hub")]
+    Pull(crate::pull::PullFlags),
+    /// (not in this build)
+    #[cfg(not(feature = "hub"))]
+    Pull(NotBuiltFlags),
     /// (not built yet)
     Data(NotBuiltFlags),
     /// What this machine has, and what to expect of it
@@ -76,8 +84,8 @@ pub(crate) struct RunFlags {
     #[serde(skip)]
     pub(crate) json: bool,
 
-    /// Model directory in Hugging Face's layout
-    #[arg(long, value_name = "DIR")]
+    /// Model directory in Hugging Face's layout, GGUF file, or ORG/NAME that `ounce pull` fetched
+    #[arg(long, value_name = "DIR|FILE.gguf")]
     model: Option<PathBuf>,
     /// Text, `.txt` or `.jsonl`; repeatable
     #[arg(long, value_name = "FILE")]

@@ -1,7 +1,8 @@
 //! The `ounce` command: flags in, exit code out. Everything else is in `ounce-train`.
 //!
 //! Files, in reading order: `flags` (the command line as typed), `console` (what is printed),
-//! `commands` (one function per command). This is the only crate that prints, reads the environment,
+//! `commands` (one function per command), `export`,
+//! `pull`. This is the only crate that prints, reads the environment,
 //! handles signals and exits.
 #![forbid(unsafe_code)]
 
@@ -10,6 +11,11 @@ mod flags;
 mod console;
 
 mod commands;
+
+mod export;
+
+#[cfg(feature = "hub")]
+mod pull;
 
 use std::process::ExitCode;
 use std::sync::Arc;

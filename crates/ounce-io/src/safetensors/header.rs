@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
-use std::io::{self, BufReader, Read};
+use std::io::BufReader;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -19,6 +19,7 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 
 use crate::error::IoError;
+use crate::window::Window;
 
 /// Longest header accepted, the limit of the format.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -302,21 +303,5 @@ impl<'de> Deserialize<'de> for UniqueStrings {
         }
 
         deserializer.deserialize_map(StringsVisitor)
-    }
-}
-
-/// Bytes `at..end` of a file as a stream, by `pread`.
-struct Window<'a> {
-    file: &'a File,
-    at: u64,
-    end: u64,
-}
-
-impl Read for Window<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let n_wanted = (buffer.len() as u64).min(self.end - self.at) as usize;
-        let n_read = self.file.read_at(&mut buffer[..n_wanted], self.at)?;
-        self.at += n_read as u64;
-        Ok(n_read)
     }
 }

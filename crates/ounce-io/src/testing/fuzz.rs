@@ -17,8 +17,9 @@ use crate::disk::RealDisk;
 use crate::error::{ErrorKind, IoError};
 use crate::hash::hash_file;
 use crate::{
-    Dtype, IdTable, SafetensorsDir, SafetensorsWriter, TensorSpec, TextPieces, TokenCache,
-    Tokenizer, read_config, token_cache, tokenize_to_cache, train_bpe, train_char,
+    Dtype, GGUF_FILE, GgmlType, GgufExport, GgufModel, IdTable, SafetensorsDir, SafetensorsWriter,
+    TensorSpec, TextPieces, TokenCache, Tokenizer, read_config, token_cache, tokenize_to_cache,
+    train_bpe, train_char,
 };
 
 /// Longest message of an error.
@@ -32,6 +33,8 @@ pub enum Target {
     Safetensors,
     /// `model.safetensors.index.json`.
     Index,
+    /// A GGUF file: header, tensors, vocabulary.
+    Gguf,
     /// `config.json`.
     Config,
     /// `tokenizer.json`.
@@ -52,9 +55,10 @@ pub enum Target {
 
 impl Target {
     /// Every target.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Safetensors,
         Self::Index,
+        Self::Gguf,
         Self::Config,
         Self::Tokenizer,
         Self::VocabMerges,
@@ -70,6 +74,7 @@ impl Target {
         match self {
             Self::Safetensors => "safetensors",
             Self::Index => "index",
+            Self::Gguf => "gguf",
             Self::Config => "config",
             Self::Tokenizer => "tokenizer",
             Self::VocabMerges => "vocab-merges",
@@ -86,7 +91,7 @@ impl Target {
         match self {
             // A table of the most ids accepted, as it grows; the library's tables, several for each token; the
             // compiled expressions.
-            Self::Tokenizer | Self::VocabMerges => (64 << 20) + 400 * n_bytes,
+            Self::Gguf | Self::Tokenizer | Self::VocabMerges => (64 << 20) + 400 * n_bytes,
             _ => (1 << 20) + 64 * n_bytes,
         }
     }
@@ -96,6 +101,7 @@ impl Target {
         match self {
             Self::Safetensors => "model.safetensors",
             Self::Index => "model.safetensors.index.json",
+            Self::Gguf => GGUF_FILE,
             Self::Config => "config.json",
             Self::Tokenizer => "tokenizer.json",
             Self::VocabMerges => "merges.txt",
@@ -131,6 +137,11 @@ impl FuzzCase {
                 write_tensors(&dir.join("y.safetensors"), &["b", "c"])?;
                 let map = json!({"a": "x.safetensors", "b": "y.safetensors", "c": "y.safetensors"});
                 case.write(json!({"weight_map": map}).to_string().as_bytes());
+            }
+            Target::Gguf => {
+                write_gguf(dir, GgmlType::F16)?;
+                case.add_valid(&read(&case.path()));
+                write_gguf(dir, GgmlType::Q8_0)?;
             }
             Target::Config => {
                 case.write(br#"{"model_type": "gpt2", "n_embd": 32, "rope": {"theta": 1e5}}"#);
@@ -202,6 +213,7 @@ impl FuzzCase {
         let used = match self.target {
             Target::Safetensors => SafetensorsDir::open(&path).and_then(|file| read_all(&file)),
             Target::Index => SafetensorsDir::open(&self.dir).and_then(|dir| read_all(&dir)),
+            Target::Gguf => use_gguf(&path, &self.dir.join("side")),
             Target::Config => read_config(&self.dir).map(|_| ()),
             Target::Tokenizer => Tokenizer::load(&path).and_then(|t| use_tokenizer(&t)),
             Target::VocabMerges => Tokenizer::load(&self.dir).and_then(|t| use_tokenizer(&t)),
@@ -273,6 +285,53 @@ fn write_tensors(path: &Path, names: &[&str]) -> Result<(), IoError> {
         file.write_tensor_f32(name, &[1.0, -2.0, 0.5, 0.0, 3.0, 4.0])?;
     }
     file.finish()
+}
+
+/// A small Llama model with a byte-level tokenizer.
+fn write_gguf(dir: &Path, dtype: GgmlType) -> Result<(), IoError> {
+    let side = dir.join("side");
+    let text = dir.join("text.txt");
+    crate::write_file(&text, TEXT.as_bytes())?;
+    fs::create_dir_all(&side).map_err(|e| IoError::writing(&side, 0, e))?;
+    train_bpe(&[text], 258)?.save(&side)?;
+    let config = json!({
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5, "vocab_size": 258,
+    });
+    let tensors = [
+        ("model.embed_tokens.weight".to_owned(), vec![258, 32]),
+        ("model.layers.0.self_attn.q_proj.weight".to_owned(), vec![32, 32]),
+        ("model.norm.weight".to_owned(), vec![32]),
+    ];
+    let export =
+        GgufExport { name: dir, config: &config, tokenizer: &side, tensors: &tensors, dtype };
+    export.write(dir, |i, start, dst| {
+        for (j, x) in dst.iter_mut().enumerate() {
+            *x = ((i + start + j) % 7) as f32;
+        }
+        Ok::<(), IoError>(())
+    })
+}
+
+/// Reads every tensor of a GGUF file through a small buffer, and loads its tokenizer.
+fn use_gguf(path: &Path, side: &Path) -> Result<(), IoError> {
+    let model = GgufModel::open(path)?;
+    let names: Vec<String> = model.tensor_names().collect();
+    for name in names {
+        // A tensor without a name in Hugging Face's format is no part of the model.
+        let Some(shape) = model.shape(&name) else { continue };
+        let n_elems: usize = shape.iter().product();
+        let row_elems = shape.iter().skip(1).product::<usize>().max(1);
+        let panel_elems = (256 / row_elems).max(1) * row_elems;
+        let mut floats = vec![0.0; panel_elems.min(n_elems)];
+        for start in (0..n_elems).step_by(panel_elems) {
+            let part = &mut floats[..panel_elems.min(n_elems - start)];
+            model.read_f32_at(&name, start, part)?;
+        }
+    }
+    model.write_side_files(side)?;
+    use_tokenizer(&Tokenizer::load(side)?)
 }
 
 /// Reads every tensor to its end through a small buffer.

@@ -69,6 +69,11 @@ impl CharTable {
         self.chars.len()
     }
 
+    /// Its `tokenizer.json`.
+    pub(super) fn to_json(&self) -> Value {
+        tokenizer_json(&self.chars)
+    }
+
     pub(super) fn char(&self, id: u32) -> Option<char> {
         self.chars.get(id as usize).copied()
     }

@@ -17,6 +17,7 @@ mod train;
 
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
 use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer as Library};
@@ -34,7 +35,7 @@ use pieces::PieceRules;
 use special::SpecialIds;
 
 /// Most ids accepted; the largest published vocabularies have a quarter of it.
-const MAX_IDS: usize = 1 << 22;
+pub(crate) const MAX_IDS: usize = 1 << 22;
 /// Longest tokenizer file accepted.
 const MAX_TOKENIZER_BYTES: u64 = 128 << 20;
 
@@ -200,6 +201,14 @@ impl Tokenizer {
     /// Hash of the files that decide which ids a text gets.
     pub fn fingerprint(&self) -> u64 {
         self.fingerprint
+    }
+
+    /// Its `tokenizer.json`, also where it was loaded from other files.
+    pub(crate) fn to_json(&self) -> Value {
+        match &self.backend {
+            Backend::Chars(chars) => chars.to_json(),
+            Backend::Library(library) => serde_json::to_value(library).unwrap_or(Value::Null),
+        }
     }
 
     /// Appends the ids of `text` as it stands.

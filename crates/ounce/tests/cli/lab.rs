@@ -47,6 +47,7 @@ impl Lab {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ounce"));
         command.args(args).current_dir(self.dir.path());
         command.env("OUNCE_CACHE_DIR", self.path("cache"));
+        command.env("HF_HOME", self.path("hf")).env_remove("HF_HUB_CACHE");
         command
     }
 

@@ -4,7 +4,7 @@
 //! a model), `same_bits` (what must not change the result), `resume` (nothing is lost), `signals`
 //! (stopped in any phase), `precision` (16 bits, the loss scale, numbers that are not finite),
 //! `faults` (a disk that fails), `refusals` (errors, hints and exit codes), `damage` (files that are
-//! not what they should be).
+//! not what they should be), `gguf` (models in that format).
 #![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
 
 mod lab;
@@ -24,3 +24,5 @@ mod faults;
 mod refusals;
 
 mod damage;
+
+mod gguf;

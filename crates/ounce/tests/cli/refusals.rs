@@ -10,7 +10,7 @@ fn what_is_not_built_is_refused_as_such() {
         "serve --model x --port 1",
         "search",
         "prune",
-        "export --model x --format gguf",
+        "export --model x --format gguf --output-dir y --merge",
         "data inspect",
         "train --use-peft --lora-r 8",
         "train --packing",
@@ -50,7 +50,7 @@ fn wrong_models_and_data_are_named() {
     let run = "--max-length 64 --max-steps 1 --output-dir out";
     let missing = lab.fail(4, &words(&format!("train --model nope --data train.txt {run}")));
     assert!(missing.contains("nope"), "{missing}");
-    assert!(missing.contains("nothing is downloaded"), "{missing}");
+    assert!(missing.contains("`ounce pull ORG/NAME`"), "{missing}");
     let file = "--model model/model.safetensors --data train.txt";
     let file = lab.fail(4, &words(&format!("train {file} {run}")));
     assert!(file.contains("model.safetensors is a file of weights"), "{file}");
