@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::IoError;
-use crate::text::{Piece, PieceStart, SourceHash, TextPieces};
+use crate::text::{Piece, PieceStart, RowOptions, SourceHash, TextPieces};
 use crate::tokenizer::Tokenizer;
 
 /// Text that is in memory at once, per thread.
@@ -21,29 +21,44 @@ const BATCH_BYTES: usize = 64 << 10;
 const JOB_BYTES: usize = 4 << 10;
 
 /// Hands the ids of `files` to `take`, in order, with the end-of-text token before each row that needs it. Returns
-/// length and hash of every file.
+/// what became of every file.
 pub(crate) fn encode_files(
     files: &[PathBuf],
+    options: &RowOptions,
     tokenizer: &Tokenizer,
     n_threads: usize,
     mut take: impl FnMut(&[u32]) -> Result<(), IoError>,
-) -> Result<Vec<SourceHash>, IoError> {
-    let mut pieces = TextPieces::open(files)?;
-    let mut batch = Batch::default();
+) -> Result<Encoded, IoError> {
+    let mut pieces = TextPieces::open_with(files, options)?;
+    let mut batch = Batch { file_tokens: vec![0; files.len()], ..Batch::default() };
     loop {
         // What was read before a fault comes first: it may hold an earlier one.
         let is_more = batch.fill(&mut pieces, BATCH_BYTES * n_threads.max(1));
         batch.encode(tokenizer, n_threads);
         batch.hand_on(&mut take)?;
         if !is_more? {
-            return Ok(pieces.hashes().to_vec());
+            let hashes = pieces.hashes().to_vec();
+            return Ok(Encoded { hashes, file_tokens: batch.file_tokens, n_bad: pieces.n_bad() });
         }
     }
+}
+
+/// What became of the files, besides their ids.
+#[derive(Debug)]
+pub(crate) struct Encoded {
+    /// Length and hash of each file.
+    pub(crate) hashes: Vec<SourceHash>,
+    /// Ids of each file.
+    pub(crate) file_tokens: Vec<u64>,
+    /// Broken rows that were passed over.
+    pub(crate) n_bad: u64,
 }
 
 /// Pieces that are encoded together.
 #[derive(Debug, Default)]
 struct Batch {
+    /// Ids of each file, so far.
+    file_tokens: Vec<u64>,
     /// The first `n_jobs` are in use; the others keep their memory.
     jobs: Vec<Mutex<Job>>,
     n_jobs: usize,
@@ -67,6 +82,10 @@ struct Part {
     start: PieceStart,
     line: u64,
     path: usize,
+    /// Number of the file among all.
+    file: usize,
+    /// Where its ids end.
+    ids_end: usize,
 }
 
 impl Batch {
@@ -85,9 +104,10 @@ impl Batch {
             let job = self.job_with_room();
             job.text.push_str(piece.text);
             let (end, start, line) = (job.text.len(), piece.start, piece.line);
-            job.parts.push(Part { end, start, line, path });
             // An empty row costs something, too.
             n_bytes += piece.text.len() + size_of::<Part>();
+            let file = pieces.file_index();
+            job.parts.push(Part { end, start, line, path, file, ids_end: 0 });
         }
         Ok(true)
     }
@@ -136,6 +156,11 @@ impl Batch {
         for job in &mut self.jobs[..self.n_jobs] {
             let job = job.get_mut().unwrap_or_else(PoisonError::into_inner);
             take(&job.ids)?;
+            let mut start = 0;
+            for part in &job.parts {
+                self.file_tokens[part.file] += (part.ids_end - start) as u64;
+                start = part.ids_end;
+            }
             if let Some(fault) = job.fault.take() {
                 return Err(fault);
             }
@@ -149,7 +174,8 @@ impl Job {
         self.ids.clear();
         self.fault = None;
         let mut from = 0;
-        for part in &self.parts {
+        for part in &mut self.parts {
+            part.ids_end = self.ids.len();
             if part.start == (PieceStart::Row { joined: true }) {
                 self.ids.extend(tokenizer.eos_id());
             }
@@ -163,6 +189,7 @@ impl Job {
                 self.fault = Some(fault);
                 return;
             }
+            part.ids_end = self.ids.len();
             from = part.end;
         }
     }
@@ -210,8 +237,11 @@ mod tests {
                     ids.extend_from_slice(part);
                     Ok(())
                 };
-                let hashes = encode_files(&files, &tokenizer, n_threads, take).unwrap();
-                assert_eq!(hashes, pieces.hashes());
+                let done =
+                    encode_files(&files, &RowOptions::default(), &tokenizer, n_threads, take)
+                        .unwrap();
+                assert_eq!(done.hashes, pieces.hashes());
+                assert_eq!(done.file_tokens.iter().sum::<u64>(), expected.len() as u64);
                 assert!(ids == expected, "{name}, {n_threads} threads");
             }
         }
@@ -231,8 +261,8 @@ mod tests {
         let file = dir.path().join("text.txt");
         fs::write(&file, &text).unwrap();
         for n_threads in [1, 3] {
-            let error =
-                encode_files(std::slice::from_ref(&file), &tokenizer, n_threads, |_| Ok(()));
+            let (files, options) = (std::slice::from_ref(&file), RowOptions::default());
+            let error = encode_files(files, &options, &tokenizer, n_threads, |_| Ok(()));
             let error = error.unwrap_err().to_string();
             assert!(error.contains("text.txt:30001: "), "{error}");
         }

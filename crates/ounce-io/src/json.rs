@@ -36,11 +36,14 @@ pub fn read_json(path: &Path, limit_bytes: u64) -> Result<Value, IoError> {
 /// `BadLine` with the line of the first fault.
 pub fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value, IoError> {
     let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+    parse_strict(text).map_err(|error| json_error(path, &error))
+}
+
+/// Parses strict JSON from anywhere.
+pub(crate) fn parse_strict(text: &[u8]) -> Result<Value, serde_json::Error> {
     let mut deserializer = serde_json::Deserializer::from_slice(text);
-    StrictValue { depth: 0 }
-        .deserialize(&mut deserializer)
-        .and_then(|value| deserializer.end().map(|()| value))
-        .map_err(|error| json_error(path, &error))
+    let value = StrictValue { depth: 0 }.deserialize(&mut deserializer)?;
+    deserializer.end().map(|()| value)
 }
 
 /// Turns a JSON fault into an error at `path:line`.

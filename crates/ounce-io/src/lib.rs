@@ -25,14 +25,18 @@
 //! Files in reading order: `error.rs`; `json.rs` (strict, bounded), `hash.rs`, `half.rs`, `window.rs`; `disk.rs` (the
 //! seam below all writing), `temp.rs`, `atomic.rs` (one file), `staging.rs` and `publication.rs` (a model directory);
 //! `safetensors/`; `gguf/`; `hf_dir.rs` (a model directory's side files), `hub_cache.rs`; `checkpoint/`; `tokenizer/`;
-//! `text.rs` (training text in pieces), `encode.rs` (text to ids on several threads), `token_cache.rs`, `shuffle.rs`,
-//! `batches.rs`; `disk_speed.rs`; `testing/` (faults and fuzzing, for tests).
+//! `dataset/` (rows and what they mean), `chat_template/` (conversations to text), `text.rs` (training text in pieces),
+//! `encode.rs` (text to ids on several threads), `token_cache.rs`, `row_tokens.rs` (conversations to tokens),
+//! `shuffle.rs`, `mixture.rs` (several files with weights), `packs.rs` (several samples in a row), `batches.rs`;
+//! `disk_speed.rs`; `testing/` (faults and fuzzing, for tests).
 
 #![forbid(unsafe_code)]
 
 mod atomic;
 mod batches;
+pub mod chat_template;
 pub mod checkpoint;
+pub mod dataset;
 mod disk;
 mod disk_speed;
 mod encode;
@@ -43,7 +47,10 @@ mod hash;
 mod hf_dir;
 mod hub_cache;
 mod json;
+mod mixture;
+mod packs;
 mod publication;
+mod row_tokens;
 mod safetensors;
 mod shuffle;
 mod staging;
@@ -55,7 +62,7 @@ mod tokenizer;
 mod window;
 
 pub use atomic::{AtomicFile, write_file};
-pub use batches::{BlockSampler, EvalBlocks};
+pub use batches::{BlockSampler, EvalBlocks, RowSampler};
 pub use disk::{Disk, check_room, real_disk};
 pub use disk_speed::{DiskSpeed, disk_speed};
 pub use error::{ErrorKind, IoError};
@@ -67,15 +74,22 @@ pub use hf_dir::{
 };
 pub use hub_cache::{DEFAULT_REVISION, HubName, cached_snapshot, hub_name, is_commit};
 pub use json::{MAX_DEPTH, parse_json, read_json};
+pub use mixture::Mixture;
+pub use packs::{PackNotes, pack_samples};
 pub use publication::complete_publication;
+pub use row_tokens::{EncodedRow, FileNotes, RowCounts, RowNotes, RowTokens, data_fingerprint};
 pub use safetensors::{
     ByteSink, Dtype, MAX_HEADER_BYTES, MAX_TENSORS, SafetensorsDir, SafetensorsWriter, TensorInfo,
     TensorSpec,
 };
 pub use shuffle::Permutation;
 pub use staging::StagingDir;
-pub use text::{MAX_LINE_BYTES, PIECE_BYTES, Piece, PieceStart, SourceHash, TextPieces};
-pub use token_cache::{TokenCache, cache_path, tokenize_to_cache};
+pub use text::{
+    MAX_LINE_BYTES, PIECE_BYTES, Piece, PieceStart, RowOptions, SourceHash, TextPieces,
+};
+pub use token_cache::{
+    StreamNotes, TokenCache, cache_path, tokenize_to_cache, tokenize_to_cache_with,
+};
 pub use tokenizer::{
     END_OF_TEXT, IdStream, IdTable, MIN_BPE_VOCAB_SIZE, Tokenizer, TrainedTokenizer,
     tokenizer_fingerprint, tokenizing_bytes, train_bpe, train_char,

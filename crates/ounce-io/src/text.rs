@@ -10,28 +10,36 @@
 //! 3. anywhere between two characters, where 32 KiB hold neither (no guarantee then).
 //!
 //! What a file must satisfy, or the error names `FILE:LINE`: UTF-8, no NUL; a byte order mark at the start is
-//! skipped. A `.jsonl` row is an object with a string `text`, on a line of at most [`MAX_LINE_BYTES`]; other keys are
-//! ignored, blank lines are skipped. Any other file is one text.
+//! skipped. A row (of `.jsonl`, `.json` or `.parquet`, see `dataset/`) is an object with a string `text`, of at most
+//! [`MAX_LINE_BYTES`]; other keys are ignored, blank lines are skipped. Any other file is one text.
 //!
-//! Memory: one piece buffer; for `.jsonl` one line and its decoded text besides.
+//! Memory: one piece buffer; for rows one row and its decoded text besides.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-
+use crate::dataset::source::{BOM, Source};
+use crate::dataset::{
+    ColumnMapping, FileKind, OnBadRow, Place, RowFormat, RowReader, Sample, samples,
+};
 use crate::error::{IoError, excerpt};
-use crate::hash::Xxh64;
 use crate::json::open_regular;
 
 /// Most bytes of text in one piece.
 pub const PIECE_BYTES: usize = 32 << 10;
-/// Longest line of a `.jsonl` file, in bytes.
+/// Longest row of a file of JSON, in bytes.
 pub const MAX_LINE_BYTES: usize = 16 << 20;
 
-const BOM: &[u8] = b"\xef\xbb\xbf";
-const ROW_HINT: &str = "each line must be an object like {\"text\": \"...\"}";
+/// How rows are read.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct RowOptions {
+    /// What rows mean; found out from the first of them where it is not given.
+    pub format: Option<RowFormat>,
+    /// Names of the file's keys.
+    pub columns: ColumnMapping,
+    /// What to do with broken rows.
+    pub on_bad_row: OnBadRow,
+}
 
 /// What stands before a piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,23 +83,19 @@ pub struct SourceHash {
 #[derive(Debug)]
 pub struct TextPieces {
     paths: Vec<PathBuf>,
+    options: RowOptions,
     next_path: usize,
     current: Option<Reader>,
     hashes: Vec<SourceHash>,
     /// Whether anything came before, and whether it was a row.
-    before: Option<Format>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Format {
-    Plain,
-    Rows,
+    before: Option<FileKind>,
+    n_bad: u64,
 }
 
 #[derive(Debug)]
 enum Reader {
     Plain(PlainReader),
-    Rows(RowReader),
+    Rows(Box<TextRows>),
 }
 
 impl TextPieces {
@@ -100,16 +104,26 @@ impl TextPieces {
     /// # Errors
     /// `Missing`, `BadFile` for a directory, a pipe or a format that holds no plain text.
     pub fn open(paths: &[PathBuf]) -> Result<Self, IoError> {
+        Self::open_with(paths, &RowOptions::default())
+    }
+
+    /// The same, with rows read as `options` say.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_with(paths: &[PathBuf], options: &RowOptions) -> Result<Self, IoError> {
         for path in paths {
-            format_of(path)?;
+            FileKind::of(path)?;
             open_regular(path)?;
         }
         Ok(Self {
             paths: paths.to_vec(),
+            options: options.clone(),
             next_path: 0,
             current: None,
             hashes: Vec::new(),
             before: None,
+            n_bad: 0,
         })
     }
 
@@ -121,19 +135,21 @@ impl TextPieces {
         loop {
             if self.current.is_none() {
                 let Some(path) = self.paths.get(self.next_path) else { return Ok(None) };
-                self.current = Some(Reader::open(path)?);
+                self.current = Some(Reader::open(path, &self.options)?);
                 self.next_path += 1;
             }
             let reader = self.current.as_mut().expect("opened above");
             let Some(mut start) = reader.advance()? else {
-                self.hashes.push(reader.finish());
+                self.hashes.push(reader.finish()?);
+                self.n_bad += reader.n_bad();
                 self.current = None;
                 continue;
             };
             if let PieceStart::Row { joined } = &mut start {
-                let format = reader.format();
-                *joined = self.before.is_some_and(|b| b == Format::Rows || format == Format::Rows);
-                self.before = Some(format);
+                let kind = reader.kind();
+                *joined =
+                    self.before.is_some_and(|b| b == FileKind::Rows || kind == FileKind::Rows);
+                self.before = Some(kind);
             }
             // The reader is looked up again because the borrow checker cannot follow it through the loop.
             let reader = self.current.as_ref().expect("opened above");
@@ -145,37 +161,38 @@ impl TextPieces {
     pub fn hashes(&self) -> &[SourceHash] {
         &self.hashes
     }
-}
 
-/// The format that a file name stands for.
-fn format_of(path: &Path) -> Result<Format, IoError> {
-    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_lowercase();
-    match extension.as_str() {
-        "jsonl" | "ndjson" => Ok(Format::Rows),
-        "json" | "parquet" | "arrow" | "csv" | "tsv" | "gz" | "zst" | "zip" | "xz" | "bz2" => {
-            Err(IoError::bad_file(
-                path,
-                format!("data in .{extension} files is not read"),
-                "give plain text (.txt) or one JSON object per line (.jsonl)",
-            ))
-        }
-        _ => Ok(Format::Plain),
+    /// The number of the file that the last piece came from.
+    pub fn file_index(&self) -> usize {
+        self.next_path.saturating_sub(1)
+    }
+
+    /// Broken rows that were passed over.
+    pub fn n_bad(&self) -> u64 {
+        self.n_bad
     }
 }
 
 impl Reader {
-    fn open(path: &Path) -> Result<Self, IoError> {
-        let source = Source { file: open_regular(path)?, hash: Xxh64::new(), n_bytes: 0 };
-        Ok(match format_of(path)? {
-            Format::Plain => Self::Plain(PlainReader::new(path, source)),
-            Format::Rows => Self::Rows(RowReader::new(path, source)),
+    fn open(path: &Path, options: &RowOptions) -> Result<Self, IoError> {
+        Ok(match FileKind::of(path)? {
+            FileKind::Text => Self::Plain(PlainReader::new(path, Source::open(path)?)),
+            _ => Self::Rows(Box::new(TextRows::open(path, options)?)),
         })
     }
 
-    fn format(&self) -> Format {
+    /// Text, or rows of any kind.
+    fn kind(&self) -> FileKind {
         match self {
-            Self::Plain(_) => Format::Plain,
-            Self::Rows(_) => Format::Rows,
+            Self::Plain(_) => FileKind::Text,
+            Self::Rows(_) => FileKind::Rows,
+        }
+    }
+
+    fn n_bad(&self) -> u64 {
+        match self {
+            Self::Plain(_) => 0,
+            Self::Rows(reader) => reader.n_bad,
         }
     }
 
@@ -193,29 +210,11 @@ impl Reader {
         }
     }
 
-    fn finish(&self) -> SourceHash {
-        let source = match self {
-            Self::Plain(reader) => &reader.source,
-            Self::Rows(reader) => reader.source.get_ref(),
-        };
-        SourceHash { n_bytes: source.n_bytes, hash: source.hash.digest() }
-    }
-}
-
-/// A file that hashes what is read from it.
-#[derive(Debug)]
-struct Source {
-    file: File,
-    hash: Xxh64,
-    n_bytes: u64,
-}
-
-impl Read for Source {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let n = self.file.read(buffer)?;
-        self.hash.update(&buffer[..n]);
-        self.n_bytes += n as u64;
-        Ok(n)
+    fn finish(&self) -> Result<SourceHash, IoError> {
+        match self {
+            Self::Plain(reader) => Ok(reader.source.fingerprint()),
+            Self::Rows(reader) => reader.rows.fingerprint(),
+        }
     }
 }
 
@@ -318,12 +317,14 @@ impl PlainReader {
     }
 }
 
-/// One file of JSON rows.
+/// One file of rows, each a text.
 #[derive(Debug)]
-struct RowReader {
+struct TextRows {
     path: PathBuf,
-    source: BufReader<Source>,
-    line_bytes: Vec<u8>,
+    rows: RowReader,
+    on_bad_row: OnBadRow,
+    n_bad: u64,
+    columns: ColumnMapping,
     line: u64,
     row: String,
     /// The current piece is `row[piece_start..piece_end]`.
@@ -332,23 +333,20 @@ struct RowReader {
     next_start: PieceStart,
 }
 
-#[derive(Deserialize)]
-struct TextRow {
-    text: String,
-}
-
-impl RowReader {
-    fn new(path: &Path, source: Source) -> Self {
-        Self {
+impl TextRows {
+    fn open(path: &Path, options: &RowOptions) -> Result<Self, IoError> {
+        Ok(Self {
             path: path.into(),
-            source: BufReader::with_capacity(PIECE_BYTES, source),
-            line_bytes: Vec::new(),
+            rows: RowReader::open(path)?,
+            on_bad_row: options.on_bad_row,
+            n_bad: 0,
+            columns: options.columns.clone(),
             line: 0,
             row: String::new(),
             piece_start: 0,
             piece_end: 0,
             next_start: PieceStart::Forced,
-        }
+        })
     }
 
     fn text(&self) -> &str {
@@ -376,72 +374,29 @@ impl RowReader {
         Ok(Some(start))
     }
 
-    /// Reads and parses the next row that is not blank; false at the end of the file.
+    /// Reads the next row that holds a text; false at the end of the file.
     fn next_row(&mut self) -> Result<bool, IoError> {
         loop {
-            self.line_bytes.clear();
-            // One very long line must not keep its memory for the rest of the file.
-            self.line_bytes.shrink_to(4 * PIECE_BYTES);
-            let mut line = (&mut self.source).take(MAX_LINE_BYTES as u64 + 1);
-            let n = line
-                .read_until(b'\n', &mut self.line_bytes)
-                .map_err(|e| IoError::reading(&self.path, e))?;
-            self.line += 1;
-            if n == 0 {
-                return Ok(false);
+            let Some(row) = self.rows.next_row()? else { return Ok(false) };
+            let text = row.and_then(|row| {
+                let samples = samples(&self.path, &row, RowFormat::Text, &self.columns)?;
+                Ok((row.place, samples))
+            });
+            match text {
+                Ok((place, samples)) => {
+                    let (Place::Line(n) | Place::Row(n)) = place;
+                    self.line = n;
+                    for sample in samples {
+                        if let Sample::Text(text) = sample {
+                            self.row = text;
+                        }
+                    }
+                    return Ok(true);
+                }
+                Err(_) if self.on_bad_row == OnBadRow::Skip => self.n_bad += 1,
+                Err(fault) => return Err(fault),
             }
-            if n > MAX_LINE_BYTES {
-                let reason = format!("the line is longer than {} MiB", MAX_LINE_BYTES >> 20);
-                return Err(self.fault(&reason, 0, "split the row into several"));
-            }
-            let bytes = self.line_bytes.strip_prefix(BOM).filter(|_| self.line == 1);
-            let bytes = bytes.unwrap_or(&self.line_bytes);
-            if bytes.iter().all(u8::is_ascii_whitespace) {
-                continue;
-            }
-            self.row = self.parse(bytes)?;
-            return Ok(true);
         }
-    }
-
-    fn parse(&self, bytes: &[u8]) -> Result<String, IoError> {
-        if let Err(e) = std::str::from_utf8(bytes) {
-            let reason = format!("is not UTF-8 (byte 0x{:02x})", bytes[e.valid_up_to()]);
-            let hint = "convert the file, for instance with `iconv -t UTF-8`";
-            return Err(self.fault(&reason, e.valid_up_to(), hint));
-        }
-        let row: TextRow = serde_json::from_slice(bytes).map_err(|e| self.row_fault(bytes, &e))?;
-        if row.text.contains('\0') {
-            return Err(self.fault(
-                "`text` holds a NUL",
-                0,
-                "remove the NUL characters from the row",
-            ));
-        }
-        Ok(row.text)
-    }
-
-    /// Says what is wrong with a row: no JSON, or JSON of another kind.
-    fn row_fault(&self, bytes: &[u8], error: &serde_json::Error) -> IoError {
-        let full = error.to_string();
-        let reason = full.split(" at line ").next().unwrap_or(&full);
-        if reason.starts_with("missing field") && bytes.windows(10).any(|w| w == b"\"messages\"") {
-            let hint = "chat data is not trained on yet: give rows like {\"text\": \"...\"}";
-            return self.fault("the row has `messages`, but no key `text`", 0, hint);
-        }
-        if error.is_data() {
-            let reason = reason.replace("field", "key");
-            self.fault(&format!("not a row of text: {reason}"), 0, ROW_HINT)
-        } else {
-            let at = error.column().saturating_sub(1);
-            self.fault(&format!("not valid JSON: {reason}"), at, ROW_HINT)
-        }
-    }
-
-    fn fault(&self, reason: &str, at: usize, hint: &'static str) -> IoError {
-        let near = excerpt(&self.line_bytes, at);
-        let near = near.trim_end_matches("\\n");
-        IoError::bad_line(&self.path, self.line, format!("{reason} near `{near}`"), hint)
     }
 }
 
@@ -606,17 +561,16 @@ mod tests {
             assert!(message.contains("\nhint: "), "{message}");
             message
         };
-        assert!(fault(b"{\"txt\": 1}").contains("missing key `text` near `{\"txt\": 1}`"));
-        assert!(fault(b"{\"messages\": []}").contains("chat data is not trained on yet"));
-        assert!(fault(b"{\"text\": 5}").contains("invalid type: integer `5`, expected a string"));
-        assert!(fault(b"{\"text\": \"a\", \"text\": \"b\"}").contains("duplicate key `text`"));
-        assert!(fault(b"[1]").contains("not a row of text"));
+        assert!(fault(b"{\"txt\": 1}").contains("missing key `text` in `{\"txt\":1}`"));
+        assert!(fault(b"{\"text\": 5}").contains("`text` is a number, but must be a string"));
+        assert!(fault(b"{\"text\": \"a\", \"text\": \"b\"}").contains("key `text` appears twice"));
+        assert!(fault(b"[1]").contains("the row is no object"));
         assert!(fault(b"{\"text\": \"half").contains("not valid JSON: EOF"));
         assert!(fault(b"{\"text\": \"\\ud800\"}").contains("not valid JSON: "));
         assert!(fault(b"{\"text\": \"a\\u0000b\"}").contains("NUL"));
         assert!(fault(b"{\"text\": \"\xff\"}").contains("is not UTF-8"));
         let deep = format!("{{\"text\": {}", "[".repeat(1_000_000));
-        assert!(fault(deep.as_bytes()).contains("expected a string"));
+        assert!(fault(deep.as_bytes()).contains("64 levels deep"));
     }
 
     #[test]
@@ -626,13 +580,13 @@ mod tests {
         assert!(
             rows("a.jsonl", &line)
                 .unwrap_err()
-                .contains("a.jsonl:1: the line is longer than 16 MiB")
+                .contains("a.jsonl:1: the row is longer than 16 MiB")
         );
     }
 
     #[test]
     fn formats_without_plain_text_and_directories_are_refused() {
-        assert!(rows("a.parquet", b"PAR1").unwrap_err().contains(".parquet files is not read"));
+        assert!(rows("a.csv", b"a,b").unwrap_err().contains(".csv files is not read"));
         let dir = tempfile::tempdir().unwrap();
         let error = TextPieces::open(&[dir.path().into()]).unwrap_err().to_string();
         assert!(error.contains("is a directory"), "{error}");

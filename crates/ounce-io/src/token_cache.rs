@@ -5,10 +5,15 @@
 //! ```text
 //!  0  "OUNCETOK"    8  version u32   12  bytes per id u32 (2 or 4)   16  number of ids u64
 //! 24  tokenizer's fingerprint u64   32  number of sources u32        36  largest id u32
-//! 40  offset of the ids u64         48  XXH64 of the ids u64         56  XXH64 of the head without this field u64
-//! 64  per source: length of its path u32, path, its bytes u64, mtime ns u64, XXH64 of its bytes u64
-//! ..  the ids
+//! 40  offset of the ids u64         48  XXH64 of all behind the head 56  XXH64 of the head without this field u64
+//! 64  number of rows u64, 0 for a stream                             72  bytes of notes u64
+//! 80  per source: length of its path u32, path, its bytes u64, mtime ns u64, XXH64 of its bytes u64
+//! ..  the ids, those of a row with the top bit set where they are supervised
+//! ..  for rows: the number of the first id of each row, and of the end, u64 each
+//! ..  the notes: a JSON object of whoever wrote the cache
 //! ```
+//!
+//! A cache holds one stream of ids, or rows of ids. Rows of other numbers than ids are kept the same way (`packs.rs`).
 //!
 //! Invariants: a cache that opens is complete and undamaged (every byte is covered by one of the two hashes); it is
 //! fresh if tokenizer and sources are the same, where a source counts as the same if path, length and time agree, or
@@ -21,18 +26,27 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
 use crate::atomic::AtomicFile;
 use crate::encode::encode_files;
 use crate::error::IoError;
 use crate::hash::{Xxh64, hash_file};
 use crate::json::open_regular;
-use crate::text::SourceHash;
+use crate::text::{RowOptions, SourceHash};
 use crate::tokenizer::{Tokenizer, tokenizer_fingerprint};
 
 const MAGIC: &[u8; 8] = b"OUNCETOK";
 /// Goes up with every change of the layout or of how text is cut and joined.
-const VERSION: u32 = 1;
-const FIXED_BYTES: usize = 64;
+const VERSION: u32 = 2;
+const FIXED_BYTES: usize = 80;
+/// Where the hash of the head stands.
+const HASH_AT: usize = 56;
+/// Longest notes that are read.
+const MAX_NOTES_BYTES: u64 = 4 << 20;
+/// Set on ids of a row that are supervised.
+pub(crate) const SUPERVISED_BIT: u32 = 1 << 31;
 /// Longest head: the paths of the sources are in it.
 const MAX_HEAD_BYTES: u64 = 1 << 20;
 /// Bytes of ids that are written at once.
@@ -59,6 +73,8 @@ struct Head {
     max_id: u32,
     data_offset: u64,
     data_hash: u64,
+    n_rows: u64,
+    notes_bytes: u64,
     sources: Vec<SourceRecord>,
 }
 
@@ -96,11 +112,37 @@ pub fn tokenize_to_cache(
     cache_path: &Path,
     n_threads: usize,
 ) -> Result<TokenCache, IoError> {
-    let sources = files.iter().map(|f| SourceRecord::stat(f)).collect::<Result<Vec<_>, _>>()?;
-    let mut writer = CacheWriter::create(cache_path, tokenizer, sources)?;
-    let hashes = encode_files(files, tokenizer, n_threads, |ids| writer.append(ids))?;
-    writer.finish(&hashes)?;
+    let (options, fingerprint) = (RowOptions::default(), tokenizer.fingerprint());
+    tokenize_to_cache_with(files, &options, tokenizer, fingerprint, cache_path, n_threads)
+}
+
+/// The same, with rows read as `options` say, for a cache that goes by `fingerprint`.
+///
+/// # Errors
+/// As [`tokenize_to_cache`].
+pub fn tokenize_to_cache_with(
+    files: &[PathBuf],
+    options: &RowOptions,
+    tokenizer: &Tokenizer,
+    fingerprint: u64,
+    cache_path: &Path,
+    n_threads: usize,
+) -> Result<TokenCache, IoError> {
+    let id_bytes = if tokenizer.vocab_size() <= 1 << 16 { 2 } else { 4 };
+    let mut writer = CacheWriter::create(cache_path, id_bytes, fingerprint, files)?;
+    let done = encode_files(files, options, tokenizer, n_threads, |ids| writer.append(ids))?;
+    let notes = StreamNotes { file_tokens: done.file_tokens, n_bad: done.n_bad };
+    writer.finish(&done.hashes, &notes)?;
     TokenCache::open(cache_path)
+}
+
+/// Notes of a stream.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct StreamNotes {
+    /// Ids of each file.
+    pub file_tokens: Vec<u64>,
+    /// Broken rows that were passed over.
+    pub n_bad: u64,
 }
 
 impl TokenCache {
@@ -166,6 +208,67 @@ impl TokenCache {
         self.head.max_id
     }
 
+    /// What the cache goes by: the tokenizer, and how the data was read.
+    pub fn fingerprint(&self) -> u64 {
+        self.head.fingerprint
+    }
+
+    /// Number of rows, 0 for a stream.
+    pub fn n_rows(&self) -> u64 {
+        self.head.n_rows
+    }
+
+    /// Reads where row `row` begins, and its length in ids.
+    ///
+    /// # Errors
+    /// `Read`; `BadFile` where the file was changed since it was opened.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn row(&self, row: u64) -> Result<(u64, usize), IoError> {
+        assert!(row < self.n_rows(), "row {row} of {}", self.n_rows());
+        let mut ends = [0; 16];
+        let offset = self.head.index_offset() + 8 * row;
+        self.file.read_exact_at(&mut ends, offset).map_err(|e| IoError::reading(&self.path, e))?;
+        let (start, end) = (u64_at(&ends, 0), u64_at(&ends, 8));
+        if start > end || end > self.n_tokens() {
+            return Err(IoError::bad_file(&self.path, "a row's place is impossible", DAMAGED));
+        }
+        Ok((start, (end - start) as usize))
+    }
+
+    /// Reads the start of row `row` and returns its length, at most `ids.len()`. Allocates nothing.
+    ///
+    /// # Errors
+    /// As [`Self::row`].
+    pub fn read_row(
+        &self,
+        row: u64,
+        ids: &mut [i32],
+        supervised: &mut [bool],
+    ) -> Result<usize, IoError> {
+        let (start, len) = self.row(row)?;
+        let len = len.min(ids.len());
+        self.read(start, &mut ids[..len])?;
+        for (id, supervised) in ids[..len].iter_mut().zip(supervised) {
+            *supervised = *id < 0;
+            *id &= !SUPERVISED_BIT as i32;
+        }
+        Ok(len)
+    }
+
+    /// What the writer of the cache noted.
+    ///
+    /// # Errors
+    /// `Read`; `BadFile` where the notes are not of this kind.
+    pub fn notes<T: DeserializeOwned>(&self) -> Result<T, IoError> {
+        let mut bytes = vec![0; self.head.notes_bytes as usize];
+        let offset = self.head.notes_offset();
+        self.file.read_exact_at(&mut bytes, offset).map_err(|e| IoError::reading(&self.path, e))?;
+        serde_json::from_slice(&bytes)
+            .map_err(|e| IoError::bad_file(&self.path, format!("broken notes: {e}"), DAMAGED))
+    }
+
     /// The cache's own path.
     pub fn path(&self) -> &Path {
         &self.path
@@ -213,7 +316,7 @@ impl TokenCache {
     fn verify_data(&self) -> Result<(), IoError> {
         let mut hash = Xxh64::new();
         let mut buffer = [0; READ_BYTES];
-        let end = self.head.data_offset + self.head.n_tokens * u64::from(self.head.id_bytes);
+        let end = self.head.notes_offset() + self.head.notes_bytes;
         let mut at = self.head.data_offset;
         while at < end {
             let bytes = &mut buffer[..((end - at) as usize).min(READ_BYTES)];
@@ -259,6 +362,23 @@ impl SourceRecord {
 }
 
 impl Head {
+    /// Bytes behind the head, if they can be counted.
+    fn behind_bytes(&self) -> Option<u64> {
+        let index =
+            if self.n_rows == 0 { 0 } else { self.n_rows.checked_add(1)?.checked_mul(8)? };
+        let ids = self.n_tokens.checked_mul(u64::from(self.id_bytes))?;
+        let notes = Some(self.notes_bytes).filter(|&n| n <= MAX_NOTES_BYTES)?;
+        ids.checked_add(index)?.checked_add(notes)
+    }
+
+    fn index_offset(&self) -> u64 {
+        self.data_offset + self.n_tokens * u64::from(self.id_bytes)
+    }
+
+    fn notes_offset(&self) -> u64 {
+        self.index_offset() + if self.n_rows == 0 { 0 } else { 8 * (self.n_rows + 1) }
+    }
+
     /// The head as bytes; its length depends on the paths only.
     fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -272,6 +392,8 @@ impl Head {
         bytes.extend(self.data_offset.to_le_bytes());
         bytes.extend(self.data_hash.to_le_bytes());
         bytes.extend([0; 8]);
+        bytes.extend(self.n_rows.to_le_bytes());
+        bytes.extend(self.notes_bytes.to_le_bytes());
         for source in &self.sources {
             let path = source.path.as_os_str().as_bytes();
             bytes.extend((path.len() as u32).to_le_bytes());
@@ -281,7 +403,7 @@ impl Head {
             }
         }
         let hash = head_hash(&bytes);
-        bytes[FIXED_BYTES - 8..FIXED_BYTES].copy_from_slice(&hash.to_le_bytes());
+        bytes[HASH_AT..HASH_AT + 8].copy_from_slice(&hash.to_le_bytes());
         bytes
     }
 
@@ -304,12 +426,11 @@ impl Head {
         }
         let mut bytes = vec![0; data_offset as usize];
         file.read_exact_at(&mut bytes, 0).map_err(failed)?;
-        if head_hash(&bytes) != u64_at(&bytes, FIXED_BYTES - 8) {
+        if head_hash(&bytes) != u64_at(&bytes, HASH_AT) {
             return Err(bad("the head does not match its checksum"));
         }
         let head = Self::parse(&bytes).ok_or_else(|| bad("the head is malformed"))?;
-        let data_bytes = head.n_tokens.checked_mul(u64::from(head.id_bytes));
-        if data_bytes != Some(file_bytes - data_offset) {
+        if head.behind_bytes() != Some(file_bytes - data_offset) {
             return Err(bad("the file's length is not that of its ids"));
         }
         Ok(head)
@@ -337,6 +458,8 @@ impl Head {
             max_id: u32_at(bytes, 36),
             data_offset: u64_at(bytes, 40),
             data_hash: u64_at(bytes, 48),
+            n_rows: u64_at(bytes, 64),
+            notes_bytes: u64_at(bytes, 72),
             sources,
         })
     }
@@ -345,8 +468,8 @@ impl Head {
 /// Hash of a head, without the field that holds the hash.
 fn head_hash(bytes: &[u8]) -> u64 {
     let mut hash = Xxh64::new();
-    hash.update(&bytes[..FIXED_BYTES - 8]);
-    hash.update(&bytes[FIXED_BYTES..]);
+    hash.update(&bytes[..HASH_AT]);
+    hash.update(&bytes[HASH_AT + 8..]);
     hash.digest()
 }
 
@@ -365,7 +488,7 @@ pub(crate) fn reseal(bytes: &mut [u8]) {
     hash.update(data);
     head[48..56].copy_from_slice(&hash.digest().to_le_bytes());
     let hash = head_hash(head);
-    head[FIXED_BYTES - 8..FIXED_BYTES].copy_from_slice(&hash.to_le_bytes());
+    head[HASH_AT..HASH_AT + 8].copy_from_slice(&hash.to_le_bytes());
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -376,27 +499,35 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
 
-/// Writes ids behind a provisional head, and the true head at the end.
-struct CacheWriter {
+/// Writes ids behind a provisional head, then the index of rows and the notes, and the true head at the end.
+///
+/// Memory: 4 bytes per row.
+pub(crate) struct CacheWriter {
     file: AtomicFile,
     head: Head,
     hash: Xxh64,
     buffer: Vec<u8>,
+    row_lengths: Vec<u32>,
 }
 
 impl CacheWriter {
-    fn create(
+    /// Begins a cache of these files, with ids of 2 or 4 bytes.
+    pub(crate) fn create(
         path: &Path,
-        tokenizer: &Tokenizer,
-        sources: Vec<SourceRecord>,
+        id_bytes: u32,
+        fingerprint: u64,
+        files: &[PathBuf],
     ) -> Result<Self, IoError> {
+        let sources = files.iter().map(|f| SourceRecord::stat(f)).collect::<Result<Vec<_>, _>>()?;
         let mut head = Head {
-            id_bytes: if tokenizer.vocab_size() <= 1 << 16 { 2 } else { 4 },
+            id_bytes,
             n_tokens: 0,
-            fingerprint: tokenizer.fingerprint(),
+            fingerprint,
             max_id: 0,
             data_offset: 0,
             data_hash: 0,
+            n_rows: 0,
+            notes_bytes: 0,
             sources,
         };
         head.data_offset = head.to_bytes().len() as u64;
@@ -408,12 +539,15 @@ impl CacheWriter {
         }
         let mut file = AtomicFile::create(path)?;
         file.write_all(&vec![0; head.data_offset as usize])?;
-        Ok(Self { file, head, hash: Xxh64::new(), buffer: Vec::with_capacity(2 * WRITE_BYTES) })
+        let buffer = Vec::with_capacity(2 * WRITE_BYTES);
+        Ok(Self { file, head, hash: Xxh64::new(), buffer, row_lengths: Vec::new() })
     }
 
-    fn append(&mut self, ids: &[u32]) -> Result<(), IoError> {
+    /// Appends ids, with or without their top bit.
+    pub(crate) fn append(&mut self, ids: &[u32]) -> Result<(), IoError> {
         self.head.n_tokens += ids.len() as u64;
-        self.head.max_id = ids.iter().copied().fold(self.head.max_id, u32::max);
+        let plain = ids.iter().map(|id| id & !SUPERVISED_BIT);
+        self.head.max_id = plain.fold(self.head.max_id, u32::max);
         for part in ids.chunks(WRITE_BYTES / 4) {
             if self.head.id_bytes == 2 {
                 let narrow = |&id: &u32| {
@@ -423,11 +557,19 @@ impl CacheWriter {
             } else {
                 self.buffer.extend(part.iter().flat_map(|id| id.to_le_bytes()));
             }
-            if self.buffer.len() >= WRITE_BYTES {
-                self.flush()?;
-            }
+            self.flush_if_full()?;
         }
         Ok(())
+    }
+
+    /// Appends one row.
+    pub(crate) fn append_row(&mut self, ids: &[u32]) -> Result<(), IoError> {
+        self.row_lengths.push(ids.len() as u32);
+        self.append(ids)
+    }
+
+    fn flush_if_full(&mut self) -> Result<(), IoError> {
+        if self.buffer.len() >= WRITE_BYTES { self.flush() } else { Ok(()) }
     }
 
     fn flush(&mut self) -> Result<(), IoError> {
@@ -437,7 +579,27 @@ impl CacheWriter {
         Ok(())
     }
 
-    fn finish(mut self, hashes: &[SourceHash]) -> Result<(), IoError> {
+    /// Completes the cache: its sources as they were read, and notes.
+    pub(crate) fn finish(
+        mut self,
+        hashes: &[SourceHash],
+        notes: &impl Serialize,
+    ) -> Result<(), IoError> {
+        self.head.n_rows = self.row_lengths.len() as u64;
+        let mut start = 0_u64;
+        let lengths = std::mem::take(&mut self.row_lengths);
+        for length in &lengths {
+            self.buffer.extend(start.to_le_bytes());
+            start += u64::from(*length);
+            self.flush_if_full()?;
+        }
+        if !lengths.is_empty() {
+            self.buffer.extend(start.to_le_bytes());
+        }
+        let notes = serde_json::to_vec(notes).expect("plain fields serialize");
+        assert!(notes.len() as u64 <= MAX_NOTES_BYTES, "{} bytes of notes", notes.len());
+        self.head.notes_bytes = notes.len() as u64;
+        self.buffer.extend(notes);
         self.flush()?;
         for (source, hash) in self.head.sources.iter_mut().zip(hashes) {
             if source.content.n_bytes != hash.n_bytes {

@@ -15,11 +15,14 @@ static ALLOCATOR: PeakAlloc = PeakAlloc;
 /// One case at a time, so that the bytes counted are its own.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-/// The tokenizer library reports malformed files by panics, which are caught; they need not be printed.
+/// The libraries for tokenizers, Parquet and templates report malformed files by panics, which are caught and need not be printed.
 fn hide_panics_of_the_library() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        if !info.location().is_some_and(|place| place.file().contains("/tokenizers-")) {
+        let is_of_a_library = |file: &str| {
+            ["/tokenizers-", "/parquet-", "/minijinja-"].iter().any(|name| file.contains(name))
+        };
+        if !info.location().is_some_and(|place| is_of_a_library(place.file())) {
             print(info);
         }
     }));
@@ -92,6 +95,21 @@ fn damaged_rows_are_errors_or_usable() {
 }
 
 #[test]
+fn damaged_arrays_of_rows_are_errors_or_usable() {
+    fuzz(Target::Array);
+}
+
+#[test]
+fn damaged_parquet_files_are_errors_or_usable() {
+    fuzz(Target::Parquet);
+}
+
+#[test]
+fn damaged_chat_templates_are_errors_or_usable() {
+    fuzz(Target::Template);
+}
+
+#[test]
 fn damaged_token_caches_are_errors_or_usable() {
     fuzz(Target::TokenCache);
 }
@@ -116,7 +134,10 @@ fn a_truncation_of_any_file_at_any_place_is_an_error_or_usable() {
         for valid in case.valid() {
             assert!(case.try_file(valid), "{target:?}: the whole file is accepted");
             // Lines may end anywhere; everything else is a whole or nothing.
-            let has_parts = matches!(target, Target::Text | Target::Rows | Target::VocabMerges);
+            let has_parts = matches!(
+                target,
+                Target::Text | Target::Rows | Target::VocabMerges | Target::Template
+            );
             for n in (0..valid.len()).step_by(valid.len() / 80 + 1) {
                 let is_accepted = case.try_file(&valid[..n]);
                 let is_blank_end = valid[n..].trim_ascii().is_empty();

@@ -11,6 +11,7 @@ use ounce_models::{PRESETS, preset};
 use ounce_program::StepShape;
 use serde::Serialize;
 
+use crate::batch::Row;
 use crate::budget::{Memory, peak_resident_bytes};
 use crate::graphs::{TrainWanted, Wanted};
 use crate::model::Model;
@@ -147,7 +148,11 @@ pub fn bench_step(
     let plan = session.record();
     observer.planned(&plan, n_steps);
     session.load_fresh(wanted.seed);
-    let rows = RandomRows { seed: wanted.seed, vocab_size: model.config.vocab_size() };
+    let rows = RandomRows {
+        seed: wanted.seed,
+        vocab_size: model.config.vocab_size(),
+        row_tokens: wanted.max_length as usize,
+    };
     let mut trainer = Trainer::new(&settings, &mut session, n_steps, None);
     let (mut losses, mut times) = (Vec::new(), Vec::new());
     for step in 1..=n_steps {
@@ -241,18 +246,20 @@ fn settings(wanted: &BenchSettings) -> Settings {
 struct RandomRows {
     seed: u64,
     vocab_size: u64,
+    row_tokens: usize,
 }
 
 impl Rows for RandomRows {
-    fn read(&self, _step: u64, _n_rows: u64, row: u64, ids: &mut [i32]) -> Result<usize> {
+    fn read(&self, _step: u64, _n_rows: u64, row: u64, to: &mut Row) -> Result<()> {
         let key = [self.seed as u32, (self.seed >> 32) as u32];
-        for (i, group) in ids.chunks_mut(4).enumerate() {
+        for (i, group) in to.ids[..self.row_tokens].chunks_mut(4).enumerate() {
             let words = philox4x32_10([i as u32, row as u32, 0, 0x0062_656e], key);
             for (id, word) in group.iter_mut().zip(words) {
                 *id = ((u64::from(word) * self.vocab_size) >> 32) as i32;
             }
         }
-        Ok(ids.len())
+        to.is_text(self.row_tokens);
+        Ok(())
     }
 
     fn name(&self, _step: u64, n_rows: u64) -> String {
@@ -326,11 +333,12 @@ mod tests {
 
     #[test]
     fn random_rows_are_the_same_every_time_and_below_the_vocabulary() {
-        let rows = RandomRows { seed: 1, vocab_size: 97 };
+        let rows = RandomRows { seed: 1, vocab_size: 97, row_tokens: 33 };
         let read = |step, row| {
-            let mut ids = [0; 33];
-            rows.read(step, 4, row, &mut ids).unwrap();
-            ids
+            let mut to = Row { ids: vec![0; 64], supervised: vec![false; 64], lengths: Vec::new() };
+            rows.read(step, 4, row, &mut to).unwrap();
+            assert_eq!(to.lengths, [33]);
+            to.ids
         };
         assert_eq!(read(1, 0), read(2, 0));
         assert_ne!(read(1, 0), read(1, 1));

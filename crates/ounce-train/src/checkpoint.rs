@@ -81,14 +81,14 @@ pub(crate) fn state(
     settings: &Settings,
     step: u64,
     tokens_seen: u64,
-    n_blocks: u64,
+    n_per_epoch: u64,
     scaler: ScalerState,
 ) -> TrainerState {
     let n_rows_done = step * settings.n_rows();
     TrainerState {
         step,
         n_updates: step - scaler.n_skipped_steps,
-        cursor: DataCursor { epoch: n_rows_done / n_blocks, row: n_rows_done % n_blocks },
+        cursor: DataCursor { epoch: n_rows_done / n_per_epoch, row: n_rows_done % n_per_epoch },
         seed: settings.seed,
         schedule: Map::new(),
         settings: settings.to_map(),

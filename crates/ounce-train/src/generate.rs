@@ -14,7 +14,7 @@ use crate::model::Model;
 use crate::precision::policy_for;
 use crate::session::{Program, check_tokenizing, compile};
 use crate::text_table::{TextStream, TextTable};
-use crate::tokenize::{self, Request};
+use crate::tokenize::{self, Request, RowRequest};
 use crate::train_loop::limits;
 use crate::{Environment, Error, Observer, Result, Settings};
 
@@ -71,6 +71,7 @@ pub fn generate(
         tokenizer: model.dir.clone(),
         cache_dir: tokenize::cache_dir(env),
         streams: Vec::new(),
+        rows: RowRequest::default(),
         prompt: Some(wanted.prompt.clone()),
         n_threads: tokenize::n_threads(&model.dir, &limits),
     };
@@ -140,10 +141,11 @@ pub(crate) fn sample_text(
         let context = &ids[ids.len().saturating_sub(program.shape.row_tokens as usize)..];
         let mut buffers = program.executor.buffers(arena);
         batch.fill(&mut buffers, program.inputs, 1, |_, row| {
-            for (x, &id) in row.iter_mut().zip(context) {
+            for (x, &id) in row.ids.iter_mut().zip(context) {
                 *x = id as i32;
             }
-            Ok(context.len())
+            row.is_text(context.len());
+            Ok(())
         })?;
         let done = program.executor.run(arena, &StepInputs::forward(batch.spans()));
         done.expect("a plan without updates is never stopped");

@@ -11,7 +11,8 @@
 //! `tokenize`, `text_table` and `data` (tokenizing in a child process), `weights`, `batch` (rows on
 //! the token axis), `graphs`, `planning`, `session`, `output` (the directory in the making),
 //! `checkpoint`, `step`, [`train_loop`], [`mod@evaluate`], [`mod@generate`], [`mod@bench`],
-//! [`mod@init`], [`mod@export`], [`mod@doctor`], [`watch`].
+//! [`mod@init`], [`mod@export`], [`mod@doctor`],
+//! [`mod@inspect`], [`watch`].
 //!
 //! ```
 //! use ounce_train::{Memory, Settings};
@@ -75,6 +76,8 @@ pub mod export;
 
 pub mod doctor;
 
+pub mod inspect;
+
 pub mod watch;
 
 use std::path::PathBuf;
@@ -90,10 +93,13 @@ pub use evaluate::evaluate;
 pub use export::{ExportDtype, ExportFormat, ExportRecord, ExportSettings, export};
 pub use generate::{GenerateRecord, GenerateSettings, generate};
 pub use init::{InitRecord, InitSettings, ModelShape, init};
+pub use inspect::{FileRecord, InspectRecord, InspectSettings, TokenRecord, inspect};
 pub use ounce_models::Family;
 pub use precision::{PrecisionRow, explain_precision, precision_table};
 pub use report::{DoneRecord, EvalRecord, Observer, PhaseRecord, PlanRecord, Silent, StepRecord};
-pub use settings::{OnNonfinite, Optimizer, Precision, Settings};
+pub use settings::{
+    BadRows, Columns, DataFile, OnNonfinite, Optimizer, Precision, Settings, WeightedFile,
+};
 pub use tokenize::answer_tokenize_request;
 pub use train_loop::{plan, train};
 

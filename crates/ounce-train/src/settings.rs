@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
+use ounce_io::dataset::RowFormat;
 pub use ounce_passes::Precision;
 use ounce_passes::{OpClass, PrecisionPolicy};
 use serde::{Deserialize, Serialize};
@@ -40,6 +41,78 @@ pub enum Optimizer {
     Sgd,
 }
 
+/// What to do with a row that cannot be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BadRows {
+    /// Stop, naming it.
+    Error,
+    /// Pass it over and count it.
+    Skip,
+}
+
+/// A data file: its path, in YAML also `{path, weight}`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum DataFile {
+    /// Passed over once in an epoch.
+    Path(PathBuf),
+    /// Passed over `weight` times in an epoch.
+    Weighted(WeightedFile),
+}
+
+/// A data file with its weight.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WeightedFile {
+    /// The file.
+    pub path: PathBuf,
+    /// Passes over it in one epoch.
+    pub weight: f64,
+}
+
+impl DataFile {
+    /// The file.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Path(path) => path,
+            Self::Weighted(file) => &file.path,
+        }
+    }
+
+    /// Passes over it in one epoch.
+    pub fn weight(&self) -> f64 {
+        match self {
+            Self::Path(_) => 1.0,
+            Self::Weighted(file) => file.weight,
+        }
+    }
+}
+
+/// Keys of a format and the file's keys for them: a mapping in YAML, `prompt=QUESTION,completion=ANSWER` as a flag.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Columns {
+    /// As a flag has it.
+    Flag(String),
+    /// As YAML has it.
+    Map(BTreeMap<String, String>),
+}
+
+impl Columns {
+    /// The pairs; a word without `=` stands for itself.
+    pub fn pairs(&self) -> Vec<(String, String)> {
+        let own = |(a, b): (&str, &str)| (a.trim().to_owned(), b.trim().to_owned());
+        match self {
+            Self::Flag(text) => text
+                .split(',')
+                .map(|pair| own(pair.split_once('=').unwrap_or((pair, pair))))
+                .collect(),
+            Self::Map(map) => map.iter().map(|(a, b)| own((a, b))).collect(),
+        }
+    }
+}
+
 /// Every setting of `plan`, `train`, `eval` and `generate`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -47,10 +120,20 @@ pub enum Optimizer {
 pub struct Settings {
     /// Model directory.
     pub model: Option<PathBuf>,
-    /// Text to train on, or to evaluate; several files are one stream.
-    pub data: Vec<PathBuf>,
-    /// Held-out text.
+    /// Text or rows to train on, or to evaluate; several texts are one stream.
+    pub data: Vec<DataFile>,
+    /// Held-out text or rows.
     pub eval_data: Vec<PathBuf>,
+    /// What the rows of the data mean; found out from the first of them if not given.
+    pub dataset_format: Option<String>,
+    /// Which of the file's keys stand for those of the format.
+    pub column_mapping: Option<Columns>,
+    /// What to do with rows that cannot be read.
+    pub on_bad_row: BadRows,
+    /// Several samples per row, by best fit.
+    pub packing: bool,
+    /// Data larger than a token file. Not built yet.
+    pub streaming: bool,
     /// Where the result goes.
     pub output_dir: Option<PathBuf>,
     /// Tokens per row; the model's context, at most 1024, if not given.
@@ -126,8 +209,6 @@ pub struct Settings {
     /// Go on from a checkpoint even if that changes the run. A flag only: `run.yaml` does not keep it.
     #[serde(rename = "override", skip_serializing)]
     pub override_begun: bool,
-    /// Several samples per row. Not built yet.
-    pub packing: bool,
     /// Low-rank adapters. Not built yet.
     pub use_peft: bool,
     /// Rank of the adapters. Not built yet.
@@ -150,6 +231,11 @@ impl Default for Settings {
             model: None,
             data: Vec::new(),
             eval_data: Vec::new(),
+            dataset_format: None,
+            column_mapping: None,
+            on_bad_row: BadRows::Error,
+            packing: false,
+            streaming: false,
             output_dir: None,
             max_length: None,
             per_device_train_batch_size: 8,
@@ -184,7 +270,6 @@ impl Default for Settings {
             save_total_limit: None,
             resume_from_checkpoint: None,
             override_begun: false,
-            packing: false,
             use_peft: false,
             lora_r: None,
             lora_alpha: None,
@@ -251,7 +336,7 @@ impl Settings {
 
     fn check_built(&self) -> Result<()> {
         let refused = [
-            (self.packing, "--packing"),
+            (self.streaming, "--streaming"),
             (self.use_peft, "--use-peft"),
             (self.lora_r.is_some(), "--lora-r"),
             (self.lora_alpha.is_some(), "--lora-alpha"),
@@ -268,6 +353,13 @@ impl Settings {
 
     /// Refuses values that make no sense.
     pub(crate) fn check_ranges(&self) -> Result<()> {
+        if let Some(name) = &self.dataset_format
+            && RowFormat::parse(name).is_none()
+        {
+            let names: Vec<&str> = RowFormat::names().collect();
+            let hint = format!("it may be {}", names.join(", "));
+            return Err(usage(format!("`dataset_format` is `{name}`"), &hint));
+        }
         let positive = |x: f64| x.is_finite() && x > 0.0;
         let not_negative = |x: f64| x.is_finite() && x >= 0.0;
         let share = |x: f64| (0.0..1.0).contains(&x);
@@ -279,6 +371,13 @@ impl Settings {
                 "from 1 to 16777216 rows per step",
             ),
             (self.max_steps != Some(0), "max_steps", "at least 1"),
+            (
+                self.data
+                    .iter()
+                    .all(|f| f.weight().is_finite() && (0.0..=1e3).contains(&f.weight())),
+                "weight of a data file",
+                "from 0 to 1000",
+            ),
             (positive(self.num_train_epochs), "num_train_epochs", "above 0"),
             (not_negative(self.learning_rate), "learning_rate", "at least 0"),
             (not_negative(self.warmup_steps), "warmup_steps", "at least 0"),
@@ -436,8 +535,8 @@ mod tests {
 
     #[test]
     fn a_feature_that_is_not_built_is_refused_as_such() {
-        let e = resolve("", json!({ "packing": true })).unwrap_err().to_string();
-        assert!(e.contains("--packing is not built yet"), "{e}");
+        let e = resolve("", json!({ "streaming": true })).unwrap_err().to_string();
+        assert!(e.contains("--streaming is not built yet"), "{e}");
     }
 
     #[test]

@@ -4,11 +4,10 @@ use std::fmt::Write;
 use std::time::Instant;
 
 use ounce_exec::{NonFinite, OptimizerHyper, StepInputs};
-use ounce_io::BlockSampler;
 use ounce_io::checkpoint::ScalerState;
 use ounce_ir::{ValueId, ValueKind};
 
-use crate::batch::Batch;
+use crate::batch::{Batch, Row};
 use crate::budget::peak_resident_bytes;
 use crate::precision::{Scaler, Strike};
 use crate::schedule::Schedule;
@@ -18,28 +17,11 @@ use crate::{Error, Observer, Result, Settings, StepRecord};
 
 /// Where a step's rows come from.
 pub(crate) trait Rows {
-    /// Writes row `row` of step `step` (counted from 1) and returns its length.
-    fn read(&self, step: u64, n_rows: u64, row: u64, ids: &mut [i32]) -> Result<usize>;
+    /// Writes row `row` of step `step` (counted from 1).
+    fn read(&self, step: u64, n_rows: u64, row: u64, to: &mut Row) -> Result<()>;
 
     /// Which rows a step has, in words.
     fn name(&self, step: u64, n_rows: u64) -> String;
-}
-
-impl Rows for BlockSampler {
-    fn read(&self, step: u64, n_rows: u64, row: u64, ids: &mut [i32]) -> Result<usize> {
-        let row = row as usize;
-        self.fill_row_range(step - 1, n_rows as usize, row..row + 1, ids)?;
-        Ok(ids.len())
-    }
-
-    fn name(&self, step: u64, n_rows: u64) -> String {
-        // Enough to find the text; a large batch is not listed whole.
-        let listed = n_rows.min(16);
-        let blocks = (0..listed).map(|r| self.block(step - 1, n_rows as usize, r as usize));
-        let blocks: Vec<String> = blocks.map(|b| b.to_string()).collect();
-        let more = if listed < n_rows { ", ..." } else { "" };
-        format!("blocks {}{more} of the data", blocks.join(", "))
-    }
 }
 
 /// Runs training steps.
@@ -116,7 +98,7 @@ impl Trainer {
         let program = train.as_ref().expect("a training run has a training plan");
         let n_rows = program.shape.n_rows;
         let mut buffers = program.executor.buffers(arena);
-        let read = |row, ids: &mut [i32]| rows.read(step, n_rows, row, ids);
+        let read = |row, to: &mut Row| rows.read(step, n_rows, row, to);
         self.batch.fill(&mut buffers, program.inputs, n_rows, read)?;
         let n_predictions = self.batch.n_predictions() as f64;
         let learning_rate = self.schedule.learning_rate(step);

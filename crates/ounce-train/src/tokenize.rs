@@ -10,14 +10,20 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use ounce_io::{GgufModel, IdTable, StagingDir, TokenCache, Tokenizer};
+use ounce_io::chat_template::ChatTemplate;
+use ounce_io::dataset::{ColumnMapping, OnBadRow, RowFormat, has_conversations};
+use ounce_io::{
+    FileNotes, GgufModel, IdTable, RowNotes, RowOptions, RowTokens, StagingDir, StreamNotes,
+    TokenCache, Tokenizer, data_fingerprint,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::baseline::PROCESS_BYTES;
 use crate::budget::peak_resident_bytes;
 use crate::session::Limits;
+use crate::settings::{BadRows, Columns};
 use crate::text_table::TextTable;
-use crate::{Environment, Error, Observer, Result, Silent};
+use crate::{Environment, Error, Observer, Result, Settings, Silent};
 
 /// Between two looks at the child.
 const POLL_EVERY: Duration = Duration::from_millis(3);
@@ -29,12 +35,45 @@ pub(crate) struct Request {
     pub(crate) tokenizer: PathBuf,
     /// Where token files and the table go.
     pub(crate) cache_dir: PathBuf,
-    /// Streams of text, each of several files, to be turned into token files.
+    /// Data sets, each of several files, to be turned into token files.
     pub(crate) streams: Vec<Vec<PathBuf>>,
+    /// How their rows are read.
+    pub(crate) rows: RowRequest,
     /// Text to encode as a prompt.
     pub(crate) prompt: Option<String>,
     /// Threads that encode.
     pub(crate) n_threads: usize,
+}
+
+/// How the rows of data files are read and cut.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct RowRequest {
+    pub(crate) format: Option<String>,
+    pub(crate) columns: Vec<(String, String)>,
+    pub(crate) skips_bad_rows: bool,
+    pub(crate) max_length: u64,
+}
+
+impl RowRequest {
+    /// What the settings say.
+    pub(crate) fn of(settings: &Settings, max_length: u64) -> Self {
+        Self {
+            format: settings.dataset_format.clone(),
+            columns: settings.column_mapping.iter().flat_map(Columns::pairs).collect(),
+            skips_bad_rows: settings.on_bad_row == BadRows::Skip,
+            max_length,
+        }
+    }
+
+    /// The same in the words of `ounce-io`.
+    pub(crate) fn options(&self) -> RowOptions {
+        RowOptions {
+            // The settings were checked.
+            format: self.format.as_deref().and_then(RowFormat::parse),
+            columns: ColumnMapping::new(self.columns.iter().cloned()),
+            on_bad_row: if self.skips_bad_rows { OnBadRow::Skip } else { OnBadRow::Error },
+        }
+    }
 }
 
 /// What the child found.
@@ -52,6 +91,8 @@ pub(crate) struct Answer {
     pub(crate) vocab_size: u64,
     /// Highest resident memory of the child.
     pub(crate) rss_peak_bytes: u64,
+    /// What is worth a line about the data.
+    pub(crate) notes: Vec<String>,
 }
 
 /// What a child is started for.
@@ -112,9 +153,15 @@ fn write_side_files(gguf: &Path, dir: &Path) -> Result<()> {
 fn tokenize(request: &Request) -> Result<Answer> {
     std::fs::create_dir_all(&request.cache_dir).map_err(|e| Error::file(&request.cache_dir, &e))?;
     let tokenizer = Tokenizer::load(&request.tokenizer)?;
-    let mut token_files = Vec::with_capacity(request.streams.len());
+    let options = request.rows.options();
+    let (mut token_files, mut notes) = (Vec::with_capacity(request.streams.len()), Vec::new());
     for files in &request.streams {
-        token_files.push(token_file(request, files, &tokenizer)?);
+        let path = if has_conversations(files, &options)? {
+            row_file(request, files, &options, &tokenizer, &mut notes)?
+        } else {
+            stream_file(request, files, &options, &tokenizer, &mut notes)?
+        };
+        token_files.push(path);
     }
     let text_table = request.cache_dir.join(format!("{:016x}.ids", tokenizer.fingerprint()));
     TextTable::write(&text_table, &IdTable::new(&tokenizer)?)?;
@@ -129,17 +176,96 @@ fn tokenize(request: &Request) -> Result<Answer> {
         stop_ids: tokenizer.stop_ids().to_vec(),
         vocab_size: tokenizer.vocab_size() as u64,
         rss_peak_bytes: peak_resident_bytes(),
+        notes,
     })
 }
 
-/// The token file of a stream, made anew unless it is there and fresh.
-fn token_file(request: &Request, files: &[PathBuf], tokenizer: &Tokenizer) -> Result<PathBuf> {
-    let fingerprint = tokenizer.fingerprint();
+/// The token file of a text, made anew unless it is there and fresh.
+fn stream_file(
+    request: &Request,
+    files: &[PathBuf],
+    options: &RowOptions,
+    tokenizer: &Tokenizer,
+    notes: &mut Vec<String>,
+) -> Result<PathBuf> {
+    let fingerprint = data_fingerprint(tokenizer, options, None);
     let path = ounce_io::cache_path(&request.cache_dir, files, fingerprint)?;
-    if TokenCache::open_fresh(&path, files, fingerprint)?.is_none() {
-        ounce_io::tokenize_to_cache(files, tokenizer, &path, request.n_threads)?;
+    let cache = match TokenCache::open_fresh(&path, files, fingerprint)? {
+        Some(cache) => cache,
+        None => ounce_io::tokenize_to_cache_with(
+            files,
+            options,
+            tokenizer,
+            fingerprint,
+            &path,
+            request.n_threads,
+        )?,
+    };
+    let n_bad = cache.notes::<StreamNotes>()?.n_bad;
+    if n_bad > 0 {
+        notes.push(format!("warning: {n_bad} broken rows were passed over"));
     }
     Ok(path)
+}
+
+/// The token file of samples, made anew unless it is there and fresh; says what is in it.
+fn row_file(
+    request: &Request,
+    files: &[PathBuf],
+    options: &RowOptions,
+    tokenizer: &Tokenizer,
+    notes: &mut Vec<String>,
+) -> Result<PathBuf> {
+    let template = load_template(&request.tokenizer, tokenizer)?;
+    let max_length = request.rows.max_length as usize;
+    let fingerprint = data_fingerprint(tokenizer, options, Some((&template, max_length)));
+    let path = ounce_io::cache_path(&request.cache_dir, files, fingerprint)?;
+    let cache = if let Some(cache) = TokenCache::open_fresh(&path, files, fingerprint)? {
+        cache
+    } else {
+        let n_workers = request.n_threads;
+        let rows = RowTokens { tokenizer, template: &template, options, max_length, n_workers };
+        rows.write_cache(files, fingerprint, &path)?
+    };
+    let said: RowNotes = cache.notes()?;
+    notes.extend(said.remarks);
+    notes.extend(said.files.iter().flat_map(|file| file_lines(file, max_length)));
+    Ok(path)
+}
+
+/// The chat template of a model directory, for today.
+pub(crate) fn load_template(dir: &Path, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let now_s = now.map_or(0, |since| since.as_secs());
+    let is_token = |text: &str| tokenizer.added_token_id(text).is_some();
+    Ok(ChatTemplate::load(dir, now_s, tokenizer.adds_bos(), is_token)?)
+}
+
+/// What is said of a file of rows: what was found, then what was lost.
+pub(crate) fn file_lines(file: &FileNotes, max_length: usize) -> Vec<String> {
+    let (name, c) = (file.path.display(), &file.counts);
+    let share = 100.0 * c.n_supervised as f64 / c.n_tokens.max(1) as f64;
+    let mut lines = vec![format!(
+        "{name}: {} rows read as `{}`; {} samples of {} tokens, {share:.1} % of them supervised",
+        c.n_rows, file.format, c.n_kept, c.n_tokens
+    )];
+    let mut warn = |n: u64, what: &str| {
+        if n > 0 {
+            lines.push(format!("warning: {name}: {n} {what}"));
+        }
+    };
+    warn(c.n_bad, "broken rows were passed over");
+    warn(c.n_without_answer, "samples have nothing to learn and are left out");
+    warn(
+        c.n_truncated,
+        &format!("samples are cut at {max_length} tokens, {} within an answer", c.n_cut_answers),
+    );
+    warn(
+        c.n_lost_answers,
+        "answers were not found in what the template made of them: not supervised",
+    );
+    warn(c.n_straddling, "samples have a token that is partly prompt and partly answer");
+    lines
 }
 
 /// Has a child process tokenize, which is killed where the observer asks to stop.

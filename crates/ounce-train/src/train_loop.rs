@@ -47,9 +47,9 @@ pub fn train(
     let (plans, limits) = (wanted(settings, &model), limits(settings));
     check_tokenizing(&model, &plans, &limits, env)?;
     let data = Data::open(settings, env, &model, &limits, observer)?;
-    let n_steps = settings.max_steps.unwrap_or_else(|| {
-        data.train.n_steps(settings.num_train_epochs, settings.n_rows() as usize)
-    });
+    let n_steps = settings
+        .max_steps
+        .unwrap_or_else(|| data.train.n_steps(settings.num_train_epochs, settings.n_rows()));
     if let Some(checkpoint) = &from {
         checkpoint::check_settings(checkpoint, settings, n_steps, observer)?;
     }
@@ -209,9 +209,9 @@ impl Run<'_> {
     /// Writes a checkpoint of the place where the run stands.
     fn save(&mut self) -> Result<PathBuf> {
         let Place { step, tokens_seen, .. } = self.place;
-        let n_blocks = self.data.train.n_blocks();
+        let n_per_epoch = self.data.train.n_per_epoch();
         let scaler = self.trainer.scaler().state().clone();
-        let state = checkpoint::state(self.settings, step, tokens_seen, n_blocks, scaler);
+        let state = checkpoint::state(self.settings, step, tokens_seen, n_per_epoch, scaler);
         let path = self.saver.save(&mut self.session, &state)?;
         self.place.checkpoint = Some(path.clone());
         self.output.keep_metrics()?;

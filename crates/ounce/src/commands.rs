@@ -1,20 +1,21 @@
 //! One function per command: flags to settings, a call into `ounce-train`, the result printed.
 
-use std::io::Read;
+use std::io::{IsTerminal, Read};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
 use ounce_train::{
     BenchSettings, DoctorRecord, Environment, Error, Family, GenerateSettings, InitSettings,
-    ModelShape, Optimizer, Precision, Result, Settings, format_bytes,
+    InspectRecord, InspectSettings, ModelShape, Optimizer, Precision, Result, Settings,
+    format_bytes,
 };
 
 use crate::console::{Console, print_err, print_json, print_out};
 use crate::export::export;
 use crate::flags::{
-    BenchFlags, BenchStepFlags, BenchWhat, Command, DoctorFlags, GenerateFlags, InitFlags,
-    PlanFlags, RunFlags,
+    BenchFlags, BenchStepFlags, BenchWhat, Command, DataFlags, DataWhat, DoctorFlags,
+    GenerateFlags, InitFlags, InspectFlags, PlanFlags, RunFlags,
 };
 
 /// Runs a command; `signal` holds the number of a signal that arrived.
@@ -35,7 +36,7 @@ pub(crate) fn run(command: Command, signal: &Arc<AtomicUsize>) -> Result<()> {
         Command::Pull(flags) => crate::pull::pull(flags, signal),
         #[cfg(not(feature = "hub"))]
         Command::Pull(_) => not_built("pull"),
-        Command::Data(_) => not_built("data"),
+        Command::Data(DataFlags { what: DataWhat::Inspect(flags) }) => inspect(&flags),
         Command::Doctor(flags) => doctor(&flags),
         Command::Tokenize => tokenize(),
     }
@@ -219,6 +220,63 @@ fn bench_step(flags: BenchStepFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
         print_err(&profile.table());
     }
     Ok(())
+}
+
+fn inspect(flags: &InspectFlags) -> Result<()> {
+    let settings = settings(&flags.run)?;
+    let wanted = InspectSettings { files: flags.files.clone(), n_samples: flags.samples };
+    let record = ounce_train::inspect(&settings, &wanted, &environment()?)?;
+    if flags.run.json {
+        for file in &record.files {
+            print_json(file);
+        }
+    } else {
+        print_out(&inspect_text(&record, std::io::stdout().is_terminal()));
+    }
+    Ok(())
+}
+
+/// What was found in data files, for people; supervised tokens in colour, or in brackets where there is none.
+fn inspect_text(record: &InspectRecord, has_colours: bool) -> String {
+    let mut lines = record.remarks.clone();
+    let (begin, end) = if has_colours { ("\x1b[30;42m", "\x1b[0m") } else { ("[", "]") };
+    for file in &record.files {
+        lines.push(String::new());
+        lines.extend(file.lines.iter().cloned());
+        lines.extend(length_bars(&file.histogram));
+        for (i, tokens) in file.shown.iter().enumerate() {
+            let mut text = String::new();
+            for (k, token) in tokens.iter().enumerate() {
+                let was = k > 0 && tokens[k - 1].supervised;
+                text.push_str(match (was, token.supervised) {
+                    (false, true) => begin,
+                    (true, false) => end,
+                    _ => "",
+                });
+                // A dot between tokens shows where they are cut.
+                text.push_str(if k > 0 && was == token.supervised { "\u{b7}" } else { "" });
+                text.push_str(&token.text.replace('\n', "\u{21b5}"));
+            }
+            text.push_str(if tokens.last().is_some_and(|t| t.supervised) { end } else { "" });
+            lines.push(format!("sample {} ({} tokens):", i + 1, tokens.len()));
+            lines.push(text);
+        }
+    }
+    lines.join("\n").trim_start().to_owned() + "\n"
+}
+
+/// Samples by length, as bars.
+fn length_bars(histogram: &[u64]) -> Vec<String> {
+    const CELLS: u64 = 40;
+    let most = histogram.iter().copied().max().unwrap_or(0).max(1);
+    let first = histogram.iter().position(|&n| n > 0).unwrap_or(0);
+    let last = histogram.iter().rposition(|&n| n > 0).map_or(0, |k| k + 1);
+    let bar = |k: usize| {
+        let n = histogram[k];
+        let cells = (n * CELLS).div_ceil(most) as usize;
+        format!("{:>8} to {:>8} tokens {n:>9} {}", 1_u64 << k, (2_u64 << k) - 1, "#".repeat(cells))
+    };
+    (first..last).map(bar).collect()
 }
 
 fn doctor(flags: &DoctorFlags) -> Result<()> {

@@ -56,8 +56,8 @@ pub(crate) enum Command {
     /// (not in this build)
     #[cfg(not(feature = "hub"))]
     Pull(NotBuiltFlags),
-    /// (not built yet)
-    Data(NotBuiltFlags),
+    /// Look at data as a run would
+    Data(DataFlags),
     /// What this machine has, and what to expect of it
     Doctor(DoctorFlags),
     /// Turns text into ids for the process that started this one
@@ -87,10 +87,10 @@ pub(crate) struct RunFlags {
     /// Model directory in Hugging Face's layout, GGUF file, or ORG/NAME that `ounce pull` fetched
     #[arg(long, value_name = "DIR|FILE.gguf")]
     model: Option<PathBuf>,
-    /// Text, `.txt` or `.jsonl`; repeatable
+    /// Text (.txt) or rows (.jsonl, .json, .parquet); repeatable
     #[arg(long, value_name = "FILE")]
     data: Vec<PathBuf>,
-    /// Held-out text; repeatable
+    /// Held-out text or rows; repeatable
     #[arg(long, value_name = "FILE")]
     eval_data: Vec<PathBuf>,
     /// Where the result goes
@@ -172,6 +172,22 @@ pub(crate) struct RunFlags {
     #[arg(long, value_name = "P", help_heading = "Optimization")]
     dropout: Option<f64>,
 
+    /// What rows mean: messages, sharegpt, alpaca, prompt-completion, ... [default: found out]
+    #[arg(long, value_name = "NAME", help_heading = "Data")]
+    dataset_format: Option<String>,
+    /// The file's keys for those of the format: prompt=QUESTION,completion=ANSWER
+    #[arg(long, value_name = "PAIRS", help_heading = "Data")]
+    column_mapping: Option<String>,
+    /// Rows that cannot be read: stop, or pass them over and count them [default: error]
+    #[arg(long, value_parser = ["error", "skip"], help_heading = "Data")]
+    on_bad_row: Option<String>,
+    /// Several samples per row, by best fit
+    #[arg(long, help_heading = "Data")]
+    packing: bool,
+    // Refused by `Settings::resolve`.
+    #[arg(long, hide = true)]
+    streaming: bool,
+
     /// Steps between lines of progress
     #[arg(long, value_name = "N", help_heading = "Reports")]
     logging_steps: Option<u64>,
@@ -202,8 +218,6 @@ pub(crate) struct RunFlags {
     #[serde(rename = "override")]
     override_begun: bool,
     // Named by the contract and refused by `Settings::resolve`.
-    #[arg(long, hide = true)]
-    packing: bool,
     #[arg(long, hide = true)]
     use_peft: bool,
     #[arg(long, hide = true)]
@@ -261,6 +275,30 @@ pub(crate) struct PlanFlags {
     /// Show the table of op classes and what they are stored in, instead of the plan
     #[arg(long, value_parser = ["precision"])]
     pub(crate) explain: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DataFlags {
+    #[command(subcommand)]
+    pub(crate) what: DataWhat,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DataWhat {
+    /// Formats, counts, lengths, and what is supervised of the first rows
+    Inspect(InspectFlags),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectFlags {
+    /// Data files
+    #[arg(value_name = "FILE", required = true)]
+    pub(crate) files: Vec<PathBuf>,
+    /// Rows of each file that are shown token by token
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) samples: usize,
+    #[command(flatten)]
+    pub(crate) run: RunFlags,
 }
 
 #[derive(Debug, Args)]

@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 
 use super::mutate::{Choices, mutate};
 use super::small_run::SmallRun;
+use crate::chat_template::ChatTemplate;
 use crate::checkpoint;
+use crate::dataset::{ColumnMapping, Conversation, RowFormat, RowReader, samples};
 use crate::disk::RealDisk;
 use crate::error::{ErrorKind, IoError};
 use crate::hash::hash_file;
@@ -45,6 +47,12 @@ pub enum Target {
     Text,
     /// A file of JSON rows.
     Rows,
+    /// A JSON array of conversations.
+    Array,
+    /// A Parquet file.
+    Parquet,
+    /// A chat template.
+    Template,
     /// A token cache, also with its checksums made right again.
     TokenCache,
     /// `manifest.json` of a checkpoint.
@@ -55,7 +63,7 @@ pub enum Target {
 
 impl Target {
     /// Every target.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 14] = [
         Self::Safetensors,
         Self::Index,
         Self::Gguf,
@@ -64,6 +72,9 @@ impl Target {
         Self::VocabMerges,
         Self::Text,
         Self::Rows,
+        Self::Array,
+        Self::Parquet,
+        Self::Template,
         Self::TokenCache,
         Self::Manifest,
         Self::State,
@@ -80,6 +91,9 @@ impl Target {
             Self::VocabMerges => "vocab-merges",
             Self::Text => "text",
             Self::Rows => "rows",
+            Self::Array => "array",
+            Self::Parquet => "parquet",
+            Self::Template => "template",
             Self::TokenCache => "token-cache",
             Self::Manifest => "manifest",
             Self::State => "state",
@@ -92,6 +106,10 @@ impl Target {
             // A table of the most ids accepted, as it grows; the library's tables, several for each token; the
             // compiled expressions.
             Self::Gguf | Self::Tokenizer | Self::VocabMerges => (64 << 20) + 400 * n_bytes,
+            // Two pages as large as they may be, and what the library makes of them.
+            Self::Parquet => (512 << 20) + 64 * n_bytes,
+            // The instructions that a template may take pay for 64 bytes each.
+            Self::Template => (512 << 20) + 64 * n_bytes,
             _ => (1 << 20) + 64 * n_bytes,
         }
     }
@@ -107,6 +125,9 @@ impl Target {
             Self::VocabMerges => "merges.txt",
             Self::Text => "text.txt",
             Self::Rows => "rows.jsonl",
+            Self::Array => "rows.json",
+            Self::Parquet => "rows.parquet",
+            Self::Template => "chat_template.jinja",
             Self::TokenCache => "tokens.bin",
             Self::Manifest => "manifest.json",
             Self::State => "trainer_state.json",
@@ -165,6 +186,24 @@ impl FuzzCase {
             Target::Rows => case.write(
                 b"{\"text\": \"caf\\u00e9 \\ud83d\\ude00\", \"id\": [1]}\n\n{\"text\":\"\"}\r\n",
             ),
+            Target::Array => case.write(
+                b"[{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]},\n {\"messages\": [{\"from\": \"gpt\", \
+                  \"value\": \"caf\\u00e9 ]}\"}], \"tools\": \"[]\"}]\n",
+            ),
+            Target::Parquet => {
+                let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+                for name in ["messages.snappy.parquet", "messages.zstd.parquet", "text.parquet"] {
+                    case.add_valid(&read(&data.join(name)));
+                }
+                case.write(&read(&data.join("messages.none.parquet")));
+            }
+            Target::Template => {
+                let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/chat_templates");
+                for name in ["chatml", "generation", "reasoning", "strict"] {
+                    case.add_valid(&read(&data.join(name).with_extension("jinja")));
+                }
+                case.write(&read(&data.join("tools.jinja")));
+            }
             Target::TokenCache => {
                 let text = dir.join("text.txt");
                 crate::write_file(&text, TEXT.as_bytes())?;
@@ -218,6 +257,10 @@ impl FuzzCase {
             Target::Tokenizer => Tokenizer::load(&path).and_then(|t| use_tokenizer(&t)),
             Target::VocabMerges => Tokenizer::load(&self.dir).and_then(|t| use_tokenizer(&t)),
             Target::Text | Target::Rows => read_pieces(&path, bytes.len()),
+            Target::Array | Target::Parquet => read_rows(&path),
+            Target::Template => {
+                ChatTemplate::load(&self.dir, 0, false, |_| false).map(|t| use_template(&t))
+            }
             Target::TokenCache => TokenCache::open(&path).and_then(|cache| read_ids(&cache)),
             Target::Manifest => checkpoint::open(&self.dir).map(|_| ()),
             Target::State => {
@@ -360,6 +403,44 @@ fn use_tokenizer(tokenizer: &Tokenizer) -> Result<(), IoError> {
     tokenizer.decode(&ids)?;
     IdTable::new(tokenizer)?.decode(&ids);
     Ok(())
+}
+
+/// Reads all rows, finds out what they mean, and takes those that can be taken.
+fn read_rows(path: &Path) -> Result<(), IoError> {
+    let columns = ColumnMapping::default();
+    let mut rows = RowReader::open(path)?;
+    let mut n_rows = 0;
+    while let Some(row) = rows.next_row()? {
+        n_rows += 1;
+        if let Ok(row) = row {
+            for name in RowFormat::names() {
+                let format = RowFormat::parse(name).expect("names are those of formats");
+                let _ = samples(path, &row, format, &columns);
+            }
+        }
+        // More rows than a file of this size can tell apart are made up by it.
+        if n_rows > 100_000 {
+            break;
+        }
+    }
+    RowFormat::detect(path, &columns).map(|_| ())
+}
+
+/// Renders a few conversations and looks for the answers.
+fn use_template(template: &ChatTemplate) {
+    let say = |role: &str, content: &str| json!({"role": role, "content": content});
+    let messages = vec![
+        say("system", "s"),
+        say("user", "u"),
+        say("assistant", "<think>\nt\n</think>\n\na"),
+        say("user", "caf\u{e9}"),
+        say("assistant", " b "),
+    ];
+    let conversation = Conversation { messages, ..Conversation::default() };
+    let end = template.end_of_turn(|text| text == "<|im_end|>");
+    if let Ok(text) = template.supervised_text(&conversation, &end) {
+        assert!(text.supervised.iter().all(|s| text.text.get(s.clone()).is_some()), "{text:?}");
+    }
 }
 
 /// Reads all pieces, which are never longer than what they are cut from.

@@ -15,6 +15,7 @@ mod pieces;
 mod special;
 mod train;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -114,6 +115,40 @@ impl Tokenizer {
         let mut ids = Vec::new();
         self.encode_into(text, &mut ids).map_err(|fault| fault.without_place(text))?;
         Ok(ids)
+    }
+
+    /// The ids of `text` and the bytes of it that each stands for. Special tokens that are written out in the text are
+    /// those tokens; none is added.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_with_places(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>), IoError> {
+        let library = match &self.backend {
+            Backend::Library(library) => library,
+            Backend::Chars(_) => {
+                let places = text.char_indices().map(|(at, c)| at..at + c.len_utf8());
+                return Ok((self.encode(text)?, places.collect()));
+            }
+        };
+        let encoding = guard(|| library.encode(text, false))
+            .map_err(|reason| Fault { at: 0, reason }.without_place(text))?;
+        let places = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
+        Ok((encoding.get_ids().to_vec(), places))
+    }
+
+    /// The id of a token that was added to the vocabulary, as special tokens are.
+    pub fn added_token_id(&self, token: &str) -> Option<u32> {
+        let Backend::Library(library) = &self.backend else { return None };
+        let added = library.get_added_vocabulary().get_vocab();
+        added.get(token).copied()
+    }
+
+    /// The name of token `id`.
+    pub fn token_name(&self, id: u32) -> Option<String> {
+        match &self.backend {
+            Backend::Library(library) => library.id_to_token(id),
+            Backend::Chars(chars) => chars.char(id).map(|c| c.to_string()),
+        }
     }
 
     /// The ids of a prompt: those of `text`, after the beginning-of-text token where this tokenizer puts one.

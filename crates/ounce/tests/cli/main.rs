@@ -4,7 +4,8 @@
 //! a model), `same_bits` (what must not change the result), `resume` (nothing is lost), `signals`
 //! (stopped in any phase), `precision` (16 bits, the loss scale, numbers that are not finite),
 //! `faults` (a disk that fails), `refusals` (errors, hints and exit codes), `damage` (files that are
-//! not what they should be), `gguf` (models in that format).
+//! not what they should be), `gguf` (models in that format), `chat_data` (conversations, packing,
+//! mixtures).
 #![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
 
 mod lab;
@@ -26,3 +27,5 @@ mod refusals;
 mod damage;
 
 mod gguf;
+
+mod chat_data;

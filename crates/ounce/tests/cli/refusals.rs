@@ -11,9 +11,8 @@ fn what_is_not_built_is_refused_as_such() {
         "search",
         "prune",
         "export --model x --format gguf --output-dir y --merge",
-        "data inspect",
         "train --use-peft --lora-r 8",
-        "train --packing",
+        "train --streaming",
     ] {
         let error = lab.fail(2, &words(line));
         assert!(error.contains("not built yet"), "{line}: {error}");

@@ -1,0 +1,222 @@
+//! Which part of a rendered conversation is supervised: what the assistant says, and the token that ends its turn.
+//!
+//! Where the template has `{% generation %}` blocks, they say it. Where not:
+//! 1. The conversation is rendered once more with a stand-in for each answer. What stands around the stand-ins is the
+//!    template's own text; it must stand around the answers in the true text, in the same order. This needs no
+//!    template whose text for a part is the start of its text for the whole, which Qwen3's is not.
+//! 2. An answer that the template takes apart (reasoning, calls of tools) is found by rendering what comes before it,
+//!    with the prompt to answer: if the true text begins with that, the answer is what follows, up to the end of turn.
+//! 3. An answer that is found by neither is not supervised, and counted.
+//!
+//! The end of a turn is what the template writes behind an answer, up to and with its first special token; what
+//! follows (mostly a line feed) is not supervised: nobody has to write it.
+//!
+//! Complexity: two renderings of the conversation; one more for each answer that is taken apart.
+
+use std::ops::Range;
+
+use serde_json::{Value, json};
+
+use super::ChatTemplate;
+use crate::dataset::Conversation;
+
+/// What marks a stand-in: characters that no text is meant to hold.
+const STAND_IN: [char; 2] = ['\u{fdd2}', '\u{fdd3}'];
+/// Longest end of turn that is no token.
+const MAX_END_BYTES: usize = 40;
+
+/// A conversation as text, with the bytes that are supervised.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SupervisedText {
+    /// The text.
+    pub text: String,
+    /// Ascending, without overlap.
+    pub supervised: Vec<Range<usize>>,
+    /// Answers whose place was not found.
+    pub n_lost: usize,
+}
+
+/// What a template writes behind an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EndOfTurn {
+    /// A special token of the tokenizer.
+    Token(String),
+    /// Something like a special token, which the tokenizer does not know as one.
+    NoToken(String),
+    /// Nothing of the kind.
+    None,
+}
+
+impl EndOfTurn {
+    /// The text, if there is one.
+    pub fn text(&self) -> Option<&str> {
+        match self {
+            Self::Token(text) | Self::NoToken(text) => Some(text),
+            Self::None => None,
+        }
+    }
+}
+
+impl ChatTemplate {
+    /// What this template writes behind an answer, found with a conversation of two messages.
+    pub fn end_of_turn(&self, is_token: impl Fn(&str) -> bool) -> EndOfTurn {
+        let probe = [
+            json!({ "role": "user", "content": "a" }),
+            json!({ "role": "assistant", "content": stand_in(0) }),
+        ];
+        let Ok(rendered) = self.render(&probe, None, false) else { return EndOfTurn::None };
+        let Some((_, tail)) = rendered.text.split_once(&stand_in(0)) else {
+            return EndOfTurn::None;
+        };
+        let tail = tail.trim_start();
+        let ends = tail.char_indices().map(|(at, c)| at + c.len_utf8()).take(MAX_END_BYTES);
+        match ends.filter(|&end| is_token(&tail[..end])).last() {
+            Some(end) => EndOfTurn::Token(tail[..end].into()),
+            None => match tail.find('>').filter(|&at| at < MAX_END_BYTES) {
+                Some(at) if tail.starts_with('<') => EndOfTurn::NoToken(tail[..=at].into()),
+                _ => EndOfTurn::None,
+            },
+        }
+    }
+
+    /// Renders a conversation and finds what is supervised in it.
+    ///
+    /// # Errors
+    /// What the template refuses: a reason without a place.
+    pub fn supervised_text(
+        &self,
+        conversation: &Conversation,
+        end: &EndOfTurn,
+    ) -> Result<SupervisedText, String> {
+        let messages = self.messages_of(conversation);
+        let tools = conversation.tools.as_ref();
+        let full = self.render(&messages, tools, false)?;
+        let answers = |i: &usize| conversation.messages[*i]["role"] == "assistant";
+        let all: Vec<usize> = (0..messages.len()).filter(answers).collect();
+        let is_supervised = |i: &usize| conversation.is_supervised(*i);
+        if self.has_generation() {
+            // Where each answer has its block, those that are given stay unsupervised.
+            let supervised = if full.generated.len() == all.len() {
+                let pairs = all.iter().zip(full.generated);
+                pairs.filter(|(i, _)| is_supervised(i)).map(|(_, span)| span).collect()
+            } else {
+                full.generated
+            };
+            return Ok(SupervisedText { text: full.text, supervised, n_lost: 0 });
+        }
+        let wanted = all.into_iter().filter(is_supervised).collect();
+        let search = Search { template: self, messages: &messages, tools, text: &full.text, end };
+        let (mut supervised, n_lost) = search.answers(wanted)?;
+        supervised.retain(|span: &Range<usize>| !span.is_empty());
+        supervised.sort_by_key(|span| span.start);
+        Ok(SupervisedText { text: full.text, supervised, n_lost })
+    }
+}
+
+fn stand_in(i: usize) -> String {
+    format!("{}{i}{}", STAND_IN[0], STAND_IN[1])
+}
+
+/// The search for answers in a text.
+struct Search<'a> {
+    template: &'a ChatTemplate,
+    messages: &'a [Value],
+    tools: Option<&'a Value>,
+    text: &'a str,
+    end: &'a EndOfTurn,
+}
+
+impl Search<'_> {
+    /// The spans of the answers `wanted`, and how many were not found.
+    fn answers(&self, mut wanted: Vec<usize>) -> Result<(Vec<Range<usize>>, usize), String> {
+        let (mut spans, mut n_lost) = (Vec::new(), 0);
+        wanted.retain(|&i| {
+            let plain = self.messages[i]["content"].as_str().is_some_and(|c| !c.is_empty());
+            let plain = plain && !self.messages[i]["tool_calls"].is_array();
+            if !plain {
+                match self.by_prefix(i) {
+                    Some(span) => spans.push(span),
+                    None => n_lost += 1,
+                }
+            }
+            plain
+        });
+        while !wanted.is_empty() {
+            let stuck_at = match self.by_stand_ins(&wanted)? {
+                Ok(found) => {
+                    spans.extend(found);
+                    break;
+                }
+                Err(k) => wanted.remove(k),
+            };
+            match self.by_prefix(stuck_at) {
+                Some(span) => spans.push(span),
+                None => n_lost += 1,
+            }
+        }
+        Ok((spans, n_lost))
+    }
+
+    /// The spans of all of `wanted`, or the number of the first that is not found.
+    fn by_stand_ins(&self, wanted: &[usize]) -> Result<Result<Vec<Range<usize>>, usize>, String> {
+        let mut messages = self.messages.to_vec();
+        for &i in wanted {
+            messages[i]["content"] = stand_in(i).into();
+        }
+        let outline = self.template.render(&messages, self.tools, false)?.text;
+        let mut rest = outline.as_str();
+        let (mut at, mut spans) = (0, Vec::with_capacity(wanted.len()));
+        for (k, &i) in wanted.iter().enumerate() {
+            let Some((before, after)) = rest.split_once(&stand_in(i)) else { return Ok(Err(k)) };
+            if !self.text[at..].starts_with(before) {
+                return Ok(Err(k.saturating_sub(1)));
+            }
+            at += before.len();
+            let next = after.find(STAND_IN[0]).map_or(after, |end| &after[..end]);
+            let content = self.messages[i]["content"].as_str().unwrap_or_default();
+            let Some(answer) = self.spelled(at, content, next) else { return Ok(Err(k)) };
+            spans.push(at..self.with_end(at + answer, next));
+            at += answer;
+            rest = after;
+        }
+        Ok(if self.text[at..] == *rest { Ok(spans) } else { Err(wanted.len() - 1) })
+    }
+
+    /// Bytes of the text at `at` that are `content` as the template spells it, followed by `next`.
+    fn spelled(&self, at: usize, content: &str, next: &str) -> Option<usize> {
+        let said = content.rsplit("</think>").next().unwrap_or(content);
+        let spellings = [
+            content,
+            content.trim(),
+            content.trim_start(),
+            content.trim_end(),
+            said.trim_start_matches('\n'),
+            said.trim(),
+        ];
+        let here = &self.text[at..];
+        let fits = |s: &&str| here.strip_prefix(*s).is_some_and(|rest| rest.starts_with(next));
+        spellings.into_iter().find(fits).map(str::len)
+    }
+
+    /// `at`, moved behind the end of turn where `next` begins with it, space apart.
+    fn with_end(&self, at: usize, next: &str) -> usize {
+        let end = self.end.text().filter(|end| next.trim_start().starts_with(end));
+        end.map_or(at, |end| at + (next.len() - next.trim_start().len()) + end.len())
+    }
+
+    /// What follows the prompt to answer message `i`, up to the end of its turn.
+    fn by_prefix(&self, i: usize) -> Option<Range<usize>> {
+        let render =
+            |n: usize, prompt| self.template.render(&self.messages[..n], self.tools, prompt);
+        let prompt = render(i, true).ok()?.text;
+        let answer = self.text.strip_prefix(prompt.as_str())?;
+        let start = prompt.len();
+        if let Some(end) = self.end.text() {
+            let at = answer.find(end)?;
+            return Some(start..start + at + end.len());
+        }
+        let part = render(i + 1, false).ok()?.text;
+        let same = part.bytes().zip(self.text.bytes()).take_while(|(a, b)| a == b).count();
+        (same > start && self.text.is_char_boundary(same)).then_some(start..same)
+    }
+}

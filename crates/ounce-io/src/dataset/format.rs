@@ -1,0 +1,149 @@
+//! What the rows of a file mean, and how that is found out.
+//!
+//! Rule: the keys of the first row decide, the most telling keys first. All rows of a file have one format; a row that
+//! is not of it is a broken row. The user may name the format, and say which of the file's keys stands for which key of
+//! the format.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::{Place, RowReader};
+use crate::error::IoError;
+
+/// First rows that are looked at.
+const N_LOOKED_AT: usize = 16;
+
+/// The meaning of a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowFormat {
+    /// `{"text"}`: a text, every token of which is supervised.
+    Text,
+    /// `{"messages": [{"role", "content"}]}`, with `tools` if there are any.
+    Messages,
+    /// `{"prompt", "completion"}`: two strings, or two lists of messages.
+    PromptCompletion,
+    /// `{"instruction", "input", "output"}`, with `system` and `history` if there are any.
+    Alpaca,
+    /// `{"conversations": [{"from", "value"}]}`, with `system` and `tools` if there are any.
+    ShareGpt,
+    /// `{"prompt", "chosen", "rejected"}`, of which the chosen answer is supervised.
+    Preference,
+    /// `{"question", "answer"}`.
+    QuestionAnswer,
+    /// `{"turns", "reference"}`: questions of a benchmark, with answers to some of them.
+    Turns,
+    /// `{"instruction", "instances": [{"input", "output"}]}`.
+    Instances,
+}
+
+/// Each format, the name it is called by, and the keys that it needs; the most telling come first.
+const FORMATS: [(RowFormat, &str, &[&str]); 9] = [
+    (RowFormat::Preference, "preference", &["chosen"]),
+    (RowFormat::Messages, "messages", &["messages"]),
+    (RowFormat::ShareGpt, "sharegpt", &["conversations"]),
+    (RowFormat::PromptCompletion, "prompt-completion", &["prompt", "completion"]),
+    (RowFormat::Instances, "instances", &["instruction", "instances"]),
+    (RowFormat::Alpaca, "alpaca", &["instruction", "output"]),
+    (RowFormat::QuestionAnswer, "question-answer", &["question", "answer"]),
+    (RowFormat::Turns, "turns", &["turns"]),
+    (RowFormat::Text, "text", &["text"]),
+];
+
+impl RowFormat {
+    /// The format of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        let alike = |known: &&(Self, &str, &[&str])| known.1 == name.replace('_', "-");
+        FORMATS.iter().find(alike).map(|f| f.0)
+    }
+
+    /// Every name.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        FORMATS.iter().map(|f| f.1)
+    }
+
+    /// The keys that every row has.
+    pub fn keys(self) -> &'static [&'static str] {
+        FORMATS.iter().find(|f| f.0 == self).expect("every format is listed").2
+    }
+
+    /// The first format whose keys a row has.
+    fn of_row(row: &Map<String, Value>, columns: &ColumnMapping) -> Option<Self> {
+        let has = |key: &&str| columns.get(row, key).is_some_and(|v| !v.is_null());
+        FORMATS.iter().find(|f| f.2.iter().all(has)).map(|f| f.0)
+    }
+
+    /// The format of the rows of `path`, by its first rows.
+    ///
+    /// # Errors
+    /// Reading the file; `BadLine` or `BadFile` where none of the first rows is of a known format.
+    pub fn detect(path: &Path, columns: &ColumnMapping) -> Result<Self, IoError> {
+        let mut rows = RowReader::open(path)?;
+        let mut first_fault = None;
+        for _ in 0..N_LOOKED_AT {
+            match rows.next_row()? {
+                None => break,
+                Some(Err(fault)) => first_fault = first_fault.or(Some(fault)),
+                Some(Ok(row)) => {
+                    let object = row.value.as_object();
+                    if let Some(format) = object.and_then(|o| Self::of_row(o, columns)) {
+                        return Ok(format);
+                    }
+                    let fault = || Some(unknown(path, row.place, &row.value));
+                    first_fault = first_fault.or_else(fault);
+                }
+            }
+        }
+        Err(first_fault.unwrap_or_else(|| {
+            IoError::bad_file(path, "holds no rows", "give a file with at least one row")
+        }))
+    }
+}
+
+impl fmt::Display for RowFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(FORMATS.iter().find(|f| f.0 == *self).expect("every format is listed").1)
+    }
+}
+
+/// The error for a row of no known format.
+fn unknown(path: &Path, place: Place, row: &Value) -> IoError {
+    let Some(object) = row.as_object() else {
+        let start: String = row.to_string().chars().take(40).collect();
+        let reason = format!("the row is no object, but `{start}`");
+        return place.fault(path, reason, "each row must be an object like {\"text\": \"...\"}");
+    };
+    let keys: Vec<&str> = object.keys().map(String::as_str).take(12).collect();
+    let reason = format!("rows with the keys `{}` are of no known format", keys.join("`, `"));
+    let hint = "name the keys with `--column-mapping`, for instance \
+                `--column-mapping prompt=QUESTION,completion=ANSWER`";
+    place.fault(path, reason, hint)
+}
+
+/// Which of the file's keys stands for which key of the format.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ColumnMapping(BTreeMap<String, String>);
+
+impl ColumnMapping {
+    /// From pairs of (key of the format, key of the file).
+    pub fn new(pairs: impl IntoIterator<Item = (String, String)>) -> Self {
+        Self(pairs.into_iter().collect())
+    }
+
+    /// The pairs, by key of the format.
+    pub fn pairs(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(a, b)| (a.as_str(), b.as_str()))
+    }
+
+    /// What a row holds for a key of the format.
+    pub(crate) fn get<'a>(&self, row: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
+        row.get(self.0.get(key).map_or(key, String::as_str))
+    }
+
+    /// The file's name for a key of the format.
+    pub(crate) fn name<'a>(&'a self, key: &'a str) -> &'a str {
+        self.0.get(key).map_or(key, String::as_str)
+    }
+}

@@ -1,0 +1,257 @@
+//! Data sets: rows of JSON Lines, JSON arrays and Parquet files, and what they mean.
+//!
+//! Idea: whatever the file, a row is a JSON value with a place that errors can name. What a row means, a text or a
+//! conversation, is a [`RowFormat`], found from the first rows or given by the user.
+//!
+//! Invariants: one row is in memory at a time (and one page per column of a Parquet file), whatever the file says about
+//! its size; a row that is broken leaves the others readable, so that it may be passed over; a file that is broken as a
+//! whole is an error.
+//!
+//! Files in reading order: `source.rs` (JSON items in bounded memory), `parquet.rs` and `pages.rs` (the Parquet files),
+//! this one (rows and their places), `format.rs` (what rows mean), `conversation.rs` (rows to conversations).
+
+mod conversation;
+mod format;
+#[cfg(feature = "parquet")]
+mod pages;
+#[cfg(feature = "parquet")]
+mod parquet;
+pub(crate) mod source;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+pub(crate) use conversation::samples;
+pub use conversation::{Conversation, Sample};
+pub use format::{ColumnMapping, RowFormat};
+
+use crate::error::{IoError, excerpt};
+use crate::json::parse_strict;
+use crate::text::{MAX_LINE_BYTES, RowOptions, SourceHash};
+use source::{Item, JsonItems};
+
+const JSON_HINT: &str =
+    "each row must be an object like {\"text\": \"...\"} or {\"messages\": [...]}";
+
+/// What to do with a row that cannot be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnBadRow {
+    /// Stop, naming it.
+    #[default]
+    Error,
+    /// Pass it over and count it.
+    Skip,
+}
+
+/// Where a row comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// The line on which it begins, from 1.
+    Line(u64),
+    /// Its number in a Parquet file, from 1.
+    Row(u64),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Line(n) => write!(f, "line {n}"),
+            Self::Row(n) => write!(f, "row {n}"),
+        }
+    }
+}
+
+impl Place {
+    /// The error for a row at this place of `path`.
+    pub(crate) fn fault(
+        self,
+        path: &Path,
+        reason: impl Into<String>,
+        hint: impl Into<std::borrow::Cow<'static, str>>,
+    ) -> IoError {
+        match self {
+            Self::Line(line) => IoError::bad_line(path, line, reason, hint),
+            Self::Row(n) => IoError::bad_file(path, format!("row {n}: {}", reason.into()), hint),
+        }
+    }
+}
+
+/// A row as it lies in a file.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RawRow {
+    /// Its content.
+    pub value: Value,
+    /// Where it lies.
+    pub place: Place,
+    /// Bytes of its JSON, as far as they are known.
+    pub n_bytes: usize,
+}
+
+/// The rows of one file, in order.
+#[derive(Debug)]
+pub struct RowReader(Reader);
+
+#[derive(Debug)]
+enum Reader {
+    Json(JsonItems),
+    #[cfg(feature = "parquet")]
+    Parquet(Box<parquet::ParquetRows>),
+}
+
+impl RowReader {
+    /// Opens a file of rows; its name says which kind.
+    ///
+    /// # Errors
+    /// `Missing`, `Read`; `BadFile` for a directory, or for a format that is not read.
+    pub fn open(path: &Path) -> Result<Self, IoError> {
+        match FileKind::of(path)? {
+            FileKind::Rows => Ok(Self(Reader::Json(JsonItems::open(path)?))),
+            #[cfg(feature = "parquet")]
+            FileKind::Parquet => {
+                Ok(Self(Reader::Parquet(Box::new(parquet::ParquetRows::open(path)?))))
+            }
+            #[cfg(not(feature = "parquet"))]
+            FileKind::Parquet => Err(IoError::bad_file(
+                path,
+                "this build does not read Parquet",
+                "build ounce with its feature `parquet`, or convert the file to .jsonl",
+            )),
+            FileKind::Text => Err(IoError::bad_file(
+                path,
+                "plain text has no rows",
+                "rows are read from .jsonl, .json and .parquet files",
+            )),
+        }
+    }
+
+    /// The next row, or `None` after the last. The inner error is a row that is broken while the rows after it are
+    /// still readable.
+    ///
+    /// # Errors
+    /// `Read`; `BadLine` or `BadFile` where the file is broken as a whole.
+    pub fn next_row(&mut self) -> Result<Option<Result<RawRow, IoError>>, IoError> {
+        match &mut self.0 {
+            Reader::Json(items) => next_json_row(items),
+            #[cfg(feature = "parquet")]
+            Reader::Parquet(rows) => Ok(rows.next_row()?.map(Ok)),
+        }
+    }
+
+    /// Length and hash of the file; valid after its last row.
+    ///
+    /// # Errors
+    /// `Missing`, `Read`.
+    pub(crate) fn fingerprint(&self) -> Result<SourceHash, IoError> {
+        match &self.0 {
+            Reader::Json(items) => Ok(items.fingerprint()),
+            #[cfg(feature = "parquet")]
+            Reader::Parquet(rows) => rows.fingerprint(),
+        }
+    }
+}
+
+/// What a file holds, by its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FileKind {
+    /// One text.
+    Text,
+    /// Rows of JSON.
+    Rows,
+    /// Rows of columns.
+    Parquet,
+}
+
+impl FileKind {
+    /// The kind that a file name stands for.
+    pub(crate) fn of(path: &Path) -> Result<Self, IoError> {
+        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_lowercase();
+        match extension.as_str() {
+            "jsonl" | "ndjson" | "json" => Ok(Self::Rows),
+            "parquet" => Ok(Self::Parquet),
+            "arrow" | "csv" | "tsv" | "gz" | "zst" | "zip" | "xz" | "bz2" => {
+                Err(IoError::bad_file(
+                    path,
+                    format!("data in .{extension} files is not read"),
+                    "give plain text (.txt) or rows (.jsonl, .json, .parquet)",
+                ))
+            }
+            _ => Ok(Self::Text),
+        }
+    }
+}
+
+fn next_json_row(items: &mut JsonItems) -> Result<Option<Result<RawRow, IoError>>, IoError> {
+    let item = items.advance()?;
+    let place = Place::Line(items.line());
+    let fault = |reason: String, at: usize, hint: &'static str| {
+        let near = excerpt(items.bytes(), at);
+        let near = near.trim_end_matches("\\n");
+        place.fault(items.path(), format!("{reason} near `{near}`"), hint)
+    };
+    match item {
+        Item::End => Ok(None),
+        Item::TooLong => {
+            let reason = format!("the row is longer than {} MiB", MAX_LINE_BYTES >> 20);
+            Ok(Some(Err(fault(reason, 0, "split the row into several"))))
+        }
+        Item::Row => Ok(Some(parse_row(items.bytes(), place, fault))),
+    }
+}
+
+fn parse_row(
+    bytes: &[u8],
+    place: Place,
+    fault: impl Fn(String, usize, &'static str) -> IoError,
+) -> Result<RawRow, IoError> {
+    if let Err(e) = std::str::from_utf8(bytes) {
+        let reason = format!("is not UTF-8 (byte 0x{:02x})", bytes[e.valid_up_to()]);
+        let hint = "convert the file, for instance with `iconv -t UTF-8`";
+        return Err(fault(reason, e.valid_up_to(), hint));
+    }
+    match parse_strict(bytes) {
+        Ok(value) => Ok(RawRow { value, place, n_bytes: bytes.len() }),
+        Err(e) => {
+            let full = e.to_string();
+            let reason = full.split(" at line ").next().unwrap_or(&full);
+            let line_start = line_start(bytes, e.line());
+            let at = line_start + e.column().saturating_sub(1);
+            Err(fault(format!("not valid JSON: {reason}"), at, JSON_HINT))
+        }
+    }
+}
+
+/// Where line `line` (from 1) of `bytes` begins.
+fn line_start(bytes: &[u8], line: usize) -> usize {
+    let newlines = bytes.iter().enumerate().filter(|(_, b)| **b == b'\n').map(|(i, _)| i + 1);
+    std::iter::once(0).chain(newlines).nth(line.saturating_sub(1)).unwrap_or(0)
+}
+
+/// Whether the rows of these files are taken one by one, as conversations are, and not as one stream of text.
+///
+/// # Errors
+/// As [`RowFormat::detect`]; `BadFile` for plain text beside conversations.
+pub fn has_conversations(paths: &[PathBuf], options: &RowOptions) -> Result<bool, IoError> {
+    let (mut rows, mut text) = (None, None);
+    for path in paths {
+        let format = match (FileKind::of(path)?, options.format) {
+            (FileKind::Text, _) => None,
+            (_, Some(format)) => Some(format),
+            (_, None) => Some(RowFormat::detect(path, &options.columns)?),
+        };
+        match format {
+            None => text = Some(path),
+            Some(RowFormat::Text) => {}
+            Some(format) => rows = Some((path, format)),
+        }
+    }
+    match (rows, text) {
+        (Some((path, format)), Some(text)) => Err(IoError::bad_file(
+            text,
+            format!("plain text cannot be mixed with the rows of {} (`{format}`)", path.display()),
+            "put each text into a row {\"text\": \"...\"} of a .jsonl file",
+        )),
+        (rows, _) => Ok(rows.is_some()),
+    }
+}

@@ -1,0 +1,192 @@
+//! Rows of a Parquet file, nested lists and structures included, one at a time.
+//!
+//! Idea: the `parquet` crate assembles records from pages; around it stand a check of what the pages claim
+//! (`pages.rs`), a count of the rows against what the footer says, and a guard, since the crate panics on some broken
+//! files. Compression: none, snappy, zstd.
+//!
+//! Memory: the footer, and per column one page packed and unpacked.
+
+use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use ::parquet::basic::Compression;
+use ::parquet::errors::ParquetError;
+use ::parquet::file::reader::{FileReader, SerializedFileReader};
+use ::parquet::record::reader::RowIter;
+use ::parquet::record::{Field, Row};
+use serde_json::{Map, Number, Value};
+
+use super::{Place, RawRow, pages};
+use crate::error::IoError;
+use crate::hash::hash_file;
+use crate::json::open_regular;
+use crate::text::SourceHash;
+
+const HINT: &str = "write the file again, for instance with pyarrow or `datasets`";
+/// Longest footer that is read.
+const MAX_FOOTER_BYTES: u64 = 64 << 20;
+
+/// The rows of one file.
+pub(super) struct ParquetRows {
+    path: PathBuf,
+    rows: Option<RowIter<'static>>,
+    n_read: u64,
+    n_claimed: u64,
+}
+
+impl std::fmt::Debug for ParquetRows {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ParquetRows")
+            .field("path", &self.path)
+            .field("n_read", &self.n_read)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ParquetRows {
+    /// Opens a file and checks what it says about itself.
+    ///
+    /// # Errors
+    /// `Missing`, `Read`, `BadFile`.
+    pub(super) fn open(path: &Path) -> Result<Self, IoError> {
+        let bad = |reason: String| {
+            IoError::bad_file(path, format!("not a Parquet file that can be read: {reason}"), HINT)
+        };
+        let file = open_regular(path)?;
+        check_footer(&file).map_err(bad)?;
+        let for_pages = file.try_clone().map_err(|e| IoError::reading(path, e))?;
+        let reader = guard(|| SerializedFileReader::new(file)).map_err(bad)?;
+        let n_claimed = guard_plain(|| check_chunks(&reader, &for_pages)).map_err(bad)?;
+        let rows =
+            guard(|| RowIter::from_file_into(Box::new(reader)).project(None)).map_err(bad)?;
+        Ok(Self { path: path.into(), rows: Some(rows), n_read: 0, n_claimed })
+    }
+
+    /// The next row.
+    ///
+    /// # Errors
+    /// `BadFile`, naming the row; nothing can be read behind it.
+    pub(super) fn next_row(&mut self) -> Result<Option<RawRow>, IoError> {
+        let Some(rows) = &mut self.rows else { return Ok(None) };
+        let number = self.n_read + 1;
+        let bad = |reason: String| IoError::bad_file(&self.path, reason, HINT);
+        match guard(|| rows.next().transpose()) {
+            Ok(Some(row)) => {
+                self.n_read = number;
+                // The size in the file is not known row by row: a batch ends by its number of rows.
+                Ok(Some(RawRow { value: object(&row), place: Place::Row(number), n_bytes: 0 }))
+            }
+            Ok(None) if self.n_read == self.n_claimed => {
+                self.rows = None;
+                Ok(None)
+            }
+            Ok(None) => Err(bad(format!(
+                "the footer says {} rows, the columns hold {}",
+                self.n_claimed, self.n_read
+            ))),
+            Err(reason) => Err(bad(format!("row {number}: {reason}"))),
+        }
+    }
+
+    pub(super) fn fingerprint(&self) -> Result<SourceHash, IoError> {
+        let (n_bytes, hash) = hash_file(&self.path)?;
+        Ok(SourceHash { n_bytes, hash })
+    }
+}
+
+/// Checks the footer's length before the library allocates it.
+fn check_footer(file: &File) -> Result<(), String> {
+    use std::os::unix::fs::FileExt;
+    let n_bytes = file.metadata().map_err(|e| e.to_string())?.len();
+    if n_bytes < 12 {
+        return Err(format!("{n_bytes} bytes are too few"));
+    }
+    let mut tail = [0; 8];
+    file.read_exact_at(&mut tail, n_bytes - 8).map_err(|e| e.to_string())?;
+    let (length, magic) = tail.split_first_chunk::<4>().expect("eight bytes");
+    let length = u64::from(u32::from_le_bytes(*length));
+    if magic != b"PAR1" {
+        return Err("it does not end in `PAR1`".into());
+    }
+    if length > (n_bytes - 12).min(MAX_FOOTER_BYTES) {
+        return Err(format!("the footer claims {length} bytes of {n_bytes}"));
+    }
+    Ok(())
+}
+
+/// Checks every page of every column; the number of rows that the row groups claim.
+fn check_chunks(reader: &SerializedFileReader<File>, file: &File) -> Result<u64, String> {
+    let mut n_rows = 0_u64;
+    for group in reader.metadata().row_groups() {
+        let n = u64::try_from(group.num_rows())
+            .map_err(|_| "a row group has a negative count of rows")?;
+        n_rows = n_rows.checked_add(n).ok_or("the row groups claim too many rows")?;
+        for column in group.columns() {
+            let compression = column.compression();
+            if !matches!(
+                compression,
+                Compression::UNCOMPRESSED | Compression::SNAPPY | Compression::ZSTD(_)
+            ) {
+                return Err(format!("compression {compression} is not read; snappy and zstd are"));
+            }
+            let (start, n_bytes) = column.byte_range();
+            pages::check_chunk(file, start, n_bytes).map_err(|reason| {
+                format!("column `{}`: {reason}", column.column_path().string())
+            })?;
+        }
+    }
+    Ok(n_rows)
+}
+
+/// Runs the library, whose panics on broken files are the files' fault.
+fn guard<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, String> {
+    guard_plain(|| read().map_err(|e| e.to_string()))
+}
+
+fn guard_plain<T>(read: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(read)) {
+        Ok(result) => result,
+        Err(_) => Err("its structure is broken".into()),
+    }
+}
+
+fn object(row: &Row) -> Value {
+    let fields = row.get_column_iter().map(|(name, field)| (name.clone(), value(field)));
+    Value::Object(fields.collect::<Map<_, _>>())
+}
+
+/// A field as JSON. Bytes that are no text and numbers that JSON does not have become null.
+fn value(field: &Field) -> Value {
+    let float = |x: f64| Number::from_f64(x).map_or(Value::Null, Value::Number);
+    match field {
+        Field::Null => Value::Null,
+        Field::Bool(x) => (*x).into(),
+        Field::Byte(x) => (*x).into(),
+        Field::Short(x) => (*x).into(),
+        Field::Int(x) | Field::Date(x) | Field::TimeMillis(x) => (*x).into(),
+        Field::Long(x)
+        | Field::TimeMicros(x)
+        | Field::TimestampMillis(x)
+        | Field::TimestampMicros(x) => (*x).into(),
+        Field::UByte(x) => (*x).into(),
+        Field::UShort(x) => (*x).into(),
+        Field::UInt(x) => (*x).into(),
+        Field::ULong(x) => (*x).into(),
+        Field::Float16(x) => float(f64::from(*x)),
+        Field::Float(x) => float(f64::from(*x)),
+        Field::Double(x) => float(*x),
+        Field::Decimal(_) => field.to_string().into(),
+        Field::Str(text) => text.as_str().into(),
+        Field::Bytes(bytes) => bytes.as_utf8().map_or(Value::Null, Value::from),
+        Field::Group(row) => object(row),
+        Field::ListInternal(list) => list.elements().iter().map(value).collect(),
+        Field::MapInternal(map) => {
+            let entry = |(key, content): &(Field, Field)| {
+                let name = value(key).as_str().map_or_else(|| key.to_string(), str::to_owned);
+                (name, value(content))
+            };
+            Value::Object(map.entries().iter().map(entry).collect())
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! Files as they are read: hashed on the way, line by line, each line bounded.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use crate::error::{IoError, excerpt};
+use crate::hash::Xxh64;
+use crate::json::open_regular;
+use crate::text::{MAX_LINE_BYTES, PIECE_BYTES, SourceHash};
+
+pub(crate) const BOM: &[u8] = b"\xef\xbb\xbf";
+
+/// A file that hashes what is read from it.
+#[derive(Debug)]
+pub(crate) struct Source {
+    file: File,
+    hash: Xxh64,
+    n_bytes: u64,
+}
+
+impl Source {
+    pub(crate) fn open(path: &Path) -> Result<Self, IoError> {
+        Ok(Self { file: open_regular(path)?, hash: Xxh64::new(), n_bytes: 0 })
+    }
+
+    /// Length and hash of what was read so far.
+    pub(crate) fn fingerprint(&self) -> SourceHash {
+        SourceHash { n_bytes: self.n_bytes, hash: self.hash.digest() }
+    }
+}
+
+impl Read for Source {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.file.read(buffer)?;
+        self.hash.update(&buffer[..n]);
+        self.n_bytes += n as u64;
+        Ok(n)
+    }
+}
+
+/// What stands on a line, or between the commas of an array.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Item {
+    /// A row; its bytes are at hand.
+    Row,
+    /// A row of more than [`MAX_LINE_BYTES`]; its start is at hand, the rest was passed over.
+    TooLong,
+    /// The end of the file.
+    End,
+}
+
+/// Rows of JSON, one a line or the elements of one array, as bytes.
+///
+/// Which of the two it is says the first character of the file. Elements of an array are told apart by counting
+/// brackets outside of strings, so that one that is no JSON leaves the others readable.
+#[derive(Debug)]
+pub(crate) struct JsonItems {
+    path: PathBuf,
+    source: BufReader<Source>,
+    bytes: Vec<u8>,
+    /// Line on which the current row begins, from 1.
+    line: u64,
+    /// Lines before the reading position.
+    n_lines: u64,
+    layout: Layout,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    Unknown,
+    Lines,
+    /// Before an element or the closing bracket. `first`: no comma is due.
+    Array {
+        first: bool,
+    },
+    /// Behind the closing bracket.
+    Closed,
+}
+
+impl JsonItems {
+    /// Opens a file of which nothing is known yet but that it holds JSON.
+    pub(crate) fn open(path: &Path) -> Result<Self, IoError> {
+        Ok(Self {
+            path: path.into(),
+            source: BufReader::with_capacity(PIECE_BYTES, Source::open(path)?),
+            bytes: Vec::new(),
+            line: 0,
+            n_lines: 0,
+            layout: Layout::Unknown,
+        })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn line(&self) -> u64 {
+        self.line
+    }
+
+    /// The bytes of the current row.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    pub(crate) fn fingerprint(&self) -> SourceHash {
+        self.source.get_ref().fingerprint()
+    }
+
+    /// Goes to the next row that is not blank.
+    ///
+    /// # Errors
+    /// `Read`; `BadLine` where an array is not one.
+    pub(crate) fn advance(&mut self) -> Result<Item, IoError> {
+        self.bytes.clear();
+        // One very long row must not keep its memory for the rest of the file.
+        self.bytes.shrink_to(4 * PIECE_BYTES);
+        if self.layout == Layout::Unknown {
+            self.skip_bom()?;
+            self.layout = match self.peek_past_space()? {
+                Some(b'[') => {
+                    self.source.consume(1);
+                    Layout::Array { first: true }
+                }
+                _ => Layout::Lines,
+            };
+        }
+        match self.layout {
+            Layout::Array { first } => self.next_element(first),
+            Layout::Closed => self.expect_end(),
+            Layout::Unknown | Layout::Lines => self.next_line(),
+        }
+    }
+
+    fn next_line(&mut self) -> Result<Item, IoError> {
+        loop {
+            self.bytes.clear();
+            let mut line = (&mut self.source).take(MAX_LINE_BYTES as u64 + 1);
+            let n = line
+                .read_until(b'\n', &mut self.bytes)
+                .map_err(|e| IoError::reading(&self.path, e))?;
+            self.line = self.n_lines + 1;
+            if n == 0 {
+                return Ok(Item::End);
+            }
+            if n > MAX_LINE_BYTES {
+                if self.bytes.last() == Some(&b'\n') {
+                    self.n_lines += 1;
+                } else {
+                    self.skip_line()?;
+                }
+                self.bytes.truncate(PIECE_BYTES);
+                return Ok(Item::TooLong);
+            }
+            self.n_lines += 1;
+            if !self.bytes.iter().all(u8::is_ascii_whitespace) {
+                return Ok(Item::Row);
+            }
+        }
+    }
+
+    /// Passes over the rest of a line through the reader's own buffer.
+    fn skip_line(&mut self) -> Result<(), IoError> {
+        while let Some(byte) = self.next_byte()? {
+            if byte == b'\n' {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn next_element(&mut self, first: bool) -> Result<Item, IoError> {
+        let mut next = self.peek_past_space()?;
+        if next == Some(b']') {
+            self.next_byte()?;
+            self.layout = Layout::Closed;
+            return self.expect_end();
+        }
+        if !first {
+            if next != Some(b',') {
+                return Err(self.broken("a comma or `]` is missing between two rows"));
+            }
+            self.next_byte()?;
+            next = self.peek_past_space()?;
+        }
+        self.line = self.n_lines + 1;
+        self.layout = Layout::Array { first: false };
+        if matches!(next, None | Some(b',' | b']')) {
+            return Err(self.broken("a row is missing"));
+        }
+        self.take_element()
+    }
+
+    /// Collects bytes up to the comma or bracket that ends the element.
+    fn take_element(&mut self) -> Result<Item, IoError> {
+        let (mut depth, mut in_string, mut escaped, mut too_long) = (0_u64, false, false, false);
+        loop {
+            let Some(byte) = self.peek()? else {
+                return Err(self.broken("the file ends before the array does"));
+            };
+            if !in_string && depth == 0 && matches!(byte, b',' | b']' | b'}') {
+                if byte == b'}' {
+                    return Err(self.broken("`}` closes nothing"));
+                }
+                return Ok(if too_long { Item::TooLong } else { Item::Row });
+            }
+            self.next_byte()?;
+            match byte {
+                _ if escaped => escaped = false,
+                b'\\' if in_string => escaped = true,
+                b'"' => in_string = !in_string,
+                b'[' | b'{' if !in_string => depth += 1,
+                b']' | b'}' if !in_string => depth -= 1,
+                _ => {}
+            }
+            if !too_long && self.bytes.len() == MAX_LINE_BYTES {
+                too_long = true;
+                self.bytes.truncate(PIECE_BYTES);
+                self.bytes.shrink_to_fit();
+            }
+            if !too_long {
+                self.bytes.push(byte);
+            }
+            if !in_string && depth == 0 && matches!(byte, b']' | b'}') {
+                return Ok(if too_long { Item::TooLong } else { Item::Row });
+            }
+        }
+    }
+
+    fn expect_end(&mut self) -> Result<Item, IoError> {
+        match self.peek_past_space()? {
+            None => Ok(Item::End),
+            Some(_) => Err(self.broken("there is more behind the array's closing bracket")),
+        }
+    }
+
+    fn broken(&self, what: &str) -> IoError {
+        let near = excerpt(&self.bytes, self.bytes.len());
+        let near = if near.is_empty() { String::new() } else { format!(" near `{near}`") };
+        let reason = format!("not a JSON array of rows: {what}{near}");
+        let hint = "the file is `[row, row, ...]`, or one row per line";
+        IoError::bad_line(&self.path, self.n_lines + 1, reason, hint)
+    }
+
+    fn skip_bom(&mut self) -> Result<(), IoError> {
+        let buffer = self.source.fill_buf().map_err(|e| IoError::reading(&self.path, e))?;
+        if buffer.starts_with(BOM) {
+            self.source.consume(BOM.len());
+        }
+        Ok(())
+    }
+
+    fn peek_past_space(&mut self) -> Result<Option<u8>, IoError> {
+        loop {
+            match self.peek()? {
+                Some(byte) if byte.is_ascii_whitespace() => self.next_byte()?,
+                other => return Ok(other),
+            };
+        }
+    }
+
+    fn peek(&mut self) -> Result<Option<u8>, IoError> {
+        let buffer = self.source.fill_buf().map_err(|e| IoError::reading(&self.path, e))?;
+        Ok(buffer.first().copied())
+    }
+
+    fn next_byte(&mut self) -> Result<Option<u8>, IoError> {
+        let byte = self.peek()?;
+        if byte.is_some() {
+            self.source.consume(1);
+        }
+        self.n_lines += u64::from(byte == Some(b'\n'));
+        Ok(byte)
+    }
+}
