@@ -203,7 +203,7 @@ impl RowSampler {
         self.mixture.at(step * rows_per_step as u64 + row as u64)
     }
 
-    /// Reads row `row` of the data: its samples one after the other, each from a multiple of [`GRANULE_TOKENS`] on.
+    /// Reads row `row` of the data: its samples one after the other, each from a multiple of 64 tokens on.
     /// Their lengths go to `lengths`.
     ///
     /// # Errors

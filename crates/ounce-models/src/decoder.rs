@@ -1,7 +1,7 @@
 //! What the Llama-like families share: one configuration, one way to read and write it, one writer
 //! of layers.
 //!
-//! A family is a [`Definition`] in a file of its own: how its blocks are wired ([`Blocks`]), its
+//! A family is a `Definition` in a file of its own: how its blocks are wired (`Blocks`), its
 //! defaults, and the keys that it alone has. Everything else is here.
 //!
 //! ```text
