@@ -55,6 +55,8 @@ pub(super) fn render(
 ) -> Result<(), Error> {
     let mut env = env.clone();
     env.set_fuel(Some(fuel));
+    // The default of 500 overflows the 2 MiB stack of a thread; real templates nest a few levels.
+    env.set_recursion_limit(80);
     env.get_template(name)?.render_captured_to(context, output).map(|_| ())
 }
 
