@@ -54,4 +54,6 @@ pub mod philox;
 pub mod rope;
 
 #[cfg(test)]
+mod sixteen_bits;
+#[cfg(test)]
 mod testing;

@@ -1,23 +1,23 @@
 //! A kernel on 16-bit operands gives what it gives on the same numbers as f32, rounded once: to the
 //! bit, in both types, in place or not, on every tier. Sums in f32 are the same bits.
 
-use half::{bf16, f16};
-use ounce_kernels::activation::{
+use crate::activation::{
     Gate, GeluKind, gelu_backward, gelu_forward, glu_backward, glu_forward, glu_packed_backward,
     soft_cap_backward, soft_cap_forward,
 };
-use ounce_kernels::elementwise;
-use ounce_kernels::embed::{embed_forward, embed_scatter, embed_scatter_scratch_u64};
-use ounce_kernels::inout::InOut;
-use ounce_kernels::norm::{
+use crate::elementwise;
+use crate::embed::{embed_forward, embed_scatter, embed_scatter_scratch_u64};
+use crate::inout::InOut;
+use crate::norm::{
     layer_norm_backward, layer_norm_backward_scratch_elems, layer_norm_forward, rms_norm_backward,
     rms_norm_forward,
 };
-use ounce_kernels::philox::PhiloxKey;
-use ounce_kernels::pool::Pool;
-use ounce_kernels::rope::rope;
-use ounce_kernels::tier::{Tier, set_tier};
-use ounce_kernels::view::{FloatType, View, ViewMut};
+use crate::philox::PhiloxKey;
+use crate::pool::Pool;
+use crate::rope::rope;
+use crate::testing::{Stored, noise};
+use crate::tier::{Tier, set_tier};
+use crate::view::{FloatType, View};
 
 // N tokens, C channels: more than a block of 1024 and no multiple of anything; D per head.
 const N: usize = 9;
@@ -26,63 +26,9 @@ const D: usize = 210;
 const EPS: f32 = 1e-5;
 const KEY: PhiloxKey = PhiloxKey { seed: 5, step: 6, site: 7 };
 
-/// Numbers stored in one of the types.
-#[derive(Clone, Debug, PartialEq)]
-enum Stored {
-    F32(Vec<f32>),
-    Bf16(Vec<bf16>),
-    F16(Vec<f16>),
-}
-
-impl Stored {
-    fn zeros(float_type: FloatType, n: usize) -> Self {
-        match float_type {
-            FloatType::F32 => Stored::F32(vec![0.0; n]),
-            FloatType::Bf16 => Stored::Bf16(vec![bf16::ZERO; n]),
-            FloatType::F16 => Stored::F16(vec![f16::ZERO; n]),
-        }
-    }
-
-    fn new(float_type: FloatType, x: &[f32]) -> Self {
-        let mut stored = Self::zeros(float_type, x.len());
-        stored.view_mut().copy_from(View::F32(x));
-        stored
-    }
-
-    fn view(&self) -> View<'_> {
-        match self {
-            Stored::F32(x) => View::F32(x),
-            Stored::Bf16(x) => View::Bf16(x),
-            Stored::F16(x) => View::F16(x),
-        }
-    }
-
-    fn view_mut(&mut self) -> ViewMut<'_> {
-        match self {
-            Stored::F32(x) => ViewMut::F32(x),
-            Stored::Bf16(x) => ViewMut::Bf16(x),
-            Stored::F16(x) => ViewMut::F16(x),
-        }
-    }
-
-    fn wide(&self) -> Vec<f32> {
-        let mut wide = vec![0.0; self.view().len()];
-        self.view().widen(&mut wide);
-        wide
-    }
-}
-
-/// Numbers in [-4, 4) from a fixed generator (xorshift).
-fn noise(n: usize, seed: u32) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
-    (0..n)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 17;
-            state ^= state << 5;
-            (state >> 8) as f32 / (1 << 21) as f32 - 4.0
-        })
-        .collect()
+/// Numbers in [-4, 4).
+fn loud(n: usize, seed: u32) -> Vec<f32> {
+    noise(n, seed).iter().map(|x| 4.0 * x).collect()
 }
 
 /// Runs a kernel on inputs of `sizes` in 16 bits and in f32 on the same numbers; `run` writes its
@@ -101,7 +47,7 @@ fn check<const I: usize>(
             let mut seed = 0;
             let inputs = sizes.map(|n| {
                 seed += 1;
-                Stored::new(float_type, &noise(n, seed))
+                Stored::new(&loud(n, seed), float_type)
             });
             let as_f32 = inputs.clone().map(|x| Stored::F32(x.wide()));
             let mut want = as_f32[..n_outputs].to_vec();
@@ -111,7 +57,7 @@ fn check<const I: usize>(
             for (got, want) in got.iter().zip(want) {
                 assert_eq!(
                     got,
-                    &Stored::new(float_type, &want.wide()),
+                    &Stored::new(&want.wide(), float_type),
                     "{name} {float_type:?} {tier}"
                 );
             }
@@ -235,7 +181,7 @@ fn gathered_rows_and_sums_over_tokens_are_those_of_f32() {
 /// What `lower_precision` mixes: f32 parameters with 16-bit values, 16-bit inputs with an f32 output.
 #[test]
 fn operands_of_one_call_may_differ_in_type() {
-    let (x, w) = (Stored::new(FloatType::F16, &noise(N * C, 1)), noise(C, 2));
+    let (x, w) = (Stored::new(&loud(N * C, 1), FloatType::F16), loud(C, 2));
     let mut want = vec![0.0; N * C];
     rms_norm_forward(
         &Pool::new(1),
@@ -249,7 +195,7 @@ fn operands_of_one_call_may_differ_in_type() {
     let mut got = vec![0.0; N * C];
     rms_norm_forward(&Pool::new(2), (&mut got).into(), x.view(), (&w).into(), EPS, 1.0, C);
     assert_eq!(got, want);
-    let mut got = Stored::zeros(FloatType::Bf16, N * C);
+    let mut got = Stored::new(&[0.0; N * C], FloatType::Bf16);
     rms_norm_forward(&Pool::new(2), got.view_mut(), x.view(), (&w).into(), EPS, 1.0, C);
-    assert_eq!(got, Stored::new(FloatType::Bf16, &want));
+    assert_eq!(got, Stored::new(&want, FloatType::Bf16));
 }

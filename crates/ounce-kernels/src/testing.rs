@@ -30,7 +30,7 @@ pub(crate) fn assert_close(got: &[f32], want: &[f64], tolerance: f64) {
 pub(crate) const FLOAT_TYPES: [FloatType; 3] = [FloatType::F32, FloatType::Bf16, FloatType::F16];
 
 /// Numbers stored as one of the types.
-#[derive(PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Stored {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
