@@ -22,7 +22,7 @@
 //! # }
 //! ```
 //!
-//! Files in reading order: `error.rs`; `json.rs` (strict, bounded), `hash.rs`, `half.rs`, `window.rs`; `disk.rs` (the
+//! Files in reading order: `error.rs`; `json.rs` (strict, bounded), `hash.rs`, `window.rs`; `disk.rs` (the
 //! seam below all writing), `temp.rs`, `atomic.rs` (one file), `staging.rs` and `publication.rs` (a model directory);
 //! `safetensors/`; `gguf/`; `hf_dir.rs` (a model directory's side files), `hub_cache.rs`; `checkpoint/`; `tokenizer/`;
 //! `dataset/` (rows and what they mean), `chat_template/` (conversations to text), `text.rs` (training text in pieces),
@@ -42,7 +42,6 @@ mod disk_speed;
 mod encode;
 mod error;
 mod gguf;
-mod half;
 mod hash;
 mod hf_dir;
 mod hub_cache;

@@ -13,7 +13,7 @@
 //!
 //! Source: the block structures and reference routines of ggml (`ggml-common.h`, `ggml-quants.c`).
 
-use crate::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
+use half::{bf16, f16};
 
 /// Elements of the largest block.
 pub(super) const MAX_BLOCK_ELEMS: usize = 256;
@@ -111,7 +111,7 @@ impl GgmlType {
             }),
             Self::F16 => blocks(bytes, dst, |b: &[u8; 2], [x]: &mut [f32; 1]| *x = half(b, 0)),
             Self::Bf16 => blocks(bytes, dst, |b: &[u8; 2], [x]: &mut [f32; 1]| {
-                *x = bf16_to_f32(u16::from_le_bytes(*b));
+                *x = bf16::from_le_bytes(*b).to_f32();
             }),
             Self::Q8_0 => blocks(bytes, dst, q8_0),
             Self::Q4_0 => blocks(bytes, dst, q4_0),
@@ -131,8 +131,8 @@ impl GgmlType {
     pub(super) fn encode(self, src: &[f32], bytes: &mut [u8]) -> Result<(), usize> {
         match self {
             Self::F32 => write(src, bytes, f32::to_le_bytes),
-            Self::F16 => write(src, bytes, |x| f32_to_f16(x).to_le_bytes()),
-            Self::Bf16 => write(src, bytes, |x| f32_to_bf16(x).to_le_bytes()),
+            Self::F16 => write(src, bytes, |x| f16::from_f32(x).to_le_bytes()),
+            Self::Bf16 => write(src, bytes, |x| bf16::from_f32(x).to_le_bytes()),
             Self::Q8_0 => {
                 for (elems, block) in src.chunks_exact(32).zip(bytes.chunks_exact_mut(34)) {
                     encode_q8_0(elems, block);
@@ -177,7 +177,7 @@ fn write<const N: usize>(src: &[f32], bytes: &mut [u8], narrow: impl Fn(f32) -> 
 
 /// The binary16 at byte `at`.
 fn half(block: &[u8], at: usize) -> f32 {
-    f16_to_f32(u16::from_le_bytes([block[at], block[at + 1]]))
+    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
 fn q8_0(block: &[u8; 34], elems: &mut [f32; 32]) {
@@ -245,7 +245,7 @@ fn encode_q8_0(elems: &[f32], block: &mut [u8]) {
     let most = elems.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
     let d = most / 127.0;
     let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
-    block[..2].copy_from_slice(&f32_to_f16(d).to_le_bytes());
+    block[..2].copy_from_slice(&f16::from_f32(d).to_le_bytes());
     for (q, &x) in block[2..].iter_mut().zip(elems) {
         *q = (x * inverse).round() as i8 as u8;
     }

@@ -12,11 +12,11 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use half::{bf16, f16};
 use serde_json::Value;
 
 use super::header::{Dtype, TensorInfo, read_header};
 use crate::error::IoError;
-use crate::half::{bf16_to_f32, f16_to_f32};
 use crate::hf_dir::is_plain_name;
 use crate::json::{open_regular, read_json};
 use crate::publication::{interrupted_hint, is_interrupted};
@@ -161,8 +161,8 @@ impl SafetensorsDir {
             offset += bytes.len() as u64;
             match info.dtype {
                 Dtype::F32 => convert(part, bytes, f32::from_le_bytes),
-                Dtype::F16 => convert(part, bytes, |b| f16_to_f32(u16::from_le_bytes(b))),
-                Dtype::Bf16 => convert(part, bytes, |b| bf16_to_f32(u16::from_le_bytes(b))),
+                Dtype::F16 => convert(part, bytes, |b| f16::from_le_bytes(b).to_f32()),
+                Dtype::Bf16 => convert(part, bytes, |b| bf16::from_le_bytes(b).to_f32()),
                 other => {
                     let reason = format!("has type {}, which is not read as f32", other.name());
                     let hint = "weights must be F32, F16 or BF16";

@@ -10,11 +10,12 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 
+use half::{bf16, f16};
+
 use super::header::{Dtype, MAX_HEADER_BYTES};
 use crate::atomic::AtomicFile;
 use crate::disk::{Disk, real_disk};
 use crate::error::IoError;
-use crate::half::{f32_to_bf16, f32_to_f16};
 
 /// Bytes of the buffer through which elements are converted.
 const CHUNK_BYTES: usize = 16 << 10;
@@ -150,8 +151,8 @@ impl<F: ByteSink> SafetensorsWriter<F> {
             let bytes = &mut buffer[..part.len() * dtype.elem_bytes()];
             match dtype {
                 Dtype::F32 => convert(bytes, part, f32::to_le_bytes),
-                Dtype::F16 => convert(bytes, part, |x| f32_to_f16(x).to_le_bytes()),
-                Dtype::Bf16 => convert(bytes, part, |x| f32_to_bf16(x).to_le_bytes()),
+                Dtype::F16 => convert(bytes, part, |x| f16::from_f32(x).to_le_bytes()),
+                Dtype::Bf16 => convert(bytes, part, |x| bf16::from_f32(x).to_le_bytes()),
                 other => panic!("f32 values are not written as {}", other.name()),
             }
             self.file.write_all(bytes)?;
