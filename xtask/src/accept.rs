@@ -24,7 +24,6 @@ const FLAGS: &[&str] = &[
     "--times",
     "--seed",
     "--precision",
-    "--binary",
     "--gguf",
     "--data",
     "--llama-python",
@@ -52,7 +51,7 @@ const DEMONSTRATIONS: &[Demonstration] = &[
 
 /// What a demonstration runs with.
 pub(crate) struct Setting<'a> {
-    /// The release binary, or one that was given.
+    /// The release binary of this commit: results are recorded under it.
     pub(crate) binary: String,
     /// A Python with torch or tokenizers, for the other side.
     pub(crate) python: Option<&'a str>,
@@ -116,8 +115,7 @@ pub(crate) fn accept(args: &[&str]) -> Result {
         gguf: flag(flags, "--gguf", FLAGS)?,
         data: flag(flags, "--data", FLAGS)?,
         llama_python: flag(flags, "--llama-python", FLAGS)?,
-        binary: flag(flags, "--binary", FLAGS)?
-            .map_or_else(release_binary, |b| Ok(b.to_owned()))?,
+        binary: release_binary()?,
     };
     println!("{name}: {what}");
     let mut outcome = run(&setting)?;

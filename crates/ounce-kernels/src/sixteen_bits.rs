@@ -195,7 +195,7 @@ fn operands_of_one_call_may_differ_in_type() {
     let mut got = vec![0.0; N * C];
     rms_norm_forward(&Pool::new(2), (&mut got).into(), x.view(), (&w).into(), EPS, 1.0, C);
     assert_eq!(got, want);
-    let mut got = Stored::new(&[0.0; N * C], FloatType::Bf16);
+    let mut got = Stored::new(&vec![0.0; N * C], FloatType::Bf16);
     rms_norm_forward(&Pool::new(2), got.view_mut(), x.view(), (&w).into(), EPS, 1.0, C);
     assert_eq!(got, Stored::new(&want, FloatType::Bf16));
 }
