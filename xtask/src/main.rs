@@ -51,7 +51,7 @@ cargo xtask COMMAND
 
 Flags of bench step: --model M --batch-size B --max-length T --steps N --rounds R --memory BYTES
   --threads N --python PROGRAM
-Flags of accept: --python PROGRAM --threads N --times N --seed N; of smollm2 also
+Flags of accept: --python PROGRAM --threads N --precision P --times N --seed N; of smollm2 also
   --gguf FILE --data FILE --llama-python PROGRAM
 ";
 
