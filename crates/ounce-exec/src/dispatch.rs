@@ -12,7 +12,7 @@ use ounce_kernels::inout::InOut;
 use ounce_kernels::optim::{AdamwHyper, adamw, sgd, sum_squares};
 use ounce_kernels::philox::PhiloxKey;
 use ounce_kernels::pool::Pool;
-use ounce_kernels::view::{View, ViewMut};
+use ounce_kernels::view::ViewMut;
 use ounce_kernels::{activation, elementwise, embed, head, norm, rope};
 
 use crate::arena::Operands;
@@ -195,97 +195,41 @@ impl<'a> NormGrads<'a> {
 }
 
 fn attention(o: &mut Operands<'_>, cx: &Context<'_>, spec: &AttentionSpec) {
-    let mut copies = Copies { pool: cx.pool, rest: o.scratch() };
-    let [q, k, v] = heads(o, spec, &mut copies);
-    let (out, lse) = (copies.output(o.output_view(0)), o.output(1));
-    let (y, scratch) = (&mut *out.f32, copies.rest);
+    let [q, k, v] = heads(o, spec);
+    let (y, lse, scratch) = (o.output_view(0), o.output(1), o.scratch());
     attention_forward(cx.pool, y, lse, q, k, v, cx.rows, attention_dims(spec), scratch);
-    out.end(cx.pool);
 }
 
 fn attention_grad(o: &mut Operands<'_>, cx: &Context<'_>, spec: &AttentionSpec) {
-    let mut copies = Copies { pool: cx.pool, rest: o.scratch() };
-    let [q, k, v] = heads(o, spec, &mut copies);
+    let [q, k, v] = heads(o, spec);
     let n = if spec.packed { 1 } else { 3 };
-    let (y, lse) = (copies.input(o.input_view(n)), o.input(n + 1));
-    let dy = copies.input(o.input_view(n + 2));
-    let (q_width, kv_width) = (spec.q_width() as usize, spec.kv_width() as usize);
-    let mut outs = [0, 1, 2].map(|i| (i < n).then(|| copies.output(o.output_view(i))));
-    let [dq, dk, dv] = match &mut outs {
-        [Some(dq), Some(dk), Some(dv)] => [(dq, q_width), (dk, kv_width), (dv, kv_width)]
-            .map(|(out, width)| HeadsMut::new(&mut *out.f32, width, 0)),
-        [Some(dqkv), ..] => {
-            let offsets = [0, q_width, q_width + kv_width];
-            let widths = [q_width, kv_width, kv_width];
-            HeadsMut::packed(&mut *dqkv.f32, q_width + 2 * kv_width, offsets, widths)
-        }
-        _ => unreachable!("attention has one gradient or three"),
+    let (y, lse, dy) = (o.input_view(n), o.input(n + 1), o.input_view(n + 2));
+    let (offsets, widths, row_stride) = columns(spec);
+    let [dq, dk, dv] = if spec.packed {
+        HeadsMut::packed(o.output_view(0), row_stride, offsets, widths)
+    } else {
+        let heads = [spec.n_heads, spec.n_kv_heads, spec.n_kv_heads].map(|n| n as usize);
+        [0, 1, 2].map(|i| HeadsMut::dense(o.output_view(i), heads[i], spec.head_dim as usize))
     };
-    let (dims, scratch) = (attention_dims(spec), copies.rest);
+    let (dims, scratch) = (attention_dims(spec), o.scratch());
     attention_backward(cx.pool, dq, dk, dv, dy, q, k, v, y, lse, cx.rows, dims, scratch);
-    outs.into_iter().flatten().for_each(|out| out.end(cx.pool));
 }
 
 /// q, k and v: three inputs, or three column ranges of one.
-fn heads<'a>(o: &Operands<'a>, spec: &AttentionSpec, copies: &mut Copies<'a>) -> [HeadsRef<'a>; 3] {
-    let (q_width, kv_width) = (spec.q_width() as usize, spec.kv_width() as usize);
+fn heads<'a>(o: &Operands<'a>, spec: &AttentionSpec) -> [HeadsRef<'a>; 3] {
+    let (offsets, widths, row_stride) = columns(spec);
     if spec.packed {
-        let (data, row_stride) = (copies.input(o.input_view(0)), q_width + 2 * kv_width);
-        [0, q_width, q_width + kv_width].map(|col_offset| HeadsRef { data, row_stride, col_offset })
+        let data = o.input_view(0);
+        offsets.map(|col_offset| HeadsRef { data, row_stride, col_offset })
     } else {
-        [(0, q_width), (1, kv_width), (2, kv_width)].map(|(i, row_stride)| HeadsRef {
-            data: copies.input(o.input_view(i)),
-            row_stride,
-            col_offset: 0,
-        })
+        [0, 1, 2].map(|i| HeadsRef { data: o.input_view(i), row_stride: widths[i], col_offset: 0 })
     }
 }
 
-/// Operands of kernels that compute on f32 slices: those of 16 bits pass through the start of the
-/// scratch, which [`scratch_bytes`](crate::scratch::scratch_bytes) has sized for them.
-struct Copies<'a> {
-    pool: &'a Pool,
-    rest: &'a mut [f32],
-}
-
-impl<'a> Copies<'a> {
-    fn take(&mut self, n_elems: usize) -> &'a mut [f32] {
-        let (piece, rest) = std::mem::take(&mut self.rest).split_at_mut(n_elems);
-        self.rest = rest;
-        piece
-    }
-
-    fn input(&mut self, view: View<'a>) -> &'a [f32] {
-        if let View::F32(x) = view {
-            return x;
-        }
-        let x = self.take(view.len());
-        elementwise::copy(self.pool, ViewMut::F32(x), view);
-        x
-    }
-
-    fn output(&mut self, view: ViewMut<'a>) -> Output<'a> {
-        match view {
-            ViewMut::F32(x) => Output { f32: x, stored: ViewMut::F32(&mut []) },
-            stored => Output { f32: self.take(stored.len()), stored },
-        }
-    }
-}
-
-/// An output that is written as f32.
-struct Output<'a> {
-    f32: &'a mut [f32],
-    /// Where it is stored in 16 bits, or nothing.
-    stored: ViewMut<'a>,
-}
-
-impl Output<'_> {
-    /// Rounds what was written to where it belongs; f32 is there already.
-    fn end(self, pool: &Pool) {
-        if !self.stored.is_empty() {
-            elementwise::copy(pool, self.stored, View::F32(self.f32));
-        }
-    }
+/// First columns and widths of q, k and v where they are one matrix, and the width of that.
+fn columns(spec: &AttentionSpec) -> ([usize; 3], [usize; 3], usize) {
+    let (q, kv) = (spec.q_width() as usize, spec.kv_width() as usize);
+    ([0, q, q + kv], [q, kv, kv], q + 2 * kv)
 }
 
 fn glu(pool: &Pool, o: &mut Operands<'_>, kind: Gate, packed: bool) {

@@ -45,12 +45,10 @@ pub(crate) fn scratch_bytes(op: &OpSpec, n_tokens: u64, n_threads: usize) -> u64
             f32s(rms_norm_backward_scratch_elems(n_groups, n_threads) + frozen_dw_elems(op))
         }
         OpKind::Attention(spec) => {
-            let own = attention_forward_scratch_elems(attention_dims(&spec), n_threads);
-            f32s(own + f32_copies_elems(op, n))
+            f32s(attention_forward_scratch_elems(attention_dims(&spec), n_threads))
         }
         OpKind::AttentionGrad(spec) => {
-            let own = attention_backward_scratch_elems(attention_dims(&spec), n_threads);
-            f32s(own + f32_copies_elems(op, n))
+            f32s(attention_backward_scratch_elems(attention_dims(&spec), n, n_threads))
         }
         OpKind::EmbedScatter => 8 * embed_scatter_scratch_u64(n),
         OpKind::SumSquares => 8 * sum_squares_scratch_f64(width(0)),
@@ -89,12 +87,6 @@ fn float_type(dtype: DType) -> FloatType {
 /// The kernels of norm gradients always add to `dw`; a frozen norm lends them scratch for it.
 pub(crate) fn frozen_dw_elems(op: &OpSpec) -> usize {
     if op.n_sums == 0 { op.operands[op.n_inputs].row_elems as usize } else { 0 }
-}
-
-/// Attention computes on f32 slices; its operands of 16 bits pass through copies in its scratch.
-fn f32_copies_elems(op: &OpSpec, n_tokens: usize) -> usize {
-    let copied = op.operands.iter().filter(|o| matches!(o.dtype, DType::Bf16 | DType::F16));
-    copied.map(|o| o.row_elems as usize * n_tokens).sum()
 }
 
 /// The kernels' name for the sizes of an attention.

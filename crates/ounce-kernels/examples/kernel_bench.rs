@@ -325,86 +325,107 @@ impl Bench {
         }
         let Call { m, n, k, a_transposed, b_transposed, f32_result, start } = call;
         let c_type = if f32_result { FloatType::F32 } else { float_type };
-        let (a, b) = (filled(m * k), filled(k * n));
-        let narrow = |x: &[f32]| -> Vec<bf16> { x.iter().map(|&x| round_bf16(x)).collect() };
-        let (a16, b16) = (narrow(&a), narrow(&b));
-        let (a, b) = match float_type {
-            FloatType::F32 => (View::F32(&a), View::F32(&b)),
-            _ => (View::Bf16(&a16), View::Bf16(&b16)),
-        };
+        let [a, b] = [m * k, k * n].map(|n| Buffer::new(float_type, &filled(n)));
+        let (a, b) = (a.view(), b.view());
         let a = if a_transposed { MatRef::new(a, k, m).t() } else { MatRef::new(a, m, k) };
         let b = if b_transposed { MatRef::new(b, n, k).t() } else { MatRef::new(b, k, n) };
-        let (mut c, mut c16) = (vec![0.0; m * n], vec![bf16::ZERO; m * n]);
+        let mut c = Buffer::new(c_type, &vec![0.0; m * n]);
         let n_threads = self.pool.n_threads();
         let mut scratch = vec![0.0; gemm_scratch_elems(m, n, k, c_type, n_threads)];
         self.compute_on(name, call.flop(), unit, |pool| {
-            let c = match c_type {
-                FloatType::F32 => ViewMut::F32(&mut c),
-                _ => ViewMut::Bf16(&mut c16),
-            };
-            gemm(pool, MatMut::new(c, m, n), a, b, start, None, &mut scratch);
+            gemm(pool, MatMut::new(c.view_mut(), m, n), a, b, start, None, &mut scratch);
         })
     }
 }
 
+/// A call of attention: `n_rows` rows of `row_len` tokens.
+struct Attention {
+    name: &'static str,
+    row_len: usize,
+    n_heads: usize,
+    n_kv_heads: usize,
+    head_dim: usize,
+    n_rows: usize,
+}
+
+const ATTENTIONS: [Attention; 4] = [
+    Attention {
+        name: "T1024 H12 D64",
+        row_len: 1024,
+        n_heads: 12,
+        n_kv_heads: 12,
+        head_dim: 64,
+        n_rows: 4,
+    },
+    Attention {
+        name: "T512 H9/3 D64",
+        row_len: 512,
+        n_heads: 9,
+        n_kv_heads: 3,
+        head_dim: 64,
+        n_rows: 4,
+    },
+    Attention {
+        name: "T2048 H32/4 D64",
+        row_len: 2048,
+        n_heads: 32,
+        n_kv_heads: 4,
+        head_dim: 64,
+        n_rows: 1,
+    },
+    Attention {
+        name: "T64 H4 D32 nano",
+        row_len: 64,
+        n_heads: 4,
+        n_kv_heads: 4,
+        head_dim: 32,
+        n_rows: 12,
+    },
+];
+
 impl Bench {
     fn attention(&self) {
-        for (name, t, n_heads, n_kv_heads, head_dim, n_rows) in [
-            ("attn T1024 H12 D64", 1024, 12, 12, 64, 4),
-            ("attn T2048 H32/4 D64", 2048, 32, 4, 64, 1),
-            ("attn T64 H4 D32 nano", 64, 4, 4, 32, 12),
-        ] {
-            if !name.contains(&self.filter) {
-                continue;
+        for call in &ATTENTIONS {
+            for (kind, float_type) in [("f32", FloatType::F32), ("bf16", FloatType::Bf16)] {
+                let name = format!("attn {}, {kind}", call.name);
+                if name.contains(&self.filter) {
+                    self.attention_of(&name, call, float_type);
+                }
             }
-            let dims = AttentionDims {
-                n_heads,
-                n_kv_heads,
-                head_dim,
-                scale: 0.125,
-                window: None,
-                soft_cap: None,
-            };
-            let rows: Vec<_> = (0..n_rows).map(|row| RowSpan { start: row * t, len: t }).collect();
-            let (n, width) = (n_rows * t, (n_heads + 2 * n_kv_heads) * head_dim);
-            let offsets = [0, n_heads * head_dim, (n_heads + n_kv_heads) * head_dim];
-            let widths = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim];
-            let (qkv, d_o) = (filled(n * width), filled(n * n_heads * head_dim));
-            let [q, k, v] =
-                offsets.map(|col_offset| HeadsRef { data: &qkv, row_stride: width, col_offset });
-            let (mut o, mut lse) = (vec![0.0; n * n_heads * head_dim], vec![0.0; n * n_heads]);
-            let mut dqkv = vec![0.0; n * width];
-            let n_threads = self.pool.n_threads();
-            let mut scratch = vec![
-                0.0;
-                attention_forward_scratch_elems(dims, n_threads)
-                    .max(attention_backward_scratch_elems(dims, n_threads))
-            ];
-            // Pairs of a query and a key it sees; one product is 2 D FLOP for each.
-            let pairs = (n_rows * n_heads * t * (t + 1) / 2) as f64;
-            let product = 2.0 * head_dim as f64 * pairs;
-            self.compute(&format!("{name} forward"), 2.0 * product, |pool| {
-                attention_forward(pool, &mut o, &mut lse, q, k, v, &rows, dims, &mut scratch);
-            });
-            self.compute(&format!("{name} backward"), 5.0 * product, |pool| {
-                let [dq, dk, dv] = HeadsMut::packed(&mut dqkv, width, offsets, widths);
-                attention_backward(
-                    pool,
-                    dq,
-                    dk,
-                    dv,
-                    &d_o,
-                    q,
-                    k,
-                    v,
-                    &o,
-                    &lse,
-                    &rows,
-                    dims,
-                    &mut scratch,
-                );
-            });
         }
+    }
+
+    fn attention_of(&self, name: &str, call: &Attention, float_type: FloatType) {
+        let Attention { row_len, n_heads, n_kv_heads, head_dim, n_rows, .. } = *call;
+        let (scale, window, soft_cap) = (0.125, None, None);
+        let dims = AttentionDims { n_heads, n_kv_heads, head_dim, scale, window, soft_cap };
+        let rows: Vec<_> =
+            (0..n_rows).map(|row| RowSpan { start: row * row_len, len: row_len }).collect();
+        let (n, width) = (n_rows * row_len, (n_heads + 2 * n_kv_heads) * head_dim);
+        let offsets = [0, n_heads * head_dim, (n_heads + n_kv_heads) * head_dim];
+        let widths = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim];
+        let [qkv, d_o] =
+            [n * width, n * n_heads * head_dim].map(|n| Buffer::new(float_type, &filled(n)));
+        let data = qkv.view();
+        let [q, k, v] = offsets.map(|col_offset| HeadsRef { data, row_stride: width, col_offset });
+        let [mut o, mut dqkv] = [&d_o, &qkv].map(Buffer::clone);
+        let mut lse = vec![0.0; n * n_heads];
+        let n_threads = self.pool.n_threads();
+        let scratch_elems = attention_forward_scratch_elems(dims, n_threads)
+            .max(attention_backward_scratch_elems(dims, n, n_threads));
+        let mut scratch = vec![0.0; scratch_elems];
+        // Pairs of a query and a key it sees; one product is 2 D FLOP for each.
+        let pairs = (n_rows * n_heads * row_len * (row_len + 1) / 2) as f64;
+        let product = 2.0 * head_dim as f64 * pairs;
+        self.compute(&format!("{name} forward"), 2.0 * product, |pool| {
+            let o = o.view_mut();
+            attention_forward(pool, o, &mut lse, q, k, v, &rows, dims, &mut scratch);
+        });
+        self.compute(&format!("{name} backward"), 5.0 * product, |pool| {
+            let [dq, dk, dv] = HeadsMut::packed(dqkv.view_mut(), width, offsets, widths);
+            let (d_o, o) = (d_o.view(), o.view());
+            attention_backward(pool, dq, dk, dv, d_o, q, k, v, o, &lse, &rows, dims, &mut scratch);
+        });
     }
 
     fn head(&self) {
@@ -495,6 +516,37 @@ impl Bench {
         self.stream("sum of squares", bytes, |pool| {
             std::hint::black_box(sum_squares(pool, &x, &mut sums));
         });
+    }
+}
+
+/// Numbers in f32 or bf16.
+#[derive(Clone)]
+enum Buffer {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+}
+
+impl Buffer {
+    /// `x` as f32 or else, rounded, as bf16.
+    fn new(float_type: FloatType, x: &[f32]) -> Self {
+        match float_type {
+            FloatType::F32 => Buffer::F32(x.to_vec()),
+            _ => Buffer::Bf16(x.iter().map(|&x| round_bf16(x)).collect()),
+        }
+    }
+
+    fn view(&self) -> View<'_> {
+        match self {
+            Buffer::F32(x) => View::F32(x),
+            Buffer::Bf16(x) => View::Bf16(x),
+        }
+    }
+
+    fn view_mut(&mut self) -> ViewMut<'_> {
+        match self {
+            Buffer::F32(x) => ViewMut::F32(x),
+            Buffer::Bf16(x) => ViewMut::Bf16(x),
+        }
     }
 }
 

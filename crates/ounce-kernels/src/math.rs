@@ -16,29 +16,24 @@ const LN2_LO: f32 = -2.121_944_4e-4;
 /// `e^x`, about 1 ulp; below -87.33 (subnormal results) it returns 0, NaN stays NaN.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    exp_or_zero(x, -87.33)
+    // Above 88.73 the result is infinite; 100 keeps the exponent arithmetic in range.
+    let (p, n) = exp_parts(if x > 100.0 { 100.0 } else { x });
+    // 2^n in two halves: 2^128 is no f32, but 2^64 * 2^64 overflows to infinity as it should.
+    let half = n >> 1;
+    let result = (p + 1.0) * power_of_two(half) * power_of_two(n.wrapping_sub(half));
+    if x < -87.33 { 0.0 } else { result }
 }
 
-/// A term of a softmax, `e^x` for `x <= 0`, the largest term being 1.
+/// A term of a softmax, `e^x` for `x <= 0` (or above it by what rounding leaves), the largest term
+/// being 1; NaN stays NaN. The same bits as [`exp`].
 ///
 /// Below e^-50 = 2e-22 it is 0: a million such terms do not reach the last bit of the sum, but
 /// multiplied on as they are they become subnormal numbers, which cost a hundred cycles each.
 #[inline(always)]
 pub(crate) fn softmax_term(x: f32) -> f32 {
-    exp_or_zero(x, -50.0)
-}
-
-/// `e^x`, and 0 below `cutoff`, which is at least -87.33.
-#[inline(always)]
-fn exp_or_zero(x: f32, cutoff: f32) -> f32 {
-    // Above 88.73 the result is infinite; 100 keeps the exponent arithmetic in range.
-    let z_in = if x > 100.0 { 100.0 } else { x };
-    let (p, n) = exp_parts(z_in);
-    let p = p + 1.0;
-    // 2^n in two halves: 2^128 is no f32, but 2^64 * 2^64 overflows to infinity as it should.
-    let half = n >> 1;
-    let result = p * power_of_two(half) * power_of_two(n.wrapping_sub(half));
-    if x < cutoff { 0.0 } else { result }
+    let (p, n) = exp_parts(x);
+    let result = (p + 1.0) * power_of_two(n);
+    if x < -50.0 { 0.0 } else { result }
 }
 
 /// `(p, n)` with `e^x = 2^n (1 + p)` and `|p| < 0.42`.
@@ -201,6 +196,16 @@ mod tests {
         assert_eq!(exp(89.0), f32::INFINITY);
         assert_eq!(exp(f32::INFINITY), f32::INFINITY);
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn a_term_of_a_softmax_is_the_exponential_or_nothing() {
+        for x in points().filter(|x| (-60.0..1.0).contains(x)) {
+            assert_eq!(softmax_term(x), if x < -50.0 { 0.0 } else { exp(x) }, "{x}");
+        }
+        assert_eq!((softmax_term(0.0), softmax_term(-1e30)), (1.0, 0.0));
+        assert_eq!(softmax_term(f32::NEG_INFINITY), 0.0);
+        assert!(softmax_term(f32::NAN).is_nan());
     }
 
     #[test]

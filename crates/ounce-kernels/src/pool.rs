@@ -303,7 +303,8 @@ pub fn split_by(n_items: usize, granule: usize, n_parts: usize, idx: usize) -> R
     (range.start * granule).min(n_items)..(range.end * granule).min(n_items)
 }
 
-/// A mutable slice that several threads write at once, each its own range.
+/// A mutable slice that several threads write at once, each its own range. A clone is the same slice.
+#[derive(Clone)]
 pub(crate) struct SharedMut<'a, T> {
     ptr: *mut T,
     len: usize,

@@ -273,7 +273,8 @@ impl<'a, T: AsMut<[f32]> + ?Sized> From<&'a mut T> for ViewMut<'a> {
     }
 }
 
-/// A [`ViewMut`] that threads write together, each its own range.
+/// A [`ViewMut`] that threads write together, each its own range. A clone is the same elements.
+#[derive(Clone)]
 pub(crate) enum SharedViewMut<'a> {
     F32(SharedMut<'a, f32>),
     Bf16(SharedMut<'a, bf16>),

@@ -125,22 +125,22 @@ fn kernels_allocate_nothing() {
     let mut scratch = vec![
         0.0;
         attention_forward_scratch_elems(dims, 3)
-            .max(attention_backward_scratch_elems(dims, 3))
+            .max(attention_backward_scratch_elems(dims, N, 3))
     ];
     quiet("attention", || {
-        attention_forward(&pool, &mut y, &mut lse, heads, heads, heads, &rows, dims, &mut scratch);
-        let [dq, dk, dv] =
-            [&mut z, &mut dk, &mut dv].map(|d| HeadsMut::dense(d.as_mut_slice(), 2, C / 2));
+        let o = ViewMut::from(&mut y);
+        attention_forward(&pool, o, &mut lse, heads, heads, heads, &rows, dims, &mut scratch);
+        let [dq, dk, dv] = [&mut z, &mut dk, &mut dv].map(|d| HeadsMut::dense(d, 2, C / 2));
         attention_backward(
             &pool,
             dq,
             dk,
             dv,
-            &x,
+            View::from(&x),
             heads,
             heads,
             heads,
-            &y,
+            View::from(&y),
             &lse,
             &rows,
             dims,

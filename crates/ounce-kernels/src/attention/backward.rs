@@ -9,28 +9,45 @@
 //! in blocks, outermost, and query tiles inside, which gives each sum its ascending order. With too
 //! few key-value heads for the threads, one pass makes `dk` and `dv`, split by key blocks, and
 //! another makes `dq`, split by query tiles (7 products, the same bits).
+//!
+//! Sums live in scratch as f32 and are stored once: `dq` of a query head when its last key block is
+//! done, `dk` and `dv` of a key tile when the last head of the group has been added. So gradients of
+//! 16 bits are the rounded gradients of f32.
 
-use super::layout::{Carver, Part, scores, weighted_sum};
+use super::layout::{Carver, Part, Weights, gaps, scores, weighted_sum};
 use super::{AttentionDims, HeadsMut, HeadsRef, RowSpan, TILE, TILES_PER_BLOCK};
-use crate::gemm::tile::{Panel, Tile};
+use crate::gemm::tile::Tile;
 use crate::gemm::{ALIGN_ELEMS, aligned};
-use crate::math::{lane_sum, softmax_term, tanh};
+use crate::math::{LANES, add_to_lanes, fold_lanes, softmax_term, tanh};
 use crate::pool::{Pool, SharedMut};
+use crate::view::View;
 use std::ops::Range;
 
-/// Elements of one thread's scratch: a block of keys and values with their gradients, one tile of
-/// queries and output gradients, and two tiles of scores.
-fn per_thread_elems(dims: AttentionDims) -> usize {
+/// Scratch of [`attention_backward`] in elements: per thread a block of keys and values with their
+/// gradients, one tile of queries and output gradients, two tiles of scores, and `dq` of one head
+/// (with grouped heads also `dk` and `dv`) of a row as long as all `n_tokens`.
+pub fn attention_backward_scratch_elems(
+    dims: AttentionDims,
+    n_tokens: usize,
+    n_threads: usize,
+) -> usize {
+    n_threads * per_thread_elems(dims, n_tokens.div_ceil(TILE)) + ALIGN_ELEMS
+}
+
+/// Elements of one thread's scratch for rows of at most `n_tiles` tiles.
+fn per_thread_elems(dims: AttentionDims, n_tiles: usize) -> usize {
     let (transposed, natural) = (dims.transposed_elems(), dims.natural_elems());
     TILES_PER_BLOCK * (2 * transposed + natural + 2 * dims.sums_elems())
         + 2 * natural
         + 2 * TILE * TILE
         + TILE
+        + n_tiles * (dims.sums_elems() + 2 * group_sums_elems(dims))
 }
 
-/// Scratch of [`attention_backward`] in elements.
-pub fn attention_backward_scratch_elems(dims: AttentionDims, n_threads: usize) -> usize {
-    n_threads * per_thread_elems(dims) + ALIGN_ELEMS
+/// Elements of the sum of `dk` or `dv` over the heads of a group, per key tile. A head that is alone
+/// needs none.
+fn group_sums_elems(dims: AttentionDims) -> usize {
+    if dims.group() > 1 { dims.sums_elems() } else { 0 }
 }
 
 /// Gradients of [`super::attention_forward`]: overwrites `dq`, `dk`, `dv`.
@@ -45,11 +62,11 @@ pub fn attention_backward(
     dq: HeadsMut<'_>,
     dk: HeadsMut<'_>,
     dv: HeadsMut<'_>,
-    d_o: &[f32],
+    d_o: View<'_>,
     q: HeadsRef<'_>,
     k: HeadsRef<'_>,
     v: HeadsRef<'_>,
-    o: &[f32],
+    o: View<'_>,
     lse: &[f32],
     rows: &[RowSpan],
     dims: AttentionDims,
@@ -60,10 +77,15 @@ pub fn attention_backward(
     assert_eq!(lse.len(), n_tokens * n_heads, "lse is whole tokens");
     assert!(o.len() == lse.len() * head_dim && d_o.len() == o.len(), "length of o and d_o");
     dims.check(n_tokens, rows);
-    let needed = attention_backward_scratch_elems(dims, pool.n_threads());
+    let needed = attention_backward_scratch_elems(dims, n_tokens, pool.n_threads());
     assert!(scratch.len() >= needed, "attention scratch: {} of {needed} elements", scratch.len());
-    for (heads, n_heads) in [(&dq, n_heads), (&dk, n_kv_heads), (&dv, n_kv_heads)] {
-        heads.check(n_tokens, n_heads, head_dim);
+    let outputs = [(&dq, n_heads), (&dk, n_kv_heads), (&dv, n_kv_heads)];
+    for (heads, n_heads) in outputs {
+        heads.check(n_heads, head_dim);
+        for gap in gaps(rows, n_tokens) {
+            // SAFETY: no thread runs yet.
+            unsafe { heads.zero(gap, n_heads, head_dim) };
+        }
     }
     let job = Backward {
         tile: Tile::dividing_64(),
@@ -77,9 +99,9 @@ pub fn attention_backward(
         k,
         v,
         dims,
+        n_tiles: rows.iter().map(|row| row.n_tiles()).max().unwrap_or(0),
         scratch: SharedMut::new(aligned(scratch)),
     };
-    job.zero_gaps(rows, n_tokens);
     if one_pass_is_cheaper(rows.len() * n_kv_heads, pool.n_threads()) {
         job.one_pass(pool, rows);
     } else {
@@ -113,6 +135,8 @@ struct Backward<'a> {
     k: HeadsRef<'a>,
     v: HeadsRef<'a>,
     dims: AttentionDims,
+    /// Of the longest row.
+    n_tiles: usize,
     scratch: SharedMut<'a, f32>,
 }
 
@@ -123,10 +147,13 @@ impl Backward<'_> {
         pool.run_items(rows.len() * n_kv_heads, |thread_idx, item| {
             let (row, kv_head) = (rows[item / n_kv_heads], item % n_kv_heads);
             let queries = 0..row.n_tiles();
+            let mut work = self.workspace(thread_idx);
             for head in self.heads_of(kv_head) {
                 for keys in blocks(row) {
-                    self.block(row, head, &keys, &queries, Want::All, thread_idx);
+                    self.block(row, head, &keys, &queries, Want::All, &mut work);
+                    self.end_keys(row, head, &keys, 0, &mut work);
                 }
+                self.end_queries(row, head, &queries, &work);
             }
         });
     }
@@ -139,16 +166,20 @@ impl Backward<'_> {
             // Early keys are seen by the most queries; they come first.
             let (row, keys) = find_block(rows, item / n_kv_heads);
             let queries = 0..row.n_tiles();
+            let mut work = self.workspace(thread_idx);
             for head in self.heads_of(item % n_kv_heads) {
-                self.block(row, head, &keys, &queries, Want::KeysValues, thread_idx);
+                self.block(row, head, &keys, &queries, Want::KeysValues, &mut work);
+                self.end_keys(row, head, &keys, keys.start, &mut work);
             }
         });
         pool.run_items(n_blocks * n_heads, |thread_idx, item| {
             let (row, queries) = find_block(rows, n_blocks - 1 - item / n_heads);
-            let first = self.dims.first_key_tile(queries.start);
+            let (head, first) = (item % n_heads, self.dims.first_key_tile(queries.start));
+            let mut work = self.workspace(thread_idx);
             for keys in blocks(row).filter(|k| k.start < queries.end && k.end > first) {
-                self.block(row, item % n_heads, &keys, &queries, Want::Queries, thread_idx);
+                self.block(row, head, &keys, &queries, Want::Queries, &mut work);
             }
+            self.end_queries(row, head, &queries, &work);
         });
     }
 
@@ -156,7 +187,15 @@ impl Backward<'_> {
         kv_head * self.dims.group()..(kv_head + 1) * self.dims.group()
     }
 
+    fn workspace(&self, thread_idx: usize) -> Workspace<'_> {
+        let per_thread = per_thread_elems(self.dims, self.n_tiles);
+        // SAFETY: a thread works on one item at a time.
+        let mut carver = unsafe { Carver::new(&self.scratch, per_thread, thread_idx) };
+        Workspace::carve(&mut carver, self.dims, self.n_tiles)
+    }
+
     /// The contributions of one query head between a block of key tiles and a range of query tiles.
+    /// Those to `dq` are added to what earlier blocks of keys gave.
     fn block(
         &self,
         row: RowSpan,
@@ -164,112 +203,155 @@ impl Backward<'_> {
         keys: &Range<usize>,
         queries: &Range<usize>,
         want: Want,
-        thread_idx: usize,
+        work: &mut Workspace<'_>,
     ) {
-        let d = self.dims.head_dim;
-        let (kv_head, natural) = (head / self.dims.group(), self.dims.natural_elems());
-        // SAFETY: a thread works on one block at a time.
-        let mut carver =
-            unsafe { Carver::new(&self.scratch, per_thread_elems(self.dims), thread_idx) };
-        let mut key_tiles: [KeyTile<'_>; TILES_PER_BLOCK] =
-            std::array::from_fn(|_| KeyTile::carve(&mut carver, self.dims));
-        let (q_n, do_n) = (carver.take(natural), carver.take(natural));
-        let (p, ds) = (carver.take(TILE * TILE), carver.take(TILE * TILE));
-        let delta = carver.take(TILE);
-        for (tile, j) in key_tiles.iter_mut().zip(keys.clone()) {
+        let (d, kv_head) = (self.dims.head_dim, head / self.dims.group());
+        for (tile, j) in work.key_tiles.iter_mut().zip(keys.clone()) {
             self.k.pack_transposed(tile.k_t, row.tile(j), kv_head, d);
             self.v.pack_transposed(tile.v_t, row.tile(j), kv_head, d);
             self.k.pack_natural(tile.k_n, row.tile(j), kv_head, d);
         }
         let seeing = self.dims.query_tiles(keys.end - 1, queries.end);
         for i in queries.start.max(keys.start)..seeing.end {
-            let first_key_tile = self.dims.first_key_tile(i);
             let tokens = row.tile(i);
-            self.q.pack_natural(q_n, tokens.clone(), head, d);
-            self.d_o.pack_natural(do_n, tokens.clone(), head, d);
-            for (delta, token) in delta.iter_mut().zip(tokens.clone()) {
-                *delta = dot(self.d_o.row(token, head, d), self.o.row(token, head, d));
-            }
-            let lse = &self.lse[tokens.start * self.dims.n_heads..];
-            for (tile, j) in key_tiles.iter_mut().zip(keys.clone()) {
-                if j > i || j < first_key_tile {
-                    continue;
-                }
-                let part = Part::LowerScores.if_diagonal(i == j);
-                scores(&self.tile, d, q_n, tile.k_t, p, part);
-                scores(&self.tile, d, do_n, tile.v_t, ds, part);
-                let lse = (&lse[head..], self.dims.n_heads);
-                score_gradients(p, ds, lse, &delta[..tokens.len()], self.dims, i - j);
-                if want != Want::Queries {
-                    let part = Part::DepthFromRow.if_diagonal(i == j);
-                    let (p, ds) = (Panel::new(p.as_ptr(), TILE), Panel::new(ds.as_ptr(), TILE));
-                    let (dv, dk) = ((tile.dv.as_mut_ptr(), d), (tile.dk.as_mut_ptr(), d));
-                    // SAFETY: `dv` and `dk` have 64 rows.
-                    unsafe {
-                        weighted_sum(&self.tile, d, p, do_n, dv, TILE, i > j, part);
-                        weighted_sum(&self.tile, d, ds, q_n, dk, TILE, i > j, part);
-                    }
-                }
-                if want != Want::KeysValues {
-                    let part = Part::DepthUpToRow.if_diagonal(i == j);
-                    let ds = Panel::rows_of_64(ds.as_ptr());
-                    let dq = (self.dq.at(tokens.start, head, d), self.dq.row_stride);
-                    // SAFETY: the rows of `dq` of this head and tile belong to this thread's item;
-                    // `check` accepted the sizes.
-                    unsafe {
-                        let n_rows = tokens.len();
-                        let from_c = j > first_key_tile;
-                        weighted_sum(&self.tile, d, ds, tile.k_n, dq, n_rows, from_c, part);
-                    }
-                }
-            }
-        }
-        if want != Want::Queries {
-            for (tile, j) in key_tiles.iter().zip(keys.clone()) {
-                self.store_keys_values(row.tile(j), head, tile.dk, tile.dv);
+            // Where q will be, o may wait.
+            self.o.pack_natural(work.q_n, tokens.clone(), head, d);
+            self.d_o.pack_natural(work.do_n, tokens.clone(), head, d);
+            row_dots(work.delta, work.do_n, work.q_n);
+            self.q.pack_natural(work.q_n, tokens.clone(), head, d);
+            let seen = keys.start.max(self.dims.first_key_tile(i))..keys.end.min(i + 1);
+            for j in seen {
+                self.pair(
+                    head,
+                    tokens.clone(),
+                    (i, i - queries.start),
+                    (j, j - keys.start),
+                    want,
+                    work,
+                );
             }
         }
     }
 
-    /// Stores the gradients of a tile of keys and values, or adds them to those of the heads of the
-    /// group before.
-    fn store_keys_values(&self, tokens: Range<usize>, head: usize, dk: &[f32], dv: &[f32]) {
+    /// The contributions between query tile `i` (of `tokens`) and key tile `j`. The second of each
+    /// pair is its place in the range of query tiles and in the block of key tiles.
+    fn pair(
+        &self,
+        head: usize,
+        tokens: Range<usize>,
+        (i, i_at): (usize, usize),
+        (j, j_at): (usize, usize),
+        want: Want,
+        work: &mut Workspace<'_>,
+    ) {
         let d = self.dims.head_dim;
-        let (kv_head, is_first) =
-            (head / self.dims.group(), head.is_multiple_of(self.dims.group()));
-        for (heads, tile) in [(&self.dk, dk), (&self.dv, dv)] {
-            for (token, src) in tokens.clone().zip(tile.chunks_exact(d)) {
-                // SAFETY: the tokens of this key-value head belong to this thread's item.
-                let dst = unsafe { heads.row(token, kv_head, d) };
-                if is_first {
-                    dst.copy_from_slice(src);
-                } else {
-                    for (dst, src) in dst.iter_mut().zip(src) {
-                        *dst += src;
-                    }
+        let Workspace { key_tiles, q_n, do_n, p, ds, delta, dq, .. } = work;
+        let tile = &mut key_tiles[j_at];
+        let part = Part::LowerScores.if_diagonal(i == j);
+        scores(&self.tile, d, q_n, tile.k_t, p, part);
+        scores(&self.tile, d, do_n, tile.v_t, ds, part);
+        let lse = (&self.lse[tokens.start * self.dims.n_heads + head..], self.dims.n_heads);
+        score_gradients(p, ds, lse, &delta[..tokens.len()], self.dims, i - j);
+        if want != Want::Queries {
+            let part = Part::DepthFromRow.if_diagonal(i == j);
+            weighted_sum(&self.tile, d, Weights::ByDepth(p), do_n, tile.dv, i > j, part);
+            weighted_sum(&self.tile, d, Weights::ByDepth(ds), q_n, tile.dk, i > j, part);
+        }
+        if want != Want::KeysValues {
+            let part = Part::DepthUpToRow.if_diagonal(i == j);
+            let dq = &mut dq[i_at * self.dims.sums_elems()..];
+            let from_c = j > self.dims.first_key_tile(i);
+            weighted_sum(&self.tile, d, Weights::ByRows(ds), tile.k_n, dq, from_c, part);
+        }
+    }
+
+    /// Adds a head's gradients of a block of keys to those of the heads of the group before it, and
+    /// stores them after the last. The group's sums begin at key tile `first`.
+    fn end_keys(
+        &self,
+        row: RowSpan,
+        head: usize,
+        keys: &Range<usize>,
+        first: usize,
+        work: &mut Workspace<'_>,
+    ) {
+        let (d, group, n) = (self.dims.head_dim, self.dims.group(), self.dims.sums_elems());
+        let Workspace { key_tiles, dk, dv, .. } = work;
+        for (tile, j) in key_tiles.iter_mut().zip(keys.clone()) {
+            let sums = (j - first) * n..(j - first + 1) * n;
+            for (out, of_head, of_group) in
+                [(&self.dk, &mut *tile.dk, &mut *dk), (&self.dv, &mut *tile.dv, &mut *dv)]
+            {
+                let mut sum = of_head;
+                if group > 1 {
+                    let of_group = &mut of_group[sums.clone()];
+                    add_head(of_group, sum, head.is_multiple_of(group));
+                    sum = of_group;
+                }
+                if (head + 1).is_multiple_of(group) {
+                    // SAFETY: the tokens of this key-value head belong to this thread's item, and
+                    // `check` accepted the sizes.
+                    unsafe { out.store(row.tile(j), head / group, d, sum) };
                 }
             }
         }
     }
 
-    fn zero_gaps(&self, rows: &[RowSpan], n_tokens: usize) {
-        let AttentionDims { n_heads, n_kv_heads, head_dim, .. } = self.dims;
-        let mut gap_start = 0;
-        let ends = rows.iter().map(|row| (row.start, row.start + row.len));
-        for (gap_end, next) in ends.chain([(n_tokens, n_tokens)]) {
-            for token in gap_start..gap_end {
-                let all = [(&self.dq, n_heads), (&self.dk, n_kv_heads), (&self.dv, n_kv_heads)];
-                for (heads, n_heads) in all {
-                    // SAFETY: no thread runs yet; `check` accepted the sizes.
-                    (0..n_heads).for_each(|h| unsafe { heads.row(token, h, head_dim) }.fill(0.0));
-                }
-            }
-            gap_start = next;
+    /// Stores a head's gradients of query tiles.
+    fn end_queries(&self, row: RowSpan, head: usize, queries: &Range<usize>, work: &Workspace<'_>) {
+        let tiles = work.dq.chunks_exact(self.dims.sums_elems());
+        for (i, sums) in queries.clone().zip(tiles) {
+            // SAFETY: the tokens of this head belong to this thread's item, and `check` accepted
+            // the sizes.
+            unsafe { self.dq.store(row.tile(i), head, self.dims.head_dim, sums) };
         }
     }
 }
 
-/// A key tile of a block: operands and sums.
+/// Adds sums of a head to those of its group, or begins them.
+fn add_head(of_group: &mut [f32], of_head: &[f32], is_first: bool) {
+    if is_first {
+        of_group.copy_from_slice(of_head);
+    } else {
+        for (sum, x) in of_group.iter_mut().zip(of_head) {
+            *sum += x;
+        }
+    }
+}
+
+/// What a thread works with.
+struct Workspace<'a> {
+    key_tiles: [KeyTile<'a>; TILES_PER_BLOCK],
+    q_n: &'a mut [f32],
+    do_n: &'a mut [f32],
+    p: &'a mut [f32],
+    ds: &'a mut [f32],
+    delta: &'a mut [f32],
+    /// Sums of a head, tile by tile.
+    dq: &'a mut [f32],
+    /// Sums of a group of more than one head, tile by tile.
+    dk: &'a mut [f32],
+    dv: &'a mut [f32],
+}
+
+impl<'a> Workspace<'a> {
+    fn carve(carver: &mut Carver<'a>, dims: AttentionDims, n_tiles: usize) -> Self {
+        let natural = dims.natural_elems();
+        Self {
+            key_tiles: std::array::from_fn(|_| KeyTile::carve(carver, dims)),
+            q_n: carver.take(natural),
+            do_n: carver.take(natural),
+            p: carver.take(TILE * TILE),
+            ds: carver.take(TILE * TILE),
+            delta: carver.take(TILE),
+            dq: carver.take(n_tiles * dims.sums_elems()),
+            dk: carver.take(n_tiles * group_sums_elems(dims)),
+            dv: carver.take(n_tiles * group_sums_elems(dims)),
+        }
+    }
+}
+
+/// A key tile of a block: operands, and sums of one head.
 struct KeyTile<'a> {
     k_t: &'a mut [f32],
     v_t: &'a mut [f32],
@@ -353,7 +435,16 @@ tiered! {
 }
 
 tiered! {
-    fn dot(a: &[f32], b: &[f32]) -> f32 {
-        lane_sum([a, b], |[a, b]| a * b)
+    /// `a . b` of every token of two natural tiles.
+    fn row_dots(dots: &mut [f32], a: &[f32], b: &[f32]) {
+        let (a, b) = (a.as_chunks::<TILE>().0, b.as_chunks::<TILE>().0);
+        for (token, dot) in dots[..TILE].iter_mut().enumerate() {
+            let mut lanes = [0.0; LANES];
+            // The channels of a token are rows of one chunk after another.
+            for (a, b) in a[token..].iter().zip(&b[token..]).step_by(TILE) {
+                add_to_lanes(&mut lanes, [a, b], |[a, b]| a * b);
+            }
+            *dot = fold_lanes(lanes, |a, b| a + b);
+        }
     }
 }

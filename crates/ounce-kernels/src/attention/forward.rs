@@ -3,18 +3,37 @@
 //! Scores are kept transposed, `s[key][query]`: maxima, exponentials and sums then run along
 //! queries, one vector lane each, and the probabilities are already the left operand of `p v`.
 
-use super::layout::{Carver, Part, Sight, scores, weighted_sum};
-use super::{AttentionDims, HeadsRef, RowSpan, TILE, TILES_PER_BLOCK};
-use crate::gemm::tile::{Panel, Tile};
+use super::layout::{Carver, Part, Sight, Weights, gaps, scores, weighted_sum};
+use super::{AttentionDims, HeadsMut, HeadsRef, RowSpan, TILE, TILES_PER_BLOCK};
+use crate::gemm::tile::Tile;
 use crate::gemm::{ALIGN_ELEMS, aligned};
 use crate::math::{softmax_term, tanh};
 use crate::pool::{Pool, SharedMut};
+use crate::view::ViewMut;
+use std::ops::Range;
+
+/// Channels of query tiles that share one packing of keys and values: 16 tiles of 64. With their
+/// outputs they take half a MiB, well within a second cache.
+const CHANNELS_PER_BLOCK: usize = 1024;
+/// Blocks that each thread should get at least, so that all end at nearly the same time.
+const BLOCKS_PER_THREAD: usize = 4;
+
+/// The most query tiles in a block.
+fn max_tiles_per_block(dims: AttentionDims) -> usize {
+    (CHANNELS_PER_BLOCK / dims.head_dim).max(TILES_PER_BLOCK)
+}
+
+/// Query tiles in a block; whatever it is, the bits are the same.
+fn tiles_per_block(rows: &[RowSpan], dims: AttentionDims, n_threads: usize) -> usize {
+    let n_tiles = dims.n_heads * rows.iter().map(|row| row.n_tiles()).sum::<usize>();
+    (n_tiles / (BLOCKS_PER_THREAD * n_threads)).clamp(1, max_tiles_per_block(dims))
+}
 
 /// Elements of one thread's scratch: a block of queries and outputs with (maximum, sum) of every
 /// query; one tile of keys, values and scores, and one factor per query.
 fn per_thread_elems(dims: AttentionDims) -> usize {
-    let block = TILES_PER_BLOCK * (dims.transposed_elems() + dims.sums_elems() + 2 * TILE);
-    block + 2 * dims.natural_elems() + TILE * TILE + TILE
+    let per_tile = dims.transposed_elems() + dims.sums_elems() + 2 * TILE;
+    max_tiles_per_block(dims) * per_tile + 2 * dims.natural_elems() + TILE * TILE + TILE
 }
 
 /// Scratch of [`attention_forward`] in elements.
@@ -36,7 +55,7 @@ const LOWEST: f32 = -1e30;
 /// [`attention_forward_scratch_elems`] elements.
 pub fn attention_forward(
     pool: &Pool,
-    o: &mut [f32],
+    mut o: ViewMut<'_>,
     lse: &mut [f32],
     q: HeadsRef<'_>,
     k: HeadsRef<'_>,
@@ -52,11 +71,14 @@ pub fn attention_forward(
     dims.check(n_tokens, rows);
     let needed = attention_forward_scratch_elems(dims, pool.n_threads());
     assert!(scratch.len() >= needed, "attention scratch: {} of {needed} elements", scratch.len());
-    zero_gaps(o, rows, n_heads * head_dim);
-    zero_gaps(lse, rows, n_heads);
+    for gap in gaps(rows, n_tokens) {
+        let width = n_heads * head_dim;
+        o.reborrow().slice(gap.start * width..gap.end * width).zero();
+        lse[gap.start * n_heads..gap.end * n_heads].fill(0.0);
+    }
     let job = Forward {
         tile: Tile::dividing_64(),
-        o: SharedMut::new(o),
+        o: HeadsMut::dense(o, n_heads, head_dim),
         lse: SharedMut::new(lse),
         scratch: SharedMut::new(aligned(scratch)),
         q,
@@ -64,33 +86,26 @@ pub fn attention_forward(
         v,
         dims,
     };
-    let blocks_of = |row: &RowSpan| row.n_tiles().div_ceil(TILES_PER_BLOCK);
+    let block_tiles = tiles_per_block(rows, dims, pool.n_threads());
+    let blocks_of = |row: &RowSpan| row.n_tiles().div_ceil(block_tiles);
     let n_blocks: usize = rows.iter().map(blocks_of).sum();
     pool.run_items(n_blocks * n_heads, |thread_idx, item| {
         // Late blocks of a row see the most keys; they come first.
         let (mut block, head) = (n_blocks - 1 - item / n_heads, item % n_heads);
         for row in rows {
             if block < blocks_of(row) {
-                return job.block(*row, head, block * TILES_PER_BLOCK, thread_idx);
+                let first = block * block_tiles;
+                let tiles = first..(first + block_tiles).min(row.n_tiles());
+                return job.block(*row, head, tiles, thread_idx);
             }
             block -= blocks_of(row);
         }
     });
 }
 
-/// Zeros the tokens (of `width` elements) that no row covers.
-pub(super) fn zero_gaps(x: &mut [f32], rows: &[RowSpan], width: usize) {
-    let mut end = 0;
-    for row in rows {
-        x[end * width..row.start * width].fill(0.0);
-        end = row.start + row.len;
-    }
-    x[end * width..].fill(0.0);
-}
-
 struct Forward<'a> {
     tile: Tile,
-    o: SharedMut<'a, f32>,
+    o: HeadsMut<'a>,
     lse: SharedMut<'a, f32>,
     scratch: SharedMut<'a, f32>,
     q: HeadsRef<'a>,
@@ -100,20 +115,20 @@ struct Forward<'a> {
 }
 
 impl Forward<'_> {
-    /// Outputs of one head for up to [`TILES_PER_BLOCK`] query tiles from `first` on.
-    fn block(&self, row: RowSpan, head: usize, first: usize, thread_idx: usize) {
+    /// Outputs of one head for a block of query tiles.
+    fn block(&self, row: RowSpan, head: usize, tiles: Range<usize>, thread_idx: usize) {
         let AttentionDims { head_dim: d, scale, soft_cap, .. } = self.dims;
         let kv_head = head / self.dims.group();
         // SAFETY: a thread works on one block at a time.
         let mut carver =
             unsafe { Carver::new(&self.scratch, per_thread_elems(self.dims), thread_idx) };
-        let q_block = carver.take(TILES_PER_BLOCK * d * TILE);
-        let o_block = carver.take(TILES_PER_BLOCK * d * TILE);
-        let stats = carver.take(TILES_PER_BLOCK * 2 * TILE);
+        let (first, last, n_tiles) = (tiles.start, tiles.end, tiles.len());
+        let q_block = carver.take(n_tiles * d * TILE);
+        let o_block = carver.take(n_tiles * d * TILE);
+        let stats = carver.take(n_tiles * 2 * TILE);
         let k_tile = carver.take(self.dims.natural_elems());
         let v_tile = carver.take(self.dims.natural_elems());
         let (s, factor) = (carver.take(TILE * TILE), carver.take(TILE));
-        let last = (first + TILES_PER_BLOCK).min(row.n_tiles());
         for (q_tile, i) in q_block.chunks_exact_mut(d * TILE).zip(first..last) {
             self.q.pack_transposed(q_tile, row.tile(i), head, d);
         }
@@ -140,35 +155,39 @@ impl Forward<'_> {
                 if !is_first {
                     scale_rows(o_tile, factor, d);
                 }
-                let (p, o) = (Panel::new(s.as_ptr(), TILE), (o_tile.as_mut_ptr(), d));
                 let part = Part::DepthUpToRow.if_diagonal(i == j);
-                // SAFETY: `o_tile` has 64 rows.
-                unsafe { weighted_sum(&self.tile, d, p, v_tile, o, TILE, !is_first, part) };
+                weighted_sum(&self.tile, d, Weights::ByDepth(s), v_tile, o_tile, !is_first, part);
             }
         }
         for i in first..last {
-            let o_tile = &o_block[(i - first) * d * TILE..][..d * TILE];
-            let (max, sum) = stats[(i - first) * 2 * TILE..][..2 * TILE].split_at(TILE);
-            for ((token, o), (max, sum)) in
-                row.tile(i).zip(o_tile.chunks_exact(d)).zip(max.iter().zip(sum))
-            {
-                self.store(token, head, o, *max, *sum);
-            }
+            let o_tile = &mut o_block[(i - first) * d * TILE..][..d * TILE];
+            let stats = stats[(i - first) * 2 * TILE..][..2 * TILE].split_at(TILE);
+            self.store(row.tile(i), head, o_tile, stats);
         }
     }
 
-    /// Divides one output row by its sum and stores it.
-    fn store(&self, token: usize, head: usize, o: &[f32], max: f32, sum: f32) {
+    /// Divides the outputs of a tile by their sums and stores them.
+    fn store(
+        &self,
+        tokens: Range<usize>,
+        head: usize,
+        o: &mut [f32],
+        (max, sum): (&[f32], &[f32]),
+    ) {
         let (h, d) = (self.dims.n_heads, self.dims.head_dim);
-        let at = token * h + head;
-        // SAFETY: a (token, head) belongs to one block and so to one thread.
-        let (dst, lse) =
-            unsafe { (self.o.range(at * d..(at + 1) * d), self.lse.range(at..at + 1)) };
-        let inverse = 1.0 / sum;
-        for (dst, o) in dst.iter_mut().zip(o) {
-            *dst = o * inverse;
+        let mut inverse = [0.0; TILE];
+        for (inverse, sum) in inverse.iter_mut().zip(sum) {
+            *inverse = 1.0 / sum;
         }
-        lse[0] = max + sum.ln();
+        scale_rows(o, &inverse, d);
+        for (token, (max, sum)) in tokens.clone().zip(max.iter().zip(sum)) {
+            let at = token * h + head;
+            // SAFETY: a (token, head) belongs to one block and so to one thread.
+            let lse = unsafe { self.lse.range(at..at + 1) };
+            lse[0] = max + sum.ln();
+        }
+        // SAFETY: as above, and `o` is `n_heads` heads wide.
+        unsafe { self.o.store(tokens, head, d, o) };
     }
 }
 
@@ -230,8 +249,12 @@ tiered! {
 }
 
 tiered! {
+    /// Multiplies row by row; a factor of one, the usual one once a maximum is found, costs nothing.
     fn scale_rows(x: &mut [f32], factor: &[f32], stride: usize) {
         for (row, &factor) in x.chunks_exact_mut(stride).zip(factor) {
+            if factor == 1.0 {
+                continue;
+            }
             for x in row {
                 *x *= factor;
             }

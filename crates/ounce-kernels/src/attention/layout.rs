@@ -5,7 +5,7 @@ use crate::gemm::MatRef;
 use crate::gemm::pack::pack;
 use crate::gemm::tile::{Panel, Tile};
 use crate::pool::SharedMut;
-use std::marker::PhantomData;
+use crate::view::{SharedViewMut, View, ViewMut};
 use std::ops::Range;
 
 /// Elements of 64 tokens x 64 channels.
@@ -31,6 +31,17 @@ impl RowSpan {
         let start = self.start + tile_idx * TILE;
         start..(start + TILE).min(self.start + self.len)
     }
+}
+
+/// The tokens that no row covers.
+pub(super) fn gaps(rows: &[RowSpan], n_tokens: usize) -> impl Iterator<Item = Range<usize>> {
+    let mut end = 0;
+    let starts = rows.iter().map(|row| (row.start, row.start + row.len));
+    starts.chain([(n_tokens, n_tokens)]).map(move |(start, next)| {
+        let gap = end..start;
+        end = next;
+        gap
+    })
 }
 
 /// Sizes of an attention.
@@ -144,7 +155,7 @@ impl Sight {
 #[derive(Clone, Copy, Debug)]
 pub struct HeadsRef<'a> {
     /// The matrix of which the heads are columns.
-    pub data: &'a [f32],
+    pub data: View<'a>,
     /// Elements from one token to the next.
     pub row_stride: usize,
     /// Column of head 0.
@@ -153,14 +164,15 @@ pub struct HeadsRef<'a> {
 
 impl<'a> HeadsRef<'a> {
     /// Dense heads (N, heads, D).
-    pub fn dense(data: &'a [f32], n_heads: usize, head_dim: usize) -> Self {
-        Self { data, row_stride: n_heads * head_dim, col_offset: 0 }
+    pub fn dense(data: impl Into<View<'a>>, n_heads: usize, head_dim: usize) -> Self {
+        Self { data: data.into(), row_stride: n_heads * head_dim, col_offset: 0 }
     }
 
     /// Tokens x channels of one head.
     fn matrix(&self, tokens: Range<usize>, head: usize, head_dim: usize) -> MatRef<'a> {
         let at = tokens.start * self.row_stride + self.col_offset + head * head_dim;
-        MatRef::with_stride(&self.data[at..], tokens.len(), head_dim, self.row_stride)
+        let data = self.data.slice(at..self.data.len());
+        MatRef::with_stride(data, tokens.len(), head_dim, self.row_stride)
     }
 
     /// Writes a transposed tile; tokens beyond it are zeros.
@@ -171,8 +183,8 @@ impl<'a> HeadsRef<'a> {
         head: usize,
         head_dim: usize,
     ) {
-        let src = self.matrix(tokens.clone(), head, head_dim);
-        pack(dst, src, 0..tokens.len(), 0..head_dim, TILE);
+        let n_tokens = tokens.len();
+        pack(dst, self.matrix(tokens, head, head_dim), 0..n_tokens, 0..head_dim, TILE);
     }
 
     /// Writes a natural tile; tokens and channels beyond it are zeros.
@@ -183,58 +195,31 @@ impl<'a> HeadsRef<'a> {
         head: usize,
         head_dim: usize,
     ) {
-        for (chunk, dst) in dst.chunks_exact_mut(CHUNK_ELEMS).enumerate() {
-            let (used, rest) = dst.as_chunks_mut::<TILE>().0.split_at_mut(tokens.len());
-            for (dst, token) in used.iter_mut().zip(tokens.clone()) {
-                let src = &self.row(token, head, head_dim)[chunk * TILE..];
-                if let Some((src, _)) = src.split_first_chunk::<TILE>() {
-                    *dst = *src;
-                } else {
-                    dst[..src.len()].copy_from_slice(src);
-                    dst[src.len()..].fill(0.0);
-                }
-            }
-            rest.as_flattened_mut().fill(0.0);
+        let n_tokens = tokens.len();
+        let channels_by_tokens = self.matrix(tokens, head, head_dim).t();
+        for ((chunk, width), dst) in chunks(head_dim).zip(dst.chunks_exact_mut(CHUNK_ELEMS)) {
+            let channels = chunk * TILE..chunk * TILE + width;
+            pack(dst, channels_by_tokens, channels, 0..n_tokens, TILE);
+            dst[n_tokens * TILE..].fill(0.0);
         }
-    }
-
-    #[inline(always)]
-    pub(super) fn row(&self, token: usize, head: usize, head_dim: usize) -> &'a [f32] {
-        &self.data[token * self.row_stride + self.col_offset + head * head_dim..][..head_dim]
     }
 }
 
 /// Heads that are written, laid out as in [`HeadsRef`].
-#[derive(Debug)]
 pub struct HeadsMut<'a> {
-    ptr: *mut f32,
-    len: usize,
-    pub(super) row_stride: usize,
+    data: SharedViewMut<'a>,
+    row_stride: usize,
     col_offset: usize,
     /// Columns from `col_offset` on that are ours.
     width: usize,
-    life: PhantomData<&'a mut [f32]>,
 }
-
-// SAFETY: as `&mut [f32]`, of which this is a set of columns that nobody else holds.
-unsafe impl Send for HeadsMut<'_> {}
-// SAFETY: threads write through `rows_ptr`, whose callers promise disjoint rows.
-unsafe impl Sync for HeadsMut<'_> {}
 
 impl<'a> HeadsMut<'a> {
     /// Dense heads (N, heads, D).
-    pub fn dense(data: &'a mut [f32], n_heads: usize, head_dim: usize) -> Self {
-        Self::new(data, n_heads * head_dim, 0)
-    }
-
-    /// Heads that are columns of `data` from `col_offset` to the end of a row.
-    ///
-    /// # Panics
-    /// If the offset lies beyond a row.
-    pub fn new(data: &'a mut [f32], row_stride: usize, col_offset: usize) -> Self {
-        assert!(col_offset <= row_stride, "column {col_offset} lies within a row of {row_stride}");
-        let (ptr, len, width) = (data.as_mut_ptr(), data.len(), row_stride - col_offset);
-        Self { ptr, len, row_stride, col_offset, width, life: PhantomData }
+    pub fn dense(data: impl Into<ViewMut<'a>>, n_heads: usize, head_dim: usize) -> Self {
+        let width = n_heads * head_dim;
+        let data = SharedViewMut::new(data.into());
+        Self { data, row_stride: width, col_offset: 0, width }
     }
 
     /// Three column ranges `[offset, offset + width)` of one matrix: `dq`, `dk`, `dv` in `dqkv`.
@@ -242,7 +227,7 @@ impl<'a> HeadsMut<'a> {
     /// # Panics
     /// If the ranges overlap or leave a row.
     pub fn packed(
-        data: &'a mut [f32],
+        data: impl Into<ViewMut<'a>>,
         row_stride: usize,
         offsets: [usize; 3],
         widths: [usize; 3],
@@ -255,39 +240,60 @@ impl<'a> HeadsMut<'a> {
                 assert!(apart, "columns {i} and {j} do not overlap");
             }
         }
-        let (ptr, len) = (data.as_mut_ptr(), data.len());
+        let data = SharedViewMut::new(data.into());
         [0, 1, 2].map(|i| Self {
-            ptr,
-            len,
+            data: data.clone(),
             row_stride,
             col_offset: offsets[i],
             width: widths[i],
-            life: PhantomData,
         })
     }
 
     /// # Panics
-    /// If `n_tokens` rows of `n_heads` heads do not fit.
-    pub(super) fn check(&self, n_tokens: usize, n_heads: usize, head_dim: usize) {
+    /// If `n_heads` heads are wider than the columns that are ours.
+    pub(super) fn check(&self, n_heads: usize, head_dim: usize) {
         assert!(n_heads * head_dim <= self.width, "{n_heads} heads fit {} columns", self.width);
-        let end = (n_tokens * self.row_stride + self.col_offset + n_heads * head_dim)
-            .saturating_sub(self.row_stride);
-        assert!(n_tokens == 0 || end <= self.len, "heads end at {end} of {}", self.len);
-    }
-
-    /// Pointer to channel 0 of a head of a token. In bounds for what [`Self::check`] accepted.
-    pub(super) fn at(&self, token: usize, head: usize, head_dim: usize) -> *mut f32 {
-        self.ptr.wrapping_add(token * self.row_stride + self.col_offset + head * head_dim)
     }
 
     /// One head of one token.
     ///
     /// # Safety
     /// [`Self::check`] accepted the sizes, and no two live rows are the same.
-    #[expect(clippy::mut_from_ref, reason = "handing out disjoint rows is this type's purpose")]
-    pub(super) unsafe fn row(&self, token: usize, head: usize, head_dim: usize) -> &mut [f32] {
-        // SAFETY: in bounds and exclusive by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.at(token, head, head_dim), head_dim) }
+    ///
+    /// # Panics
+    /// If the token lies beyond the matrix.
+    unsafe fn row(&self, token: usize, head: usize, head_dim: usize) -> ViewMut<'_> {
+        let at = token * self.row_stride + self.col_offset + head * head_dim;
+        // SAFETY: columns of ours by `check`, and exclusive by the caller's promise.
+        unsafe { self.data.range(at..at + head_dim) }
+    }
+
+    /// Writes one head of `tokens` from rows of `head_dim` sums, each rounded once.
+    ///
+    /// # Safety
+    /// [`Self::check`] accepted the sizes, and nobody else accesses this head of these tokens.
+    pub(super) unsafe fn store(
+        &self,
+        tokens: Range<usize>,
+        head: usize,
+        head_dim: usize,
+        sums: &[f32],
+    ) {
+        for (token, sums) in tokens.zip(sums.chunks_exact(head_dim)) {
+            // SAFETY: the caller's promise.
+            unsafe { self.row(token, head, head_dim) }.store(0..head_dim, sums);
+        }
+    }
+
+    /// Writes zeros to all heads of `tokens`.
+    ///
+    /// # Safety
+    /// As for [`Self::store`], for all `n_heads` heads.
+    pub(super) unsafe fn zero(&self, tokens: Range<usize>, n_heads: usize, head_dim: usize) {
+        for token in tokens {
+            // SAFETY: the caller's promise; the heads of a token are neighbours.
+            unsafe { self.row(token, 0, n_heads * head_dim) }.zero();
+        }
     }
 }
 
@@ -328,34 +334,42 @@ pub(super) fn scores(
     for (chunk, depth) in chunks(head_dim) {
         let left = Panel::rows_of_64(left[chunk * CHUNK_ELEMS..].as_ptr());
         let right = Panel::new(right[chunk * CHUNK_ELEMS..].as_ptr(), TILE);
-        let size = (TILE, TILE);
         // SAFETY: all three are whole tiles by the assertions.
         unsafe {
-            product(tile, depth, left, right, (c.as_mut_ptr(), TILE), size, chunk > 0, part);
+            product(tile, depth, left, right, (c.as_mut_ptr(), TILE), TILE, chunk > 0, part);
         }
     }
 }
 
-/// Sums over tokens: `c` (height, D) `= left right` or `c + left right`, `left` (64, 64) a tile of
-/// scores and `right` a natural tile.
-///
-/// # Safety
-/// Rows `..height`, `c_stride` apart, of `c` are D wide and exclusively ours.
-pub(super) unsafe fn weighted_sum(
+/// A tile of scores (64, 64) as the left operand of a product.
+#[derive(Clone, Copy)]
+pub(super) enum Weights<'a> {
+    /// Stored depth by depth.
+    ByDepth(&'a [f32]),
+    /// Stored row by row.
+    ByRows(&'a [f32]),
+}
+
+/// Sums over tokens: `c` (64, D) `= left right` or `c + left right`, `right` a natural tile.
+pub(super) fn weighted_sum(
     tile: &Tile,
     head_dim: usize,
-    left: Panel,
+    left: Weights<'_>,
     right: &[f32],
-    (c, c_stride): (*mut f32, usize),
-    height: usize,
+    c: &mut [f32],
     from_c: bool,
     part: Part,
 ) {
+    assert!(c.len() >= TILE * head_dim, "c is 64 rows");
+    let left = match left {
+        Weights::ByDepth(x) => Panel::new(x[..TILE * TILE].as_ptr(), TILE),
+        Weights::ByRows(x) => Panel::rows_of_64(x[..TILE * TILE].as_ptr()),
+    };
     for (chunk, cols) in chunks(head_dim) {
         let right = Panel::new(right[chunk * CHUNK_ELEMS..][..CHUNK_ELEMS].as_ptr(), TILE);
-        let c = (c.wrapping_add(chunk * TILE), c_stride);
-        // SAFETY: `right` is a whole chunk; `c` is promised by the caller.
-        unsafe { product(tile, TILE, left, right, c, (height, cols), from_c, part) };
+        let c = (c[chunk * TILE..].as_mut_ptr(), head_dim);
+        // SAFETY: both operands are whole tiles and `c` has 64 rows.
+        unsafe { product(tile, TILE, left, right, c, cols, from_c, part) };
     }
 }
 
@@ -367,21 +381,21 @@ fn chunks(head_dim: usize) -> impl Iterator<Item = (usize, usize)> {
 /// `c = left right` or `c + left right`: `left` (64, depth), `right` (depth, cols), cols <= 64.
 ///
 /// # Safety
-/// `left` has 64 rows and `right` 64 columns at every depth; rows `..height` and columns `..cols`
-/// of `c` are exclusively ours.
+/// `left` has 64 rows and `right` 64 columns at every depth; 64 rows and columns `..cols` of `c` are
+/// exclusively ours.
 unsafe fn product(
     tile: &Tile,
     depth: usize,
     left: Panel,
     right: Panel,
     (c, c_stride): (*mut f32, usize),
-    (height, cols): (usize, usize),
+    cols: usize,
     from_c: bool,
     part: Part,
 ) {
     let Tile { mr, nr, .. } = *tile;
     for j in (0..cols).step_by(nr) {
-        for i in (0..height).step_by(mr) {
+        for i in (0..TILE).step_by(mr) {
             let (first, end) = match part {
                 Part::LowerScores if j >= i + mr => continue,
                 Part::UpperScores if i >= j + nr => continue,
@@ -389,13 +403,13 @@ unsafe fn product(
                 Part::DepthFromRow => (i, depth),
                 _ => (0, depth),
             };
-            let (tall, wide) = (mr.min(height - i), nr.min(cols - j));
+            let wide = nr.min(cols - j);
             let (a, b) = (left.from(i, first), right.from(j, first));
             // SAFETY: `i` and `j` stay within the operands that the caller promised, and register
             // tiles divide 64, so a full one exists also at an edge of `c`.
             unsafe {
                 let c = c.add(i * c_stride + j);
-                tile.run(end - first, a, b, c, c_stride, tall, wide, from_c);
+                tile.run(end - first, a, b, c, c_stride, mr, wide, from_c);
             }
         }
     }

@@ -2,21 +2,27 @@
 
 use super::*;
 use crate::pool::Pool;
-use crate::testing::{assert_close, noise};
+use crate::testing::{Stored, assert_close, noise};
 use crate::tier::{Tier, set_tier};
+use crate::view::FloatType;
 
 const GAP: f32 = 9.0;
 
-/// A problem whose q, k and v are columns of one packed matrix.
+/// A problem: q, k and v are columns of one matrix.
+#[derive(Clone)]
 struct Case {
     dims: AttentionDims,
     rows: Vec<RowSpan>,
     n_tokens: usize,
     qkv: Vec<f32>,
     d_o: Vec<f32>,
+    /// How all but `lse` is stored.
+    float_type: FloatType,
+    /// Whether the kernels see one matrix, or three.
+    packed: bool,
 }
 
-/// Everything the two kernels write.
+/// Everything the two kernels write, widened.
 #[derive(PartialEq, Debug)]
 struct Output {
     o: Vec<f32>,
@@ -43,12 +49,21 @@ impl Case {
             n_tokens,
             qkv: noise(n_tokens * width, 1).iter().map(|x| 2.0 * x).collect(),
             d_o: noise(n_tokens * n_heads * head_dim, 2),
+            float_type: FloatType::F32,
+            packed: true,
         }
     }
 
     fn with(mut self, window: Option<usize>, soft_cap: Option<f32>) -> Self {
         self.dims = AttentionDims { window, soft_cap, ..self.dims };
         self
+    }
+
+    /// The same problem in 16 bits, and in f32 on the numbers that remain.
+    fn rounded(&self, float_type: FloatType) -> (Self, Self) {
+        let keep = |x: &[f32]| Stored::new(x, float_type).wide();
+        let in_f32 = Self { qkv: keep(&self.qkv), d_o: keep(&self.d_o), ..self.clone() };
+        (Self { float_type, ..in_f32.clone() }, in_f32)
     }
 
     /// Columns of q, k, v and the row stride.
@@ -58,35 +73,58 @@ impl Case {
         ([0, widths[0], widths[0] + widths[1]], widths, widths.iter().sum())
     }
 
-    fn run(&self, pool: &Pool) -> Output {
+    /// Columns of q, k or v of a matrix like `qkv`, as a matrix.
+    fn part(&self, qkv: &[f32], i: usize) -> Vec<f32> {
         let (offsets, widths, row_stride) = self.columns();
-        let [q, k, v] =
-            offsets.map(|col_offset| HeadsRef { data: &self.qkv, row_stride, col_offset });
+        let columns = offsets[i]..offsets[i] + widths[i];
+        qkv.chunks_exact(row_stride).flat_map(|row| &row[columns.clone()]).copied().collect()
+    }
+
+    fn run(&self, pool: &Pool) -> Output {
+        self.run_rounding_o(pool, FloatType::F32)
+    }
+
+    /// Runs both kernels; the backward gets `o` rounded to `o_type`.
+    fn run_rounding_o(&self, pool: &Pool, o_type: FloatType) -> Output {
+        let (offsets, widths, row_stride) = self.columns();
+        let stored = |x: &[f32]| Stored::new(x, self.float_type);
+        let (whole, d_o) = (stored(&self.qkv), stored(&self.d_o));
+        let parts = [0, 1, 2].map(|i| stored(&self.part(&self.qkv, i)));
+        let [q, k, v] = [0, 1, 2].map(|i| {
+            if self.packed {
+                HeadsRef { data: whole.view(), row_stride, col_offset: offsets[i] }
+            } else {
+                HeadsRef { data: parts[i].view(), row_stride: widths[i], col_offset: 0 }
+            }
+        });
         let n_out = self.n_tokens * self.dims.n_heads;
-        let mut o = vec![GAP; n_out * self.dims.head_dim];
+        let mut o = stored(&vec![GAP; n_out * self.dims.head_dim]);
         let mut lse = vec![GAP; n_out];
-        let mut dqkv = vec![GAP; self.qkv.len()];
         let n_threads = pool.n_threads();
-        let mut scratch = vec![f32::NAN; attention_forward_scratch_elems(self.dims, n_threads)];
-        attention_forward(pool, &mut o, &mut lse, q, k, v, &self.rows, self.dims, &mut scratch);
-        let mut scratch = vec![f32::NAN; attention_backward_scratch_elems(self.dims, n_threads)];
-        let [dq, dk, dv] = HeadsMut::packed(&mut dqkv, row_stride, offsets, widths);
-        attention_backward(
-            pool,
-            dq,
-            dk,
-            dv,
-            &self.d_o,
-            q,
-            k,
-            v,
-            &o,
-            &lse,
-            &self.rows,
-            self.dims,
-            &mut scratch,
-        );
-        Output { o, lse, dqkv }
+        let (dims, rows) = (self.dims, &self.rows);
+        let mut scratch = vec![f32::NAN; attention_forward_scratch_elems(dims, n_threads)];
+        attention_forward(pool, o.view_mut(), &mut lse, q, k, v, rows, dims, &mut scratch);
+        let o_read = stored(&Stored::new(&o.wide(), o_type).wide());
+        let (o_view, d_o) = (o_read.view(), d_o.view());
+        let backward = |[dq, dk, dv]: [HeadsMut<'_>; 3]| {
+            let needed = attention_backward_scratch_elems(dims, self.n_tokens, n_threads);
+            let scratch = &mut vec![f32::NAN; needed];
+            attention_backward(pool, dq, dk, dv, d_o, q, k, v, o_view, &lse, rows, dims, scratch);
+        };
+        let mut dqkv = stored(&vec![GAP; self.qkv.len()]);
+        if self.packed {
+            backward(HeadsMut::packed(dqkv.view_mut(), row_stride, offsets, widths));
+            return Output { o: o.wide(), dqkv: dqkv.wide(), lse };
+        }
+        let mut grads = [0, 1, 2].map(|i| stored(&vec![GAP; self.n_tokens * widths[i]]));
+        let [dq, dk, dv] = grads.each_mut();
+        let heads = [(dq, dims.n_heads), (dk, dims.n_kv_heads), (dv, dims.n_kv_heads)];
+        backward(heads.map(|(grad, n)| HeadsMut::dense(grad.view_mut(), n, dims.head_dim)));
+        let [dq, dk, dv] = grads.map(|grad| grad.wide());
+        let tokens = dq.chunks_exact(widths[0]).zip(dk.chunks_exact(widths[1]));
+        let tokens = tokens.zip(dv.chunks_exact(widths[2]));
+        let dqkv = tokens.flat_map(|((dq, dk), dv)| [dq, dk, dv].concat()).collect();
+        Output { o: o.wide(), lse, dqkv }
     }
 
     /// The definition, one query at a time in f64: (o, lse, dqkv).
@@ -181,6 +219,38 @@ fn threads_tiers_and_passes_do_not_change_the_bits() {
         }
         set_tier(None);
     }
+}
+
+/// Both types and layouts, one pass and two, odd sizes, gaps, groups, windows and soft caps.
+#[test]
+fn in_16_bits_everything_is_the_rounded_f32_result_of_the_same_numbers() {
+    for case in [
+        Case::new(1, 1, 16, &[(0, 1), (64, 70)]),
+        Case::new(6, 2, 40, &[(0, 64), (64, 129), (256, 63)]),
+        Case::new(3, 1, 64, &[(3, 330)]).with(Some(100), None),
+        Case::new(4, 4, 24, &[(0, 270), (320, 70)]).with(Some(64), Some(1.5)),
+        Case::new(4, 2, 80, &[(5, 150)]).with(None, Some(0.7)),
+    ] {
+        for float_type in [FloatType::Bf16, FloatType::F16] {
+            let (narrow, wide) = case.rounded(float_type);
+            let want = wide.run_rounding_o(&Pool::new(1), float_type);
+            let round = |x: &[f32]| Stored::new(x, float_type).wide();
+            let want = Output { o: round(&want.o), lse: want.lse, dqkv: round(&want.dqkv) };
+            for (n_threads, packed) in [(1, false), (2, true), (5, false), (7, true)] {
+                let case = Case { packed, ..narrow.clone() };
+                let got = case.run(&Pool::new(n_threads));
+                assert!(got == want, "{float_type:?}, {n_threads} threads, {:?}", case.dims);
+            }
+        }
+    }
+}
+
+#[test]
+fn one_matrix_or_three_give_the_same_bits() {
+    let packed = Case::new(4, 2, 40, &[(0, 64), (64, 129)]);
+    let want = packed.run(&Pool::new(2));
+    let apart = Case { packed: false, ..packed };
+    assert!(apart.run(&Pool::new(2)) == want);
 }
 
 /// Windows of every length around the tiles' edges: one key too many or too few would show.

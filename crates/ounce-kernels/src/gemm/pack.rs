@@ -277,9 +277,10 @@ fn copy_panels_of<S: Source, const W: usize>(
             for (dst, unit) in part.as_chunks_mut::<W>().0.iter_mut().zip(some.clone()) {
                 let p = depth.start + unit * S::DEPTHS;
                 let at = p * src.col_stride + i;
-                if i + W <= rows.end && unit < whole && at + reach <= src.data.len() {
+                if unit < whole && at + reach <= src.data.len() {
                     // SAFETY: all that is read exists, though not all of it need be ours.
                     unsafe { copy_unit::<S, W>(dst, src.data.as_ptr().add(at), src.col_stride) };
+                    dst[W.min(rows.end - i)..].fill(0.0);
                 } else {
                     for (row, dst) in (i..).zip(dst) {
                         *dst = unit_or_zero::<S>(src, row, p, &rows, &depth);
