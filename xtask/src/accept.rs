@@ -11,6 +11,7 @@ use crate::Result;
 use crate::bench::last_object;
 use crate::budgets::gpt2_budgets;
 use crate::cgroup_runs::cgroup_runs;
+use crate::finetuning::finetuning;
 use crate::killed::killed;
 use crate::plan_times::plan_times;
 use crate::record::{Record, keep};
@@ -45,6 +46,7 @@ const DEMONSTRATIONS: &[Demonstration] = &[
     ("plan-times", "predicted and measured time of many plans of a small GPT-2", plan_times),
     ("killed", "kill -9 at random moments of a run that saves, then the same bits", killed),
     ("smollm2", "SmolLM2-135M-Instruct as GGUF: loss and tokens as in other engines", smollm2),
+    ("finetuning", "SmolLM2-135M on GSM8K in bf16, in 2 GiB, and the result elsewhere", finetuning),
     ("tokenising", "JSONL of growing length: peak, throughput, ids of the peer", tokenising),
     ("cgroup-runs", "random models in memory cgroups of their budgets' sizes", cgroup_runs),
 ];

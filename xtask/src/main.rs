@@ -13,6 +13,7 @@ mod shell;
 mod ci;
 mod tidy;
 
+mod finetuning;
 mod golden;
 
 mod record;
@@ -51,8 +52,8 @@ cargo xtask COMMAND
 
 Flags of bench step: --model M --batch-size B --max-length T --steps N --rounds R --memory BYTES
   --threads N --python PROGRAM
-Flags of accept: --python PROGRAM --threads N --precision P --times N --seed N; of smollm2 also
-  --gguf FILE --data FILE --llama-python PROGRAM
+Flags of accept: --python PROGRAM --threads N --precision P --times N --seed N; of smollm2 and
+  finetuning also --gguf FILE --data PATH --llama-python PROGRAM
 ";
 
 fn main() -> ExitCode {

@@ -32,7 +32,7 @@ const PROMPTS: [&str; 12] = [
     "Q: What is 12 + 30?\nA:",
 ];
 /// Asked as the model's chat template writes it.
-const QUESTIONS: [&str; 8] = [
+pub(crate) const QUESTIONS: [&str; 8] = [
     "What is the capital of France?",
     "Name three fruits.",
     "What is 2 + 2?",
@@ -69,8 +69,7 @@ pub(crate) fn smollm2(s: &Setting<'_>) -> Result<Outcome> {
     o.claim(error <= 1e-4, format!("transformers says {their_loss:.5}, {error:.1e} away"));
 
     let mut prompts: Vec<String> = PROMPTS.iter().map(|&p| p.to_owned()).collect();
-    let ask = |q: &&str| format!("<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n");
-    prompts.extend(QUESTIONS.iter().map(ask));
+    prompts.extend(QUESTIONS.iter().map(as_chat));
     let file = folder.join("prompts.json");
     let list = json!(prompts).to_string();
     std::fs::write(&file, list).map_err(|e| format!("{}: {e}", file.display()))?;
@@ -105,19 +104,24 @@ pub(crate) fn smollm2(s: &Setting<'_>) -> Result<Outcome> {
     Ok(o)
 }
 
+/// A question as the model's chat template writes it.
+pub(crate) fn as_chat(question: &&str) -> String {
+    format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+}
+
 /// Runs the other side.
-fn peer(python: &str, what: &str, args: &[&str]) -> Result<Value> {
+pub(crate) fn peer(python: &str, what: &str, args: &[&str]) -> Result<Value> {
     last_object(&capture(python, &[&["bench/peer_gguf.py", what], args].concat())?)
 }
 
-fn eval(s: &Setting<'_>, model: &Path, text: &Path) -> Result<Value> {
+pub(crate) fn eval(s: &Setting<'_>, model: &Path, text: &Path) -> Result<Value> {
     let files = ["eval", "--model", path(model), "--data", path(text), "--max-length", "512"];
     let rows = ["--per-device-train-batch-size", "1", "--json"];
     last_object(&s.ounce(&[&files[..], &rows, &s.thread_args()].concat())?)
 }
 
 /// Ids of greedy continuations.
-fn answers(s: &Setting<'_>, model: &Path, prompts: &[String]) -> Result<Vec<Value>> {
+pub(crate) fn answers(s: &Setting<'_>, model: &Path, prompts: &[String]) -> Result<Vec<Value>> {
     let answer = |prompt: &String| {
         let what = ["generate", "--model", path(model), "--prompt", prompt, "--temperature", "0"];
         let how = ["--max-new-tokens", NEW_TOKENS, "--json"];
@@ -127,7 +131,7 @@ fn answers(s: &Setting<'_>, model: &Path, prompts: &[String]) -> Result<Vec<Valu
     prompts.iter().map(answer).collect()
 }
 
-fn compare(o: &mut Outcome, whose: &str, ours: &[Value], theirs: &Value) {
+pub(crate) fn compare(o: &mut Outcome, whose: &str, ours: &[Value], theirs: &Value) {
     let theirs = theirs.as_array().map_or(&[][..], Vec::as_slice);
     let different: Vec<String> = ours
         .iter()

@@ -10,7 +10,7 @@
 //! every op), `resolve` (plan and graph to tasks), `gate` (where a step stops before its updates),
 //! `dispatch` (a task to its kernel), [`step`] (the executor), [`buffers`] (what the session reads
 //! and writes between steps), [`profile`] (time per op), [`machine`] (costs measured on this
-//! machine), `cost_file` (where they are kept).
+//! machine), `cost_file` (where they are kept), [`heap`] (freed memory given back).
 //!
 //! ```
 //! use std::sync::Arc;
@@ -52,6 +52,8 @@ pub mod profile;
 pub mod machine;
 
 mod cost_file;
+
+pub mod heap;
 
 pub use arena::Arena;
 pub use buffers::Buffers;

@@ -143,6 +143,7 @@ pub fn bench_step(
     };
     let limits = limits(&settings);
     let mut session = compile(&model, &plans, &limits, env).map_err(with_own_flags)?;
+    drop(session.take_picture());
     session.check_baseline()?;
     let n_steps = wanted.n_warmup_steps + wanted.n_steps;
     let plan = session.record();

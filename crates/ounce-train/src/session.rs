@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use ounce_exec::heap::release_free_heap;
 use ounce_exec::{Arena, Executor, MeasuredMachine};
 use ounce_io::checkpoint::Checkpoint;
 use ounce_ir::{DType, Graph, OpId, ParamId, ValueId, ValueKind};
@@ -337,6 +338,7 @@ impl Session {
     /// # Errors
     /// [`Error::Baseline`] with both numbers.
     pub(crate) fn check_baseline(&self) -> Result<()> {
+        release_free_heap();
         self.baseline.check()
     }
 

@@ -111,3 +111,17 @@ fn twelve_by_one_and_three_by_four_are_the_same_run() {
         lab.train(&format!("{RUN} --max-grad-norm 0 --per-device-train-batch-size 12"), "off");
     assert_ne!(other.weights, whole.weights);
 }
+
+/// A plan of thousands of instructions leaves much freed heap behind, beside its own tables: the
+/// process must still be as small as is declared for it.
+#[test]
+fn a_deep_model_runs_in_its_smallest_budget() {
+    let lab = Lab::empty();
+    std::fs::create_dir(lab.path("deep")).unwrap();
+    let config = r#"{"model_type": "gpt2", "n_embd": 64, "n_layer": 16, "n_head": 2,
+        "n_positions": 1024, "vocab_size": 2048, "activation_function": "gelu_new"}"#;
+    std::fs::write(lab.path("deep/config.json"), config).unwrap();
+    let run = "bench step --model deep --batch-size 4 --max-length 1024 --warmup 0 --steps 1";
+    let smallest = smallest_budget(&lab.fail(3, &words(&format!("{run} --memory 1MiB"))));
+    lab.succeed(&words(&format!("{run} --memory {smallest}")));
+}
