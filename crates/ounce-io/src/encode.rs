@@ -1,24 +1,20 @@
 //! Training text to ids on several threads, in the order of the text.
 //!
-//! Idea: pieces are gathered into a batch of [`BATCH_BYTES`] of text per thread, cut into jobs of at least
-//! [`JOB_BYTES`], so that short rows are not handed out one by one. Threads take the next job when they are done with
-//! one. The ids of the jobs are then handed on in order, and the next batch goes through the same buffers.
+//! Idea: pieces are gathered into jobs of at least [`JOB_BYTES`], so that short rows are not handed out one by one;
+//! `pipeline.rs` has them encoded and hands their ids on in order.
 //!
 //! Invariants: the ids do not depend on the number of threads, and of several faults in the text the first one is told.
-//! Memory: one batch of text and its ids, whatever the length of the data.
+//! Memory: a few jobs per thread, each with its text and ids, whatever the length of the data.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use crate::error::IoError;
+use crate::pipeline;
 use crate::text::{Piece, PieceStart, RowOptions, SourceHash, TextPieces};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Tokenizer, Words};
 
-/// Text that is in memory at once, per thread.
-const BATCH_BYTES: usize = 64 << 10;
-/// A job is handed out when it has so much text. Threads wait for each other's last one at the end of a batch.
-const JOB_BYTES: usize = 4 << 10;
+/// A job has at least so much text, and at most a piece more.
+const JOB_BYTES: usize = 16 << 10;
 
 /// Hands the ids of `files` to `take`, in order, with the end-of-text token before each row that needs it. Returns
 /// what became of every file.
@@ -30,17 +26,20 @@ pub(crate) fn encode_files(
     mut take: impl FnMut(&[u32]) -> Result<(), IoError>,
 ) -> Result<Encoded, IoError> {
     let mut pieces = TextPieces::open_with(files, options)?;
-    let mut batch = Batch { file_tokens: vec![0; files.len()], ..Batch::default() };
-    loop {
-        // What was read before a fault comes first: it may hold an earlier one.
-        let is_more = batch.fill(&mut pieces, BATCH_BYTES * n_threads.max(1));
-        batch.encode(tokenizer, n_threads);
-        batch.hand_on(&mut take)?;
-        if !is_more? {
-            let hashes = pieces.hashes().to_vec();
-            return Ok(Encoded { hashes, file_tokens: batch.file_tokens, n_bad: pieces.n_bad() });
-        }
-    }
+    let mut file_tokens = vec![0; files.len()];
+    pipeline::in_order(
+        n_threads,
+        |job: &mut Job| job.fill(&mut pieces),
+        |job, words| job.encode(tokenizer, files, words),
+        |job| {
+            if let Some(fault) = job.fault.take() {
+                return Err(fault);
+            }
+            job.count(&mut file_tokens);
+            take(&job.ids)
+        },
+    )?;
+    Ok(Encoded { hashes: pieces.hashes().to_vec(), file_tokens, n_bad: pieces.n_bad() })
 }
 
 /// What became of the files, besides their ids.
@@ -52,18 +51,6 @@ pub(crate) struct Encoded {
     pub(crate) file_tokens: Vec<u64>,
     /// Broken rows that were passed over.
     pub(crate) n_bad: u64,
-}
-
-/// Pieces that are encoded together.
-#[derive(Debug, Default)]
-struct Batch {
-    /// Ids of each file, so far.
-    file_tokens: Vec<u64>,
-    /// The first `n_jobs` are in use; the others keep their memory.
-    jobs: Vec<Mutex<Job>>,
-    n_jobs: usize,
-    /// Files of the pieces.
-    paths: Vec<PathBuf>,
 }
 
 /// Pieces for one thread.
@@ -81,116 +68,53 @@ struct Part {
     end: usize,
     start: PieceStart,
     line: u64,
-    path: usize,
     /// Number of the file among all.
     file: usize,
     /// Where its ids end.
     ids_end: usize,
 }
 
-impl Batch {
-    /// Reads pieces until there are `most_bytes`; false after the last.
-    fn fill(&mut self, pieces: &mut TextPieces, most_bytes: usize) -> Result<bool, IoError> {
-        let mut n_bytes = 0;
-        self.n_jobs = 0;
-        // Of the pieces to come, those of the file at hand are the next ones.
-        self.paths.drain(..self.paths.len().saturating_sub(1));
-        while n_bytes < most_bytes {
+impl Job {
+    /// Reads pieces until there are enough; false after the last.
+    fn fill(&mut self, pieces: &mut TextPieces) -> Result<bool, IoError> {
+        self.text.clear();
+        self.parts.clear();
+        // An empty row costs something, too.
+        while self.text.len() + self.parts.len() * size_of::<Part>() < JOB_BYTES {
             let Some(piece) = pieces.next_piece()? else { return Ok(false) };
-            if self.paths.last().is_none_or(|path| path != piece.path) {
-                self.paths.push(piece.path.to_path_buf());
-            }
-            let path = self.paths.len() - 1;
-            let job = self.job_with_room();
-            job.text.push_str(piece.text);
-            let (end, start, line) = (job.text.len(), piece.start, piece.line);
-            // An empty row costs something, too.
-            n_bytes += piece.text.len() + size_of::<Part>();
+            self.text.push_str(piece.text);
+            let (end, start, line) = (self.text.len(), piece.start, piece.line);
             let file = pieces.file_index();
-            job.parts.push(Part { end, start, line, path, file, ids_end: 0 });
+            self.parts.push(Part { end, start, line, file, ids_end: 0 });
         }
         Ok(true)
     }
 
-    /// The last job, or a new one if that is full.
-    fn job_with_room(&mut self) -> &mut Job {
-        let is_full = |job: &mut Mutex<Job>| {
-            let job = job.get_mut().unwrap_or_else(PoisonError::into_inner);
-            job.text.len() + job.parts.len() * size_of::<Part>() >= JOB_BYTES
-        };
-        if self.jobs[..self.n_jobs].last_mut().is_none_or(is_full) {
-            self.n_jobs += 1;
-            if self.jobs.len() < self.n_jobs {
-                self.jobs.push(Mutex::default());
-            }
-            let job = self.jobs[self.n_jobs - 1].get_mut().unwrap_or_else(PoisonError::into_inner);
-            job.text.clear();
-            job.parts.clear();
-        }
-        self.jobs[self.n_jobs - 1].get_mut().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Encodes every job, on this thread and as many others as it takes.
-    fn encode(&self, tokenizer: &Tokenizer, n_threads: usize) {
-        let jobs = &self.jobs[..self.n_jobs];
-        let next = AtomicUsize::new(0);
-        let work = || {
-            while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let mut job = job.lock().unwrap_or_else(PoisonError::into_inner);
-                job.encode(tokenizer, &self.paths);
-            }
-        };
-        std::thread::scope(|scope| {
-            for _ in 1..n_threads.min(jobs.len()) {
-                scope.spawn(work);
-            }
-            work();
-        });
-    }
-
-    /// Hands on the ids, up to the first fault.
-    fn hand_on(
-        &mut self,
-        take: &mut impl FnMut(&[u32]) -> Result<(), IoError>,
-    ) -> Result<(), IoError> {
-        for job in &mut self.jobs[..self.n_jobs] {
-            let job = job.get_mut().unwrap_or_else(PoisonError::into_inner);
-            take(&job.ids)?;
-            let mut start = 0;
-            for part in &job.parts {
-                self.file_tokens[part.file] += (part.ids_end - start) as u64;
-                start = part.ids_end;
-            }
-            if let Some(fault) = job.fault.take() {
-                return Err(fault);
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Job {
-    fn encode(&mut self, tokenizer: &Tokenizer, paths: &[PathBuf]) {
+    fn encode(&mut self, tokenizer: &Tokenizer, files: &[PathBuf], words: &mut Words) {
         self.ids.clear();
         self.fault = None;
         let mut from = 0;
         for part in &mut self.parts {
-            part.ids_end = self.ids.len();
             if part.start == (PieceStart::Row { joined: true }) {
                 self.ids.extend(tokenizer.eos_id());
             }
-            let piece = Piece {
-                text: &self.text[from..part.end],
-                start: part.start,
-                path: &paths[part.path],
-                line: part.line,
-            };
-            if let Err(fault) = tokenizer.encode_piece(&piece, &mut self.ids) {
+            let text = &self.text[from..part.end];
+            let piece = Piece { text, start: part.start, path: &files[part.file], line: part.line };
+            if let Err(fault) = tokenizer.encode_piece(&piece, words, &mut self.ids) {
                 self.fault = Some(fault);
                 return;
             }
             part.ids_end = self.ids.len();
             from = part.end;
+        }
+    }
+
+    /// Adds the ids of each file to those that it has.
+    fn count(&self, file_tokens: &mut [u64]) {
+        let mut start = 0;
+        for part in &self.parts {
+            file_tokens[part.file] += (part.ids_end - start) as u64;
+            start = part.ids_end;
         }
     }
 }
@@ -224,12 +148,13 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let files = files(dir.path());
             let tokenizer = Tokenizer::load(&data.join(name)).unwrap();
-            let (mut expected, mut pieces) = (Vec::new(), TextPieces::open(&files).unwrap());
+            let (mut expected, mut words) = (Vec::new(), Words::default());
+            let mut pieces = TextPieces::open(&files).unwrap();
             while let Some(piece) = pieces.next_piece().unwrap() {
                 if piece.start == (PieceStart::Row { joined: true }) {
                     expected.extend(tokenizer.eos_id());
                 }
-                tokenizer.encode_piece(&piece, &mut expected).unwrap();
+                tokenizer.encode_piece(&piece, &mut words, &mut expected).unwrap();
             }
             for n_threads in [1, 2, 5] {
                 let mut ids = Vec::new();

@@ -26,7 +26,7 @@
 //! seam below all writing), `temp.rs`, `atomic.rs` (one file), `staging.rs` and `publication.rs` (a model directory);
 //! `safetensors/`; `gguf/`; `hf_dir.rs` (a model directory's side files), `hub_cache.rs`; `checkpoint/`; `tokenizer/`;
 //! `dataset/` (rows and what they mean), `chat_template/` (conversations to text), `text.rs` (training text in pieces),
-//! `encode.rs` (text to ids on several threads), `token_cache.rs`, `row_tokens.rs` (conversations to tokens),
+//! `pipeline.rs` (work on several threads, in order), `encode.rs` (text to ids), `token_cache.rs`, `row_tokens.rs` (conversations to tokens),
 //! `shuffle.rs`, `mixture.rs` (several files with weights), `packs.rs` (several samples in a row), `batches.rs`;
 //! `disk_speed.rs`; `testing/` (faults and fuzzing, for tests).
 
@@ -48,6 +48,7 @@ mod hub_cache;
 mod json;
 mod mixture;
 mod packs;
+mod pipeline;
 mod publication;
 mod row_tokens;
 mod safetensors;
@@ -90,6 +91,6 @@ pub use token_cache::{
     StreamNotes, TokenCache, cache_path, tokenize_to_cache, tokenize_to_cache_with,
 };
 pub use tokenizer::{
-    END_OF_TEXT, IdStream, IdTable, MIN_BPE_VOCAB_SIZE, Tokenizer, TrainedTokenizer,
+    END_OF_TEXT, IdStream, IdTable, MIN_BPE_VOCAB_SIZE, Tokenizer, TrainedTokenizer, Words,
     tokenizer_fingerprint, tokenizing_bytes, train_bpe, train_char,
 };

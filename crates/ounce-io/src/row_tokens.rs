@@ -1,7 +1,7 @@
 //! Rows to tokens: conversations through a chat template into a token cache, with what of them is supervised.
 //!
-//! Idea: rows are read in order, a batch at a time; workers render and encode the rows of a batch; results are written
-//! in order. So the cache is the same for any number of workers, and memory is that of one batch.
+//! Idea: rows are read in order, a job at a time; threads render and encode the rows of a job; results are written in
+//! order (`pipeline.rs`). So the cache is the same for any number of threads, and memory is that of a few jobs.
 //!
 //! A token is supervised where it overlaps the bytes that are (`chat_template/supervised.rs`). The text is encoded
 //! whole, with the special tokens that the template writes and no others, so that none is there twice. Rows are cut at
@@ -9,8 +9,6 @@
 //! counted.
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde::{Deserialize, Serialize};
 
@@ -18,14 +16,15 @@ use crate::chat_template::{ChatTemplate, EndOfTurn, SupervisedText};
 use crate::dataset::{Conversation, OnBadRow, RawRow, RowFormat, RowReader, Sample, samples};
 use crate::error::IoError;
 use crate::hash::Xxh64;
+use crate::pipeline;
 use crate::text::RowOptions;
 use crate::token_cache::{CacheWriter, SUPERVISED_BIT, TokenCache};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Tokenizer, Words};
 
-/// Rows that are worked on at once.
-const BATCH_ROWS: usize = 256;
-/// Bytes of their JSON, after which a batch is full.
-const BATCH_BYTES: usize = 1 << 20;
+/// Most rows of a job.
+const JOB_ROWS: usize = 32;
+/// Bytes of rows, after which a job is full.
+const JOB_BYTES: usize = 64 << 10;
 /// Longest text that one row may become.
 const MAX_TEXT_BYTES: usize = 4 << 20;
 /// Classes of length: below 2, 4, 8, ... tokens.
@@ -191,7 +190,7 @@ impl RowTokens<'_> {
         }
     }
 
-    /// Encodes the rows of a file, in order, a batch at a time.
+    /// Encodes the rows of a file, in order.
     fn each_row(
         &self,
         path: &Path,
@@ -202,67 +201,36 @@ impl RowTokens<'_> {
         keep: &mut dyn FnMut(&EncodedRow) -> Result<(), IoError>,
     ) -> Result<(), IoError> {
         counts.histogram = vec![0; N_CLASSES];
-        let mut at_end = false;
-        while !at_end {
-            let (mut batch, mut n_bytes) = (Vec::with_capacity(BATCH_ROWS), 0);
-            while batch.len() < BATCH_ROWS && n_bytes < BATCH_BYTES {
-                let Some(row) = rows.next_row()? else {
-                    at_end = true;
-                    break;
+        pipeline::in_order(
+            self.n_workers,
+            |job: &mut RowJob| job.fill(rows),
+            |job, words| {
+                let encode = |row: Result<RawRow, IoError>| {
+                    row.and_then(|row| self.encode_row(path, format, end, &row, words))
                 };
-                n_bytes += row.as_ref().map_or(0, |row| row.n_bytes);
-                batch.push(row);
-            }
-            for encoded in self.encode_batch(path, format, end, batch) {
-                counts.n_rows += 1;
-                match encoded {
-                    Ok(samples) => {
-                        for row in &samples {
-                            count(row, counts, keep)?;
-                        }
-                    }
-                    Err(fault) if self.options.on_bad_row == OnBadRow::Skip => {
-                        counts.n_bad += 1;
-                        counts.first_bad.get_or_insert_with(|| fault.to_string());
-                    }
-                    Err(fault) => return Err(fault),
-                }
-            }
-        }
-        Ok(())
+                job.encoded = job.rows.drain(..).map(encode).collect();
+            },
+            |job| job.encoded.drain(..).try_for_each(|row| self.hand_on(row, counts, keep)),
+        )
     }
 
-    /// The samples of each row of a batch, in its order.
-    fn encode_batch(
+    /// Counts a row and hands its samples on; a broken one is an error unless such rows are passed over.
+    fn hand_on(
         &self,
-        path: &Path,
-        format: RowFormat,
-        end: &EndOfTurn,
-        batch: Vec<Result<RawRow, IoError>>,
-    ) -> Vec<Result<Vec<EncodedRow>, IoError>> {
-        let n_rows = batch.len();
-        let batch: Vec<Mutex<Option<_>>> = batch.into_iter().map(|r| Mutex::new(Some(r))).collect();
-        let done: Vec<Mutex<Option<_>>> = (0..n_rows).map(|_| Mutex::new(None)).collect();
-        let next = AtomicUsize::new(0);
-        let work = || {
-            loop {
-                let i = next.fetch_add(1, Ordering::Relaxed);
-                let Some(place) = batch.get(i) else { break };
-                let row = place.lock().expect("no worker panics").take().expect("taken once");
-                let encoded = row.and_then(|row| self.encode_row(path, format, end, &row));
-                *done[i].lock().expect("no worker panics") = Some(encoded);
+        row: Result<Vec<EncodedRow>, IoError>,
+        counts: &mut RowCounts,
+        keep: &mut dyn FnMut(&EncodedRow) -> Result<(), IoError>,
+    ) -> Result<(), IoError> {
+        counts.n_rows += 1;
+        match row {
+            Ok(samples) => samples.iter().try_for_each(|sample| count(sample, counts, keep)),
+            Err(fault) if self.options.on_bad_row == OnBadRow::Skip => {
+                counts.n_bad += 1;
+                counts.first_bad.get_or_insert_with(|| fault.to_string());
+                Ok(())
             }
-        };
-        std::thread::scope(|scope| {
-            for _ in 1..self.n_workers.min(n_rows) {
-                scope.spawn(work);
-            }
-            work();
-        });
-        let take = |place: Mutex<Option<_>>| {
-            place.into_inner().expect("no worker panics").expect("every row is worked on")
-        };
-        done.into_iter().map(take).collect()
+            Err(fault) => Err(fault),
+        }
     }
 
     fn encode_row(
@@ -271,10 +239,11 @@ impl RowTokens<'_> {
         format: RowFormat,
         end: &EndOfTurn,
         row: &RawRow,
+        words: &mut Words,
     ) -> Result<Vec<EncodedRow>, IoError> {
         let samples = samples(path, row, format, &self.options.columns)?;
         let one = |sample: &Sample| {
-            self.encode_sample(sample, end).map_err(|reason| {
+            self.encode_sample(sample, end, words).map_err(|reason| {
                 row.place.fault(
                     path,
                     reason,
@@ -289,7 +258,12 @@ impl RowTokens<'_> {
     ///
     /// # Errors
     /// What the template or the tokenizer refuses: a reason without a place.
-    pub fn encode_sample(&self, sample: &Sample, end: &EndOfTurn) -> Result<EncodedRow, String> {
+    pub fn encode_sample(
+        &self,
+        sample: &Sample,
+        end: &EndOfTurn,
+        words: &mut Words,
+    ) -> Result<EncodedRow, String> {
         let text = match sample {
             Sample::Text(text) => self.whole_text(text),
             Sample::Conversation(conversation) => self.conversation(conversation, end)?,
@@ -298,7 +272,7 @@ impl RowTokens<'_> {
             let (n, most) = (text.text.len(), MAX_TEXT_BYTES);
             return Err(format!("the row becomes a text of {n} bytes; at most {most} are taken"));
         }
-        let (ids, places) = self.tokenizer.encode_with_places(&text.text).map_err(|e| {
+        let (ids, places) = self.tokenizer.encode_with_places(&text.text, words).map_err(|e| {
             let message = e.to_string();
             message.split("\nhint: ").next().unwrap_or_default().to_owned()
         })?;
@@ -391,6 +365,26 @@ impl RowTokens<'_> {
             ),
         }
         remarks
+    }
+}
+
+/// Rows for one thread.
+#[derive(Debug, Default)]
+struct RowJob {
+    rows: Vec<Result<RawRow, IoError>>,
+    encoded: Vec<Result<Vec<EncodedRow>, IoError>>,
+}
+
+impl RowJob {
+    /// Reads rows until there are enough; false after the last.
+    fn fill(&mut self, rows: &mut RowReader) -> Result<bool, IoError> {
+        let mut n_bytes = 0;
+        while self.rows.len() < JOB_ROWS && n_bytes < JOB_BYTES {
+            let Some(row) = rows.next_row()? else { return Ok(false) };
+            n_bytes += row.as_ref().map_or(0, |row| row.n_bytes);
+            self.rows.push(row);
+        }
+        Ok(true)
     }
 }
 

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use ounce_io::dataset::has_conversations;
-use ounce_io::{EncodedRow, FileNotes, IdTable, RowTokens, TextPieces, Tokenizer};
+use ounce_io::{EncodedRow, FileNotes, IdTable, RowTokens, TextPieces, Tokenizer, Words};
 use serde::Serialize;
 
 use crate::model::Model;
@@ -150,11 +150,11 @@ fn text_record(
     options: &ounce_io::RowOptions,
 ) -> Result<FileRecord> {
     let mut pieces = TextPieces::open_with(&[path.to_path_buf()], options)?;
-    let (mut tokens, mut rows, mut ids) = (0, 0, Vec::new());
+    let (mut tokens, mut rows, mut ids, mut words) = (0, 0, Vec::new(), Words::default());
     while let Some(piece) = pieces.next_piece()? {
         ids.clear();
         rows += u64::from(matches!(piece.start, ounce_io::PieceStart::Row { .. }));
-        tokenizer.encode_piece(&piece, &mut ids)?;
+        tokenizer.encode_piece(&piece, &mut words, &mut ids)?;
         tokens += ids.len() as u64;
     }
     let name = path.display();

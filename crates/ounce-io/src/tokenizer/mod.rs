@@ -5,8 +5,8 @@
 //! back into text. Character tokenizers, recognised by their structure, never load it at all.
 //!
 //! Files in reading order: this one (load, encode, decode), `special.rs` (which ids begin and end a text),
-//! `chars.rs` (the character tokenizer), `pieces.rs` (encoding a text in pieces), `memory.rs`, `id_table.rs`,
-//! `train.rs`.
+//! `chars.rs` (the character tokenizer), `words.rs` (the library, word by word), `pieces.rs` (encoding a text in
+//! pieces), `memory.rs`, `id_table.rs`, `train.rs`.
 
 mod chars;
 mod id_table;
@@ -14,6 +14,7 @@ mod memory;
 mod pieces;
 mod special;
 mod train;
+mod words;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ use tokenizers::{AddedToken, Tokenizer as Library};
 pub use id_table::{IdStream, IdTable};
 pub use memory::tokenizing_bytes;
 pub use train::{END_OF_TEXT, MIN_BPE_VOCAB_SIZE, TrainedTokenizer, train_bpe, train_char};
+pub use words::Words;
 
 use crate::error::{IoError, excerpt};
 use crate::hash::Xxh64;
@@ -65,7 +67,7 @@ impl Tokenizer {
     /// `Missing`, `Read`, `BadFile`, `BadLine`.
     pub fn load(dir_or_file: &Path) -> Result<Self, IoError> {
         let files = TokenizerFiles::find(dir_or_file)?;
-        let backend = match &files.kind {
+        let mut backend = match &files.kind {
             FilesKind::Json(path) => {
                 let json = read_small_file(path, MAX_TOKENIZER_BYTES)?;
                 match CharTable::recognise(&json) {
@@ -77,6 +79,9 @@ impl Tokenizer {
                 Backend::Library(Box::new(load_vocab_merges(vocab, merges)?))
             }
         };
+        if let Backend::Library(library) = &mut backend {
+            words::without_cache(library);
+        }
         let vocab_size = match &backend {
             Backend::Chars(chars) => chars.len(),
             // Ids may have gaps: the largest id decides how many rows an embedding needs.
@@ -113,7 +118,8 @@ impl Tokenizer {
     /// `Token` for a character that a tokenizer without byte fallback does not know.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, IoError> {
         let mut ids = Vec::new();
-        self.encode_into(text, &mut ids).map_err(|fault| fault.without_place(text))?;
+        let encoded = self.encode_into(text, &mut Words::default(), &mut ids);
+        encoded.map_err(|fault| fault.without_place(text))?;
         Ok(ids)
     }
 
@@ -122,7 +128,11 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Self::encode`].
-    pub fn encode_with_places(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>), IoError> {
+    pub fn encode_with_places(
+        &self,
+        text: &str,
+        words: &mut Words,
+    ) -> Result<(Vec<u32>, Vec<Range<usize>>), IoError> {
         let library = match &self.backend {
             Backend::Library(library) => library,
             Backend::Chars(_) => {
@@ -130,10 +140,8 @@ impl Tokenizer {
                 return Ok((self.encode(text)?, places.collect()));
             }
         };
-        let encoding = guard(|| library.encode(text, false))
-            .map_err(|reason| Fault { at: 0, reason }.without_place(text))?;
-        let places = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
-        Ok((encoding.get_ids().to_vec(), places))
+        guard(|| words.encode_with_places(library, text))
+            .map_err(|reason| Fault { at: 0, reason }.without_place(text))
     }
 
     /// The id of a token that was added to the vocabulary, as special tokens are.
@@ -157,7 +165,8 @@ impl Tokenizer {
     /// As [`Self::encode`].
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, IoError> {
         let mut ids: Vec<u32> = self.special.bos.filter(|_| self.adds_bos).into_iter().collect();
-        self.encode_into(text, &mut ids).map_err(|fault| fault.without_place(text))?;
+        let encoded = self.encode_into(text, &mut Words::default(), &mut ids);
+        encoded.map_err(|fault| fault.without_place(text))?;
         Ok(ids)
     }
 
@@ -166,8 +175,13 @@ impl Tokenizer {
     ///
     /// # Errors
     /// `BadLine`, naming the place in the data file.
-    pub fn encode_piece(&self, piece: &Piece<'_>, ids: &mut Vec<u32>) -> Result<(), IoError> {
-        let fault = match self.rules.encode(self, piece, ids) {
+    pub fn encode_piece(
+        &self,
+        piece: &Piece<'_>,
+        words: &mut Words,
+        ids: &mut Vec<u32>,
+    ) -> Result<(), IoError> {
+        let fault = match self.rules.encode(self, piece, words, ids) {
             Ok(()) => return Ok(()),
             Err(fault) => fault,
         };
@@ -247,14 +261,12 @@ impl Tokenizer {
     }
 
     /// Appends the ids of `text` as it stands.
-    fn encode_into(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), Fault> {
+    fn encode_into(&self, text: &str, words: &mut Words, ids: &mut Vec<u32>) -> Result<(), Fault> {
         match &self.backend {
             Backend::Chars(chars) => chars.encode(text, ids),
             Backend::Library(library) => {
-                let encoding = guard(|| library.encode_fast(text, false));
-                let encoding = encoding.map_err(|reason| Fault { at: 0, reason })?;
-                ids.extend_from_slice(encoding.get_ids());
-                Ok(())
+                let encoded = guard(|| words.encode(library, text, ids));
+                encoded.map_err(|reason| Fault { at: 0, reason })
             }
         }
     }

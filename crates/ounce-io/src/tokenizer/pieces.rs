@@ -5,7 +5,7 @@
 //! then must be taken away again. Which of these a tokenizer needs is found by trying: for a few short texts the ids
 //! of both halves must join to the ids of the whole.
 
-use super::{Fault, Tokenizer};
+use super::{Fault, Tokenizer, Words};
 use crate::text::{Piece, PieceStart};
 
 /// How to encode a piece so that its ids continue those before it.
@@ -46,6 +46,7 @@ impl PieceRules {
         &self,
         tokenizer: &Tokenizer,
         piece: &Piece<'_>,
+        words: &mut Words,
         ids: &mut Vec<u32>,
     ) -> Result<(), Fault> {
         let rule = match piece.start {
@@ -53,30 +54,38 @@ impl PieceRules {
             PieceStart::Space => self.space,
             PieceStart::Row { .. } | PieceStart::Forced => Rule::AsIs,
         };
-        rule.encode(tokenizer, piece.text, ids)
+        rule.encode(tokenizer, piece.text, words, ids)
     }
 }
 
 impl Rule {
-    fn encode(self, tokenizer: &Tokenizer, text: &str, ids: &mut Vec<u32>) -> Result<(), Fault> {
+    fn encode(
+        self,
+        tokenizer: &Tokenizer,
+        text: &str,
+        words: &mut Words,
+        ids: &mut Vec<u32>,
+    ) -> Result<(), Fault> {
         match self {
-            Self::AsIs => tokenizer.encode_into(text, ids),
+            Self::AsIs => tokenizer.encode_into(text, words, ids),
             Self::DropFirstId => {
                 let start = ids.len();
-                tokenizer.encode_into(text, ids)?;
+                tokenizer.encode_into(text, words, ids)?;
                 ids.drain(start..(start + 1).min(ids.len()));
                 Ok(())
             }
-            Self::DropSpace => tokenizer.encode_into(text.strip_prefix(' ').unwrap_or(text), ids),
+            Self::DropSpace => {
+                tokenizer.encode_into(text.strip_prefix(' ').unwrap_or(text), words, ids)
+            }
         }
     }
 
     /// Whether the ids of `left` and then `right` by this rule are those of the whole.
     fn joins(self, tokenizer: &Tokenizer, (left, right): (&str, &str)) -> bool {
-        let (mut parts, mut whole) = (Vec::new(), Vec::new());
-        tokenizer.encode_into(left, &mut parts).is_ok()
-            && self.encode(tokenizer, right, &mut parts).is_ok()
-            && tokenizer.encode_into(&format!("{left}{right}"), &mut whole).is_ok()
+        let (mut words, mut parts, mut whole) = (Words::default(), Vec::new(), Vec::new());
+        tokenizer.encode_into(left, &mut words, &mut parts).is_ok()
+            && self.encode(tokenizer, right, &mut words, &mut parts).is_ok()
+            && tokenizer.encode_into(&format!("{left}{right}"), &mut words, &mut whole).is_ok()
             && parts == whole
     }
 }
@@ -128,7 +137,7 @@ mod tests {
         for name in ["stories260k", "bpe512", "gpt2-like", "llama3-like"] {
             let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name);
             let tokenizer = Tokenizer::load(&dir).unwrap();
-            let mut n_cuts = 0;
+            let (mut n_cuts, mut words) = (0, Words::default());
             arbtest::arbtest(|u| {
                 let mut text = String::new();
                 for _ in 0..u.int_in_range(2..=24)? {
@@ -143,9 +152,9 @@ mod tests {
                 n_cuts += 1;
                 let (left, right) = text.split_at(at);
                 let mut ids = Vec::new();
-                tokenizer.encode_into(left, &mut ids).unwrap();
+                tokenizer.encode_into(left, &mut words, &mut ids).unwrap();
                 let piece = Piece { text: right, start, path: &dir, line: 1 };
-                tokenizer.encode_piece(&piece, &mut ids).unwrap();
+                tokenizer.encode_piece(&piece, &mut words, &mut ids).unwrap();
                 let whole = tokenizer.encode(&text).unwrap();
                 assert_eq!(ids, whole, "{name}: {left:?} then {right:?}");
                 Ok(())
