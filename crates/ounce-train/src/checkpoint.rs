@@ -23,6 +23,7 @@ use crate::model::{Model, missing};
 use crate::precision::config_with_dtype;
 use crate::schedule::Schedule;
 use crate::session::Session;
+use crate::settings::DataFile;
 use crate::{Environment, Error, Observer, Result, Settings, weights};
 
 /// Settings that change how a run is done or reported, never its bits. The rows per step and the
@@ -91,13 +92,30 @@ pub(crate) fn state(
         cursor: DataCursor { epoch: n_rows_done / n_per_epoch, row: n_rows_done % n_per_epoch },
         seed: settings.seed,
         schedule: Map::new(),
-        settings: settings.to_map(),
+        settings: by_full_path(settings).to_map(),
         kernel_tier: tier().to_string(),
         code_version: env!("CARGO_PKG_VERSION").to_owned(),
         tokens_seen,
         last_losses: Vec::new(),
         scaler: Some(scaler),
     }
+}
+
+/// Settings with the full paths of the data files: neither another spelling nor another working directory makes them
+/// others.
+fn by_full_path(settings: &Settings) -> Settings {
+    let mut settings = settings.clone();
+    for file in &mut settings.data {
+        let path = match file {
+            DataFile::Path(path) => path,
+            DataFile::Weighted(file) => &mut file.path,
+        };
+        // What is not there any more keeps its name.
+        if let Ok(full) = path.canonicalize() {
+            *path = full;
+        }
+    }
+    settings
 }
 
 /// Checks that the run which goes on is the run that was begun.
@@ -132,7 +150,7 @@ pub(crate) fn check_settings(
             hint: format!("give `--precision {then}`, or start a new run from these weights"),
         });
     }
-    let (then, now) = (begun.to_map(), settings.to_map());
+    let (then, now) = (by_full_path(&begun).to_map(), by_full_path(settings).to_map());
     let differs = |key: &&String| then[*key] != now[*key] && !FREE.contains(&key.as_str());
     let mut names: Vec<&str> = now.keys().filter(differs).map(String::as_str).collect();
     if begun.n_rows() != settings.n_rows() {

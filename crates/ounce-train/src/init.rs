@@ -70,8 +70,9 @@ pub struct InitRecord {
 /// The command: writes the directory, all of it or nothing.
 ///
 /// # Errors
-/// A configuration or a tokenizer that is wrong; a failed write.
+/// A directory that holds a trained model; a configuration or a tokenizer that is wrong; a failed write.
 pub fn init(wanted: &InitSettings) -> Result<InitRecord> {
+    check_target(&wanted.output_dir)?;
     let given = match &wanted.model {
         ModelShape::Config(path) => Some(read_config(path)?),
         ModelShape::Sizes { .. } => None,
@@ -115,6 +116,18 @@ pub fn init(wanted: &InitSettings) -> Result<InitRecord> {
         n_params: graph.n_params_elems(),
         vocab_size: config.vocab_size(),
         context_length: config.max_positions(),
+    })
+}
+
+/// Refuses to put random weights in the place of others; fresh ones may be made anew.
+fn check_target(dir: &Path) -> Result<()> {
+    let names = ["model.safetensors", "model.safetensors.index.json"];
+    if !names.iter().any(|name| dir.join(name).exists()) || weights::are_fresh(dir) {
+        return Ok(());
+    }
+    Err(Error::Usage {
+        message: format!("{}: holds a model whose weights are not fresh", dir.display()),
+        hint: "choose another `--output-dir`, or remove the model first".to_owned(),
     })
 }
 

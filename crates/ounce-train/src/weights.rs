@@ -77,6 +77,15 @@ pub(crate) fn on_disk(dtype: DType) -> Dtype {
     }
 }
 
+/// Whether the weights in `dir` say that they are random, as `init` makes them.
+pub(crate) fn are_fresh(dir: &Path) -> bool {
+    SafetensorsDir::open(dir).is_ok_and(|dir| says_fresh(&dir))
+}
+
+fn says_fresh(dir: &SafetensorsDir) -> bool {
+    dir.metadata().get(FRESH.0).is_some_and(|v| v == FRESH.1)
+}
+
 /// Writes `model.safetensors` of a fresh model into `dir`, piece by piece.
 pub(crate) fn write_fresh(dir: &Path, graph: &Graph, seed: u64) -> Result<()> {
     let path = dir.join("model.safetensors");
@@ -205,7 +214,7 @@ impl Source {
     /// Whether the file says that its weights are random, as `init` makes them.
     pub(crate) fn is_fresh(&self) -> bool {
         match &self.tensors {
-            Tensors::Safetensors(dir) => dir.metadata().get(FRESH.0).is_some_and(|v| v == FRESH.1),
+            Tensors::Safetensors(dir) => says_fresh(dir),
             Tensors::Gguf(_) => false,
         }
     }

@@ -259,3 +259,21 @@ fn a_damaged_cache_is_made_again() {
         assert!(std::fs::read(lab.path("out/model.safetensors")).unwrap() == expected);
     }
 }
+
+#[test]
+fn a_model_directory_that_points_outside_itself_is_refused() {
+    let lab = Lab::llama();
+    let (inside, outside) = (lab.path("model/model.safetensors"), lab.path("other.safetensors"));
+    std::fs::rename(&inside, &outside).unwrap();
+    let eval = words("eval --model model --data eval.txt --max-length 64");
+    std::os::unix::fs::symlink(&outside, &inside).unwrap();
+    let error = lab.fail(4, &eval);
+    assert!(error.contains("model/model.safetensors: "), "{error}");
+    std::fs::remove_file(&inside).unwrap();
+    for shard in ["../other.safetensors", outside.to_str().unwrap()] {
+        let index = serde_json::json!({ "weight_map": { "model.embed_tokens.weight": shard } });
+        std::fs::write(lab.path("model/model.safetensors.index.json"), index.to_string()).unwrap();
+        let error = lab.fail(4, &eval);
+        assert!(error.contains("model/model.safetensors.index.json: "), "{error}");
+    }
+}

@@ -116,3 +116,17 @@ fn a_failed_write_has_its_own_code() {
     let error = lab.fail(6, &words(&format!("{run} --output-dir file/out")));
     assert!(error.contains("cannot write file"), "{error}");
 }
+
+#[test]
+fn a_fresh_model_takes_the_place_of_a_fresh_one_but_not_of_a_trained_one() {
+    let lab = Lab::llama();
+    let init = "init --output-dir model --tokenizer char --data train.txt --arch llama \
+        --n-layers 1 --hidden-size 32 --seed 3";
+    lab.succeed(&words(init));
+    lab.train("--max-length 64 --max-steps 1", "out");
+    let weights = || std::fs::read(lab.path("out/model.safetensors")).unwrap();
+    let before = weights();
+    let error = lab.fail(2, &words(&init.replace("-dir model", "-dir out")));
+    assert!(error.contains("out: holds a model whose weights are not fresh"), "{error}");
+    assert!(weights() == before);
+}

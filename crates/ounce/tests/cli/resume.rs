@@ -180,3 +180,18 @@ fn settings_that_would_change_the_run_are_refused_by_name() {
     let longer = format!("{constant} --output-dir c --resume-from-checkpoint auto");
     assert_eq!(steps(&lab.json(&words(&longer))).len(), 4);
 }
+
+#[test]
+fn another_spelling_of_the_data_s_path_is_the_same_data() {
+    let lab = gpt2();
+    let run =
+        "train --model model --max-length 64 --sample-steps 0 --save-steps 2 --output-dir out";
+    lab.succeed(&words(&format!("{run} --data train.txt --max-steps 3")));
+    let full = lab.path("train.txt");
+    let resume = format!("{run} --max-steps 3 --resume-from-checkpoint out/checkpoint-2");
+    for spelling in ["./train.txt", "model/../train.txt", full.to_str().unwrap()] {
+        lab.succeed(&words(&format!("{resume} --data {spelling}")));
+    }
+    let error = lab.fail(2, &words(&format!("{resume} --data eval.txt")));
+    assert!(error.contains("begun with other settings: data\n"), "{error}");
+}
