@@ -101,7 +101,10 @@ fn tokenize(
     if cache.exists() {
         std::fs::remove_dir_all(&cache).map_err(|e| format!("{}: {e}", cache.display()))?;
     }
-    let how = json!({ "format": null, "columns": [], "skips_bad_rows": false, "max_length": 0 });
+    let how = json!({
+        "format": null, "columns": [], "skips_bad_rows": false, "max_length": 0,
+        "row_bytes": 1 << 20,
+    });
     let request = json!({ "Tokenize": {
         "tokenizer": model, "cache_dir": cache, "streams": [[rows]], "prompt": null, "rows": how,
         "n_threads": n_threads,

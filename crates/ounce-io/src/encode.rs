@@ -29,6 +29,7 @@ pub(crate) fn encode_files(
     let mut file_tokens = vec![0; files.len()];
     pipeline::in_order(
         n_threads,
+        |job: &Job| job.text.len(),
         |job: &mut Job| job.fill(&mut pieces),
         |job, words| job.encode(tokenizer, files, words),
         |job| {

@@ -8,6 +8,7 @@
 //!
 //! Complexity: linear in the file's length.
 
+use std::cell::Cell;
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
@@ -41,8 +42,14 @@ pub fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value, IoError> {
 
 /// Parses strict JSON from anywhere.
 pub(crate) fn parse_strict(text: &[u8]) -> Result<Value, serde_json::Error> {
+    parse_at_most(text, &Cell::new(usize::MAX))
+}
+
+/// The same, with at most `n_left` values in it, a key counting as one; there are 0 left where they were too many. A
+/// value takes up to 100 bytes of memory, and as few as two of the text.
+pub(crate) fn parse_at_most(text: &[u8], n_left: &Cell<usize>) -> Result<Value, serde_json::Error> {
     let mut deserializer = serde_json::Deserializer::from_slice(text);
-    let value = StrictValue { depth: 0 }.deserialize(&mut deserializer)?;
+    let value = StrictValue { depth: 0, n_left }.deserialize(&mut deserializer)?;
     deserializer.end().map(|()| value)
 }
 
@@ -95,21 +102,26 @@ pub(crate) fn open_regular(path: &Path) -> Result<File, IoError> {
     File::open(path).map_err(|e| IoError::reading(path, e))
 }
 
-/// Builds a `Value` while counting depth and refusing duplicate keys.
-struct StrictValue {
+/// Builds a `Value` while counting depth and values and refusing duplicate keys.
+struct StrictValue<'a> {
     depth: usize,
+    n_left: &'a Cell<usize>,
 }
 
-impl StrictValue {
+impl StrictValue<'_> {
     fn deeper<E: de::Error>(&self) -> Result<Self, E> {
         if self.depth == MAX_DEPTH {
             return Err(E::custom(format!("nested more than {MAX_DEPTH} levels deep")));
         }
-        Ok(Self { depth: self.depth + 1 })
+        let Some(n_left) = self.n_left.get().checked_sub(1) else {
+            return Err(E::custom("more values than there is room for"));
+        };
+        self.n_left.set(n_left);
+        Ok(Self { depth: self.depth + 1, n_left: self.n_left })
     }
 }
 
-impl<'de> DeserializeSeed<'de> for StrictValue {
+impl<'de> DeserializeSeed<'de> for StrictValue<'_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
@@ -117,7 +129,7 @@ impl<'de> DeserializeSeed<'de> for StrictValue {
     }
 }
 
-impl<'de> Visitor<'de> for StrictValue {
+impl<'de> Visitor<'de> for StrictValue<'_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

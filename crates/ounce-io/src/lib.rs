@@ -26,9 +26,9 @@
 //! seam below all writing), `temp.rs`, `atomic.rs` (one file), `staging.rs` and `publication.rs` (a model directory);
 //! `safetensors/`; `gguf/`; `hf_dir.rs` (a model directory's side files), `hub_cache.rs`; `checkpoint/`; `tokenizer/`;
 //! `dataset/` (rows and what they mean), `chat_template/` (conversations to text), `text.rs` (training text in pieces),
-//! `pipeline.rs` (work on several threads, in order), `encode.rs` (text to ids), `token_cache.rs`, `row_tokens.rs` (conversations to tokens),
-//! `shuffle.rs`, `mixture.rs` (several files with weights), `packs.rs` (several samples in a row), `batches.rs`;
-//! `disk_speed.rs`; `testing/` (faults and fuzzing, for tests).
+//! `pipeline.rs` (work on several threads, in order), `encode.rs` (text to ids), `token_cache.rs`, `row_tokens.rs`
+//! (conversations to tokens), `shuffle.rs`, `mixture.rs` (several files with weights), `packs.rs` (several samples in a
+//! row), `batches.rs`; `disk_speed.rs`; `testing/` (faults and fuzzing, for tests).
 
 #![forbid(unsafe_code)]
 

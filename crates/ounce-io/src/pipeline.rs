@@ -4,9 +4,12 @@
 //! no thread waits while there is work, and one thread alone needs no other. Threads live as long as the work, and each
 //! keeps tools of its own, such as words that it has seen.
 //!
-//! Invariants: at most [`JOBS_PER_THREAD`] jobs per thread exist, whose buffers go round; what is handed on does not
-//! depend on the number of threads; of several faults the one that comes first in the data is returned, since jobs that
-//! were read before a fault are handed on before it is told.
+//! Invariants:
+//! * at most [`JOBS_PER_THREAD`] jobs per thread exist, whose buffers go round, and no job is read while those on their
+//!   way weigh [`MAX_BYTES`];
+//! * what is handed on does not depend on the number of threads;
+//! * of several faults the one that comes first in the data is returned, since jobs that were read before a fault are
+//!   handed on before it is told.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -14,21 +17,27 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 /// Jobs that are being read, worked on, or waiting, per thread: enough for the others while one thread works on a long
 /// one.
 const JOBS_PER_THREAD: usize = 4;
+/// While jobs on their way weigh so much, none is read.
+pub(crate) const MAX_BYTES: usize = 512 << 10;
 
 /// Reads jobs with `fill`, works on them with `work` on `n_threads` threads, and hands them on in order.
 ///
 /// `fill` gets a job as it was when it was handed on, or a new one, and says whether there is more to read. The job is
-/// worked on in any case, also where it says that there is no more or fails.
+/// worked on in any case, also where it says that there is no more or fails. `n_bytes` is what a job weighs that was
+/// just read.
 ///
 /// # Errors
 /// The first error of `fill` or `hand_on`, in the order of the data.
 pub(crate) fn in_order<Job: Default + Send, Tools: Default, E>(
     n_threads: usize,
+    n_bytes: impl Fn(&Job) -> usize,
     mut fill: impl FnMut(&mut Job) -> Result<bool, E>,
     work: impl Fn(&mut Job, &mut Tools) + Sync,
     mut hand_on: impl FnMut(&mut Job) -> Result<(), E>,
 ) -> Result<(), E> {
     let n_threads = n_threads.max(1);
+    // One thread alone has nobody to read ahead for.
+    let n_most = if n_threads == 1 { 1 } else { JOBS_PER_THREAD * n_threads };
     let belt = Belt::default();
     std::thread::scope(|scope| {
         // Also where this thread or another one panics: nobody waits for ever.
@@ -46,7 +55,7 @@ pub(crate) fn in_order<Job: Default + Send, Tools: Default, E>(
         let mut tools = Tools::default();
         let mut end = None;
         loop {
-            match belt.next_turn(end.is_none(), JOBS_PER_THREAD * n_threads) {
+            match belt.next_turn(end.is_none(), n_most) {
                 Turn::HandOn(mut job) => {
                     hand_on(&mut job)?;
                     belt.reuse(job);
@@ -57,7 +66,8 @@ pub(crate) fn in_order<Job: Default + Send, Tools: Default, E>(
                         Ok(false) => end = Some(Ok(())),
                         Err(fault) => end = Some(Err(fault)),
                     }
-                    belt.append(job);
+                    let n_bytes = n_bytes(&job);
+                    belt.append(job, n_bytes);
                 }
                 Turn::Work(number, mut job) => {
                     work(&mut job, &mut tools);
@@ -91,6 +101,8 @@ struct Jobs<Job> {
     waiting: VecDeque<(u64, Job)>,
     /// From job `n_handed_on` on: those that are finished.
     finished: VecDeque<Option<Job>>,
+    /// What each of them weighed when it was read.
+    weights: VecDeque<usize>,
     n_handed_on: u64,
     spare: Vec<Job>,
     is_stopped: bool,
@@ -98,8 +110,14 @@ struct Jobs<Job> {
 
 impl<Job> Default for Belt<Job> {
     fn default() -> Self {
-        let (waiting, finished) = (VecDeque::new(), VecDeque::new());
-        let jobs = Jobs { waiting, finished, n_handed_on: 0, spare: Vec::new(), is_stopped: false };
+        let jobs = Jobs {
+            waiting: VecDeque::new(),
+            finished: VecDeque::new(),
+            weights: VecDeque::new(),
+            n_handed_on: 0,
+            spare: Vec::new(),
+            is_stopped: false,
+        };
         Self { jobs: Mutex::new(jobs), is_new: Condvar::new(), is_done: Condvar::new() }
     }
 }
@@ -116,10 +134,13 @@ impl<Job: Default> Belt<Job> {
         loop {
             if let Some(Some(job)) = jobs.finished.front_mut().map(Option::take) {
                 jobs.finished.pop_front();
+                jobs.weights.pop_front();
                 jobs.n_handed_on += 1;
                 return Turn::HandOn(job);
             }
-            if has_more && jobs.finished.len() < n_most {
+            let has_room =
+                jobs.finished.len() < n_most && jobs.weights.iter().sum::<usize>() < MAX_BYTES;
+            if has_more && has_room {
                 return Turn::Fill(jobs.spare.pop().unwrap_or_default());
             }
             if let Some((number, job)) = jobs.waiting.pop_front() {
@@ -147,8 +168,9 @@ impl<Job: Default> Belt<Job> {
         }
     }
 
-    fn append(&self, job: Job) {
+    fn append(&self, job: Job, n_bytes: usize) {
         let mut jobs = self.lock();
+        jobs.weights.push_back(n_bytes);
         let number = jobs.n_handed_on + jobs.finished.len() as u64;
         jobs.finished.push_back(None);
         jobs.waiting.push_back((number, job));
@@ -194,6 +216,7 @@ mod tests {
         let (mut next, mut found) = (0, Vec::new());
         let done = in_order(
             n_threads,
+            |_| 1,
             |job: &mut Option<u64>| {
                 *job = None;
                 if next == bad_read {
@@ -245,10 +268,34 @@ mod tests {
     }
 
     #[test]
+    fn no_job_is_read_while_those_on_their_way_weigh_too_much() {
+        let n_alive = std::cell::Cell::new(0);
+        let (mut next, mut most) = (0, 0);
+        in_order(
+            5,
+            |_| MAX_BYTES / 2,
+            |_: &mut u64| {
+                n_alive.set(n_alive.get() + 1);
+                most = n_alive.get().max(most);
+                next += 1;
+                Ok::<bool, ()>(next < 100)
+            },
+            |_, (): &mut ()| {},
+            |_| {
+                n_alive.set(n_alive.get() - 1);
+                Ok(())
+            },
+        )
+        .unwrap();
+        assert_eq!((next, most), (100, 2));
+    }
+
+    #[test]
     fn a_thread_that_panics_leaves_nobody_waiting() {
         let run = || {
             in_order(
                 3,
+                |_| 1,
                 |job: &mut u64| {
                     *job += 1;
                     Ok::<bool, ()>(true)

@@ -8,6 +8,7 @@
 //! `max_length` ids from the start; what that costs is counted. Rows that have nothing to learn are left out, and
 //! counted.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -141,7 +142,7 @@ impl RowTokens<'_> {
         let mut hashes = Vec::new();
         for path in files {
             let format = self.format_of(path)?;
-            let mut rows = RowReader::open(path)?;
+            let mut rows = RowReader::open_within(path, self.options.row_bytes)?;
             let mut counts = RowCounts::default();
             self.each_row(path, format, &mut rows, &end, &mut counts, &mut |row| {
                 writer.append_row(&row.ids)
@@ -166,7 +167,7 @@ impl RowTokens<'_> {
         n_samples: usize,
     ) -> Result<(FileNotes, Vec<EncodedRow>), IoError> {
         let format = self.format_of(path)?;
-        let mut rows = RowReader::open(path)?;
+        let mut rows = RowReader::open_within(path, self.options.row_bytes)?;
         let (mut counts, mut shown) = (RowCounts::default(), Vec::new());
         let end = self.end_of_turn();
         self.each_row(path, format, &mut rows, &end, &mut counts, &mut |row| {
@@ -186,7 +187,7 @@ impl RowTokens<'_> {
     fn format_of(&self, path: &Path) -> Result<RowFormat, IoError> {
         match self.options.format {
             Some(format) => Ok(format),
-            None => RowFormat::detect(path, &self.options.columns),
+            None => RowFormat::detect(path, self.options),
         }
     }
 
@@ -203,6 +204,7 @@ impl RowTokens<'_> {
         counts.histogram = vec![0; N_CLASSES];
         pipeline::in_order(
             self.n_workers,
+            |job: &RowJob| job.n_bytes,
             |job: &mut RowJob| job.fill(rows),
             |job, words| {
                 let encode = |row: Result<RawRow, IoError>| {
@@ -272,25 +274,25 @@ impl RowTokens<'_> {
             let (n, most) = (text.text.len(), MAX_TEXT_BYTES);
             return Err(format!("the row becomes a text of {n} bytes; at most {most} are taken"));
         }
-        let (ids, places) = self.tokenizer.encode_with_places(&text.text, words).map_err(|e| {
-            let message = e.to_string();
-            message.split("\nhint: ").next().unwrap_or_default().to_owned()
-        })?;
-        let mut row =
-            EncodedRow { n_before: ids.len(), n_lost: text.n_lost, ..EncodedRow::default() };
+        let mut row = EncodedRow { n_lost: text.n_lost, ..EncodedRow::default() };
         let mut spans = text.supervised.iter().peekable();
-        for (i, (id, place)) in ids.iter().zip(&places).enumerate() {
+        let take = |id: u32, place: Range<usize>| {
             while spans.next_if(|span| span.end <= place.start).is_some() {}
             // Some tokenizers trim a token that is all space to nothing: it counts where it stood.
             let end = place.end.max(place.start + 1);
-            let supervised = spans.peek().is_some_and(|s| s.start < end);
-            let whole = |s: &&std::ops::Range<usize>| s.start <= place.start && place.end <= s.end;
-            row.straddles |= supervised && !spans.peek().is_some_and(|s| whole(&&**s));
-            if i < self.max_length {
-                row.ids.push(if supervised { id | SUPERVISED_BIT } else { *id });
+            let span = spans.peek().filter(|span| span.start < end);
+            let supervised = span.is_some();
+            row.straddles |= span.is_some_and(|s| s.start > place.start || place.end > s.end);
+            if row.n_before < self.max_length {
+                row.ids.push(if supervised { id | SUPERVISED_BIT } else { id });
             }
-            row.cuts_answer |= supervised && i >= self.max_length;
-        }
+            row.cuts_answer |= supervised && row.n_before >= self.max_length;
+            row.n_before += 1;
+        };
+        self.tokenizer.encode_with_places(&text.text, words, take).map_err(|e| {
+            let message = e.to_string();
+            message.split("\nhint: ").next().unwrap_or_default().to_owned()
+        })?;
         Ok(row)
     }
 
@@ -372,16 +374,18 @@ impl RowTokens<'_> {
 #[derive(Debug, Default)]
 struct RowJob {
     rows: Vec<Result<RawRow, IoError>>,
+    /// Of the rows.
+    n_bytes: usize,
     encoded: Vec<Result<Vec<EncodedRow>, IoError>>,
 }
 
 impl RowJob {
     /// Reads rows until there are enough; false after the last.
     fn fill(&mut self, rows: &mut RowReader) -> Result<bool, IoError> {
-        let mut n_bytes = 0;
-        while self.rows.len() < JOB_ROWS && n_bytes < JOB_BYTES {
+        self.n_bytes = 0;
+        while self.rows.len() < JOB_ROWS && self.n_bytes < JOB_BYTES {
             let Some(row) = rows.next_row()? else { return Ok(false) };
-            n_bytes += row.as_ref().map_or(0, |row| row.n_bytes);
+            self.n_bytes += row.as_ref().map_or(0, |row| row.n_bytes);
             self.rows.push(row);
         }
         Ok(true)

@@ -31,7 +31,7 @@ pub const PIECE_BYTES: usize = 32 << 10;
 pub const MAX_LINE_BYTES: usize = 16 << 20;
 
 /// How rows are read.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RowOptions {
     /// What rows mean; found out from the first of them where it is not given.
     pub format: Option<RowFormat>,
@@ -39,6 +39,19 @@ pub struct RowOptions {
     pub columns: ColumnMapping,
     /// What to do with broken rows.
     pub on_bad_row: OnBadRow,
+    /// Longest row of JSON that there is room for; at most [`MAX_LINE_BYTES`].
+    pub row_bytes: usize,
+}
+
+impl Default for RowOptions {
+    fn default() -> Self {
+        Self {
+            format: None,
+            columns: ColumnMapping::default(),
+            on_bad_row: OnBadRow::default(),
+            row_bytes: MAX_LINE_BYTES,
+        }
+    }
 }
 
 /// What stands before a piece.
@@ -337,7 +350,7 @@ impl TextRows {
     fn open(path: &Path, options: &RowOptions) -> Result<Self, IoError> {
         Ok(Self {
             path: path.into(),
-            rows: RowReader::open(path)?,
+            rows: RowReader::open_within(path, options.row_bytes)?,
             on_bad_row: options.on_bad_row,
             n_bad: 0,
             columns: options.columns.clone(),
@@ -363,12 +376,7 @@ impl TextRows {
             start = PieceStart::Row { joined: false };
             self.piece_start = 0;
         }
-        let rest = &self.row[self.piece_start..];
-        let (n_piece, next_start) = if rest.len() <= PIECE_BYTES {
-            (rest.len(), PieceStart::Forced)
-        } else {
-            find_cut(&rest[..char_boundary(rest, PIECE_BYTES)])
-        };
+        let (n_piece, next_start) = first_piece(&self.row[self.piece_start..]);
         self.piece_end = self.piece_start + n_piece;
         self.next_start = next_start;
         Ok(Some(start))
@@ -376,6 +384,8 @@ impl TextRows {
 
     /// Reads the next row that holds a text; false at the end of the file.
     fn next_row(&mut self) -> Result<bool, IoError> {
+        // Not beside the next one.
+        self.row = String::new();
         loop {
             let Some(row) = self.rows.next_row()? else { return Ok(false) };
             let text = row.and_then(|row| {
@@ -398,6 +408,14 @@ impl TextRows {
             }
         }
     }
+}
+
+/// Length of the next piece of `text`, and what the one behind it starts with.
+pub(crate) fn first_piece(text: &str) -> (usize, PieceStart) {
+    if text.len() <= PIECE_BYTES {
+        return (text.len(), PieceStart::Forced);
+    }
+    find_cut(&text[..char_boundary(text, PIECE_BYTES)])
 }
 
 /// Length of the longest prefix of `text` to hand out now, and what the next piece starts with.

@@ -22,6 +22,7 @@
 //! Memory: one batch of text and its ids while writing (`encode.rs`), one small buffer on the stack while reading.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -30,10 +31,12 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::atomic::AtomicFile;
+use crate::disk::parent_of;
 use crate::encode::encode_files;
 use crate::error::IoError;
 use crate::hash::{Xxh64, hash_file};
 use crate::json::open_regular;
+use crate::temp::create_locked;
 use crate::text::{RowOptions, SourceHash};
 use crate::tokenizer::{Tokenizer, tokenizer_fingerprint};
 
@@ -501,13 +504,43 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 
 /// Writes ids behind a provisional head, then the index of rows and the notes, and the true head at the end.
 ///
-/// Memory: 4 bytes per row.
+/// Memory: two small buffers. The index waits in a file of its own until all ids are written.
 pub(crate) struct CacheWriter {
+    path: PathBuf,
     file: AtomicFile,
     head: Head,
     hash: Xxh64,
     buffer: Vec<u8>,
-    row_lengths: Vec<u32>,
+    starts: Option<RowStarts>,
+}
+
+/// The index of rows in the making: the number of each one's first id.
+struct RowStarts {
+    /// Has no name any more, so that nothing is left of it whatever happens.
+    file: File,
+    /// The last of them.
+    buffer: Vec<u8>,
+}
+
+impl RowStarts {
+    fn create(cache_path: &Path) -> std::io::Result<Self> {
+        let (dir, name) = (parent_of(cache_path), cache_path.file_name().unwrap_or_default());
+        let open = |path: &Path| File::options().read(true).write(true).create_new(true).open(path);
+        let (file, path) = create_locked(&dir, &name.to_string_lossy(), open)?;
+        fs::remove_file(path)?;
+        Ok(Self { file, buffer: Vec::with_capacity(WRITE_BYTES + 8) })
+    }
+
+    fn push(&mut self, start: u64) -> std::io::Result<()> {
+        self.buffer.extend(start.to_le_bytes());
+        if self.buffer.len() >= WRITE_BYTES { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.file.write_all(&self.buffer)?;
+        self.buffer.clear();
+        Ok(())
+    }
 }
 
 impl CacheWriter {
@@ -540,7 +573,7 @@ impl CacheWriter {
         let mut file = AtomicFile::create(path)?;
         file.write_all(&vec![0; head.data_offset as usize])?;
         let buffer = Vec::with_capacity(2 * WRITE_BYTES);
-        Ok(Self { file, head, hash: Xxh64::new(), buffer, row_lengths: Vec::new() })
+        Ok(Self { path: path.into(), file, head, hash: Xxh64::new(), buffer, starts: None })
     }
 
     /// Appends ids, with or without their top bit.
@@ -564,8 +597,39 @@ impl CacheWriter {
 
     /// Appends one row.
     pub(crate) fn append_row(&mut self, ids: &[u32]) -> Result<(), IoError> {
-        self.row_lengths.push(ids.len() as u32);
+        let n_bytes = self.file.n_written_bytes() + self.index_bytes();
+        let failed = |e| IoError::writing(&self.path, n_bytes, e);
+        let starts = match &mut self.starts {
+            Some(starts) => starts,
+            none => none.insert(RowStarts::create(&self.path).map_err(failed)?),
+        };
+        starts.push(self.head.n_tokens).map_err(failed)?;
+        self.head.n_rows += 1;
         self.append(ids)
+    }
+
+    /// Bytes of the index of the rows so far.
+    fn index_bytes(&self) -> u64 {
+        8 * (self.head.n_rows + 1)
+    }
+
+    /// Puts the index behind the ids.
+    fn append_starts(&mut self) -> Result<(), IoError> {
+        let Some(mut starts) = self.starts.take() else { return Ok(()) };
+        let index_bytes = self.index_bytes();
+        let n_bytes = self.file.n_written_bytes() + index_bytes;
+        let pushed = starts.push(self.head.n_tokens).and_then(|()| starts.flush());
+        pushed.map_err(|e| IoError::writing(&self.path, n_bytes, e))?;
+        self.flush()?;
+        let mut at = 0;
+        while at < index_bytes {
+            self.buffer.resize((index_bytes - at).min(WRITE_BYTES as u64) as usize, 0);
+            let read = starts.file.read_exact_at(&mut self.buffer, at);
+            read.map_err(|e| IoError::writing(&self.path, n_bytes, e))?;
+            at += self.buffer.len() as u64;
+            self.flush()?;
+        }
+        Ok(())
     }
 
     fn flush_if_full(&mut self) -> Result<(), IoError> {
@@ -585,17 +649,7 @@ impl CacheWriter {
         hashes: &[SourceHash],
         notes: &impl Serialize,
     ) -> Result<(), IoError> {
-        self.head.n_rows = self.row_lengths.len() as u64;
-        let mut start = 0_u64;
-        let lengths = std::mem::take(&mut self.row_lengths);
-        for length in &lengths {
-            self.buffer.extend(start.to_le_bytes());
-            start += u64::from(*length);
-            self.flush_if_full()?;
-        }
-        if !lengths.is_empty() {
-            self.buffer.extend(start.to_le_bytes());
-        }
+        self.append_starts()?;
         let notes = serde_json::to_vec(notes).expect("plain fields serialize");
         assert!(notes.len() as u64 <= MAX_NOTES_BYTES, "{} bytes of notes", notes.len());
         self.head.notes_bytes = notes.len() as u64;

@@ -151,13 +151,13 @@ fn every_format_is_found_out_and_only_answers_with_their_end_are_supervised() {
     let lab = Lab::new();
     for (row, format) in cases {
         let path = lab.rows("rows.jsonl", std::slice::from_ref(&row));
-        let found = RowFormat::detect(&path, &ColumnMapping::default()).unwrap();
+        let found = RowFormat::detect(&path, &options()).unwrap();
         assert_eq!(found.to_string(), format, "{row}");
         let cache = lab.cache(&[path], &options(), 512, 1).unwrap();
         assert_eq!(lab.shown(&cache), [say("q", "a")], "{row}");
     }
     let path = lab.rows("rows.jsonl", &[json!({ "text": "abc" })]);
-    assert_eq!(RowFormat::detect(&path, &ColumnMapping::default()).unwrap(), RowFormat::Text);
+    assert_eq!(RowFormat::detect(&path, &options()).unwrap(), RowFormat::Text);
 }
 
 #[test]
@@ -474,10 +474,7 @@ fn parquet_rows_are_those_that_were_written() {
             n += 1;
         }
         assert_eq!(n, 7);
-        assert_eq!(
-            RowFormat::detect(&path, &ColumnMapping::default()).unwrap(),
-            RowFormat::Messages
-        );
+        assert_eq!(RowFormat::detect(&path, &options()).unwrap(), RowFormat::Messages);
     }
     let lab = Lab::new();
     let skip = RowOptions { on_bad_row: OnBadRow::Skip, ..options() };

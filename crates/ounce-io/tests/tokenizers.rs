@@ -5,8 +5,8 @@
 use std::path::{Path, PathBuf};
 
 use ounce_io::{
-    ErrorKind, IdTable, Tokenizer, read_json, tokenize_to_cache, tokenizer_fingerprint, train_bpe,
-    train_char,
+    ErrorKind, IdTable, Piece, PieceStart, Tokenizer, Words, read_json, tokenize_to_cache,
+    tokenizer_fingerprint, train_bpe, train_char,
 };
 use serde_json::Value;
 
@@ -319,4 +319,60 @@ fn a_continuation_keeps_the_space_that_a_whole_text_loses() {
         stream.finish(text);
     }
     assert_eq!(texts, ["little girl", " little girl"]);
+}
+
+#[test]
+fn ids_and_places_are_those_of_the_library_however_often_a_word_was_seen() {
+    let parts = [
+        "the",
+        " the",
+        " The",
+        "it's",
+        "I'LL",
+        " 2024",
+        "  ",
+        "\n\n",
+        "\t",
+        "...",
+        "caf\u{e9}",
+        "\u{6f22}\u{5b57}",
+        "e\u{301}",
+        "\u{1f642}",
+        "\u{a0}",
+        "<|endoftext|>",
+        "<s>",
+        " <0x0A>",
+        "__",
+        " never",
+        "again ",
+    ];
+    for name in ["stories260k", "bpe512", "llama3-like", "metaspace-like"] {
+        let tokenizer = Tokenizer::load(&data(name)).unwrap();
+        let json = data(name).join("tokenizer.json");
+        let library = tokenizers::Tokenizer::from_file(json).unwrap();
+        let mut words = Words::default();
+        arbtest::arbtest(|u| {
+            let mut text = String::new();
+            for _ in 0..u.int_in_range(0..=30)? {
+                text.push_str(u.choose(&parts)?);
+            }
+            let expected = library.encode(text.as_str(), false).unwrap();
+            let (mut ids, mut places) = (Vec::new(), Vec::new());
+            let take = |id, place: std::ops::Range<usize>| {
+                ids.push(id);
+                places.push((place.start, place.end));
+            };
+            tokenizer.encode_with_places(&text, &mut words, take).unwrap();
+            assert_eq!(ids, expected.get_ids(), "{name}: {text:?}");
+            assert_eq!(places, expected.get_offsets(), "{name}: {text:?}");
+            assert_eq!(tokenizer.encode(&text).unwrap(), ids, "{name}: {text:?}");
+            let start = PieceStart::Row { joined: false };
+            let piece = Piece { text: &text, start, path: Path::new("text"), line: 1 };
+            ids.clear();
+            tokenizer.encode_piece(&piece, &mut words, &mut ids).unwrap();
+            assert_eq!(ids, expected.get_ids(), "{name}: {text:?}");
+            Ok(())
+        })
+        .budget_ms(300);
+    }
 }

@@ -53,7 +53,7 @@ impl Data {
             tokenizer: model.dir.clone(),
             cache_dir: tokenize::cache_dir(env),
             streams,
-            rows: RowRequest::of(settings, max_length as u64),
+            rows: RowRequest::of(settings, max_length as u64).within(&model.dir, limits),
             prompt: Some(settings.sample_prompt.clone()),
             n_threads: tokenize::n_threads(&model.dir, limits),
         };

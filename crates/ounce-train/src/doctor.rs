@@ -107,7 +107,7 @@ pub struct ModelRecord {
 /// A disk that cannot be written.
 pub fn doctor(env: &Environment) -> Result<DoctorRecord> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let limits = Limits { budget_bytes: Memory::Auto.resolve(), n_threads: cores };
+    let limits = Limits { budget_bytes: Memory::Auto.resolve(), n_threads: cores, data_bytes: 0 };
     let disk = disk(&env.cache_dir)?;
     let peak = peak(cores);
     let models = MODELS.iter().map(|&(name, n_rows, length)| {

@@ -103,7 +103,7 @@ pub fn evaluate(
         tokenizer: model.dir.clone(),
         cache_dir: tokenize::cache_dir(env),
         streams: vec![files],
-        rows: RowRequest::of(settings, max_length),
+        rows: RowRequest::of(settings, max_length).within(&model.dir, &limits),
         prompt: None,
         n_threads: tokenize::n_threads(&model.dir, &limits),
     };

@@ -71,7 +71,7 @@ pub fn generate(
         tokenizer: model.dir.clone(),
         cache_dir: tokenize::cache_dir(env),
         streams: Vec::new(),
-        rows: RowRequest::default(),
+        rows: RowRequest::of(settings, 0),
         prompt: Some(wanted.prompt.clone()),
         n_threads: tokenize::n_threads(&model.dir, &limits),
     };

@@ -30,6 +30,8 @@ use crate::{Environment, Error, PhaseRecord, PlanRecord, Result};
 pub(crate) struct Limits {
     pub(crate) budget_bytes: u64,
     pub(crate) n_threads: usize,
+    /// Most that reading the data files takes, beside tokenizing.
+    pub(crate) data_bytes: u64,
 }
 
 /// A graph with its plan, checked and resolved.
@@ -208,9 +210,10 @@ fn declare(graphs: &Graphs, model: &Model, wanted: &Wanted, limits: &Limits) -> 
         n_ops: graphs.iter().map(|g| g.ops.len() as u64).sum(),
         vocab_size: model.config.vocab_size(),
         most_arena_bytes: jobs.map(|(g, shape, _)| everything_bytes(g, shape)).max().unwrap_or(0),
-        tokenizing_bytes: ounce_io::tokenizing_bytes(
+        tokenizing_bytes: tokenize::bytes(
             &model.dir,
             tokenize::n_threads(&model.dir, limits),
+            limits,
         ),
     };
     Baseline::declare(sizes, limits.budget_bytes)

@@ -11,7 +11,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use ounce_io::chat_template::ChatTemplate;
-use ounce_io::dataset::{ColumnMapping, OnBadRow, RowFormat, has_conversations};
+use ounce_io::dataset::{ColumnMapping, OnBadRow, RowFormat, has_conversations, row_bytes};
 use ounce_io::{
     FileNotes, GgufModel, IdTable, RowNotes, RowOptions, RowTokens, StagingDir, StreamNotes,
     TokenCache, Tokenizer, data_fingerprint,
@@ -46,12 +46,14 @@ pub(crate) struct Request {
 }
 
 /// How the rows of data files are read and cut.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct RowRequest {
     pub(crate) format: Option<String>,
     pub(crate) columns: Vec<(String, String)>,
     pub(crate) skips_bad_rows: bool,
     pub(crate) max_length: u64,
+    /// Longest row of JSON that there is room for.
+    pub(crate) row_bytes: usize,
 }
 
 impl RowRequest {
@@ -62,7 +64,15 @@ impl RowRequest {
             columns: settings.column_mapping.iter().flat_map(Columns::pairs).collect(),
             skips_bad_rows: settings.on_bad_row == BadRows::Skip,
             max_length,
+            row_bytes: ounce_io::MAX_LINE_BYTES,
         }
+    }
+
+    /// With rows that fit into the budget while the tokenizer in `dir` is loaded.
+    pub(crate) fn within(self, dir: &Path, limits: &Limits) -> Self {
+        let taken_bytes = PROCESS_BYTES + bytes(dir, n_threads(dir, limits), limits);
+        let spare_bytes = limits.budget_bytes.saturating_sub(taken_bytes);
+        Self { row_bytes: row_bytes(spare_bytes), ..self }
     }
 
     /// The same in the words of `ounce-io`.
@@ -72,6 +82,7 @@ impl RowRequest {
             format: self.format.as_deref().and_then(RowFormat::parse),
             columns: ColumnMapping::new(self.columns.iter().cloned()),
             on_bad_row: if self.skips_bad_rows { OnBadRow::Skip } else { OnBadRow::Error },
+            row_bytes: self.row_bytes,
         }
     }
 }
@@ -330,10 +341,14 @@ fn wait(child: &mut Child, observer: &dyn Observer) -> std::io::Result<Option<Ex
     }
 }
 
+/// Most that tokenizing the data files of a run takes besides code and libraries.
+pub(crate) fn bytes(dir: &Path, n_threads: usize, limits: &Limits) -> u64 {
+    ounce_io::tokenizing_bytes(dir, n_threads) + limits.data_bytes
+}
+
 /// Threads that encode: those of the run, or as many fewer as fit into its budget, at least one.
 pub(crate) fn n_threads(dir: &Path, limits: &Limits) -> usize {
-    let fits =
-        |n: &usize| PROCESS_BYTES + ounce_io::tokenizing_bytes(dir, *n) <= limits.budget_bytes;
+    let fits = |n: &usize| PROCESS_BYTES + bytes(dir, *n, limits) <= limits.budget_bytes;
     (1..=limits.n_threads).rev().find(fits).unwrap_or(1)
 }
 

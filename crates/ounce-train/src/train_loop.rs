@@ -104,9 +104,12 @@ fn wanted(settings: &Settings, model: &Model) -> Wanted {
 /// The budget and the threads of a run.
 pub(crate) fn limits(settings: &Settings) -> Limits {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let data = settings.data.iter().map(crate::settings::DataFile::path);
+    let files = data.chain(settings.eval_data.iter().map(PathBuf::as_path));
     Limits {
         budget_bytes: settings.memory.resolve(),
         n_threads: settings.threads.map_or(cores, |n| n as usize),
+        data_bytes: ounce_io::dataset::data_bytes(files),
     }
 }
 

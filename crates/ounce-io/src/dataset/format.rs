@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 
 use super::{Place, RowReader};
 use crate::error::IoError;
+use crate::text::RowOptions;
 
 /// First rows that are looked at.
 const N_LOOKED_AT: usize = 16;
@@ -79,8 +80,9 @@ impl RowFormat {
     ///
     /// # Errors
     /// Reading the file; `BadLine` or `BadFile` where none of the first rows is of a known format.
-    pub fn detect(path: &Path, columns: &ColumnMapping) -> Result<Self, IoError> {
-        let mut rows = RowReader::open(path)?;
+    pub fn detect(path: &Path, options: &RowOptions) -> Result<Self, IoError> {
+        let (mut rows, columns) =
+            (RowReader::open_within(path, options.row_bytes)?, &options.columns);
         let mut first_fault = None;
         for _ in 0..N_LOOKED_AT {
             match rows.next_row()? {

@@ -4,8 +4,8 @@
 //! conversation, is a [`RowFormat`], found from the first rows or given by the user.
 //!
 //! Invariants: one row is in memory at a time (and one page per column of a Parquet file), whatever the file says about
-//! its size; a row that is broken leaves the others readable, so that it may be passed over; a file that is broken as a
-//! whole is an error.
+//! its size, and what that takes is known before ([`data_bytes`], [`row_bytes`]); a row that is broken leaves the
+//! others readable, so that it may be passed over; a file that is broken as a whole is an error.
 //!
 //! Files in reading order: `source.rs` (JSON items in bounded memory), `parquet.rs` and `pages.rs` (the Parquet files),
 //! this one (rows and their places), `format.rs` (what rows mean), `conversation.rs` (rows to conversations).
@@ -18,6 +18,7 @@ mod pages;
 mod parquet;
 pub(crate) mod source;
 
+use std::cell::Cell;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -28,9 +29,20 @@ pub use conversation::{Conversation, Sample};
 pub use format::{ColumnMapping, RowFormat};
 
 use crate::error::{IoError, excerpt};
-use crate::json::parse_strict;
+use crate::json::parse_at_most;
 use crate::text::{MAX_LINE_BYTES, RowOptions, SourceHash};
 use source::{Item, JsonItems};
+
+/// A row may have a value for so many bytes of the longest row. Of text there are more bytes to a value, of lists of
+/// numbers fewer.
+const BYTES_PER_VALUE: usize = 32;
+/// What a value takes in memory beside its text.
+const VALUE_BYTES: usize = 100;
+/// In any budget there is room for rows of JSON of so many bytes.
+const LEAST_ROW_BYTES: u64 = 256 << 10;
+/// What a row takes while it becomes tokens, in its own lengths: its line, its strings twice, its values, its messages
+/// as ours and as the template's, and what the template makes of them, twice.
+const ROW_SHARE: u64 = 10;
 
 const JSON_HINT: &str =
     "each row must be an object like {\"text\": \"...\"} or {\"messages\": [...]}";
@@ -85,7 +97,7 @@ pub struct RawRow {
     pub value: Value,
     /// Where it lies.
     pub place: Place,
-    /// Bytes of its JSON, as far as they are known.
+    /// Bytes that its content takes in memory, about.
     pub n_bytes: usize,
 }
 
@@ -95,7 +107,7 @@ pub struct RowReader(Reader);
 
 #[derive(Debug)]
 enum Reader {
-    Json(JsonItems),
+    Json(Box<JsonItems>),
     #[cfg(feature = "parquet")]
     Parquet(Box<parquet::ParquetRows>),
 }
@@ -106,8 +118,20 @@ impl RowReader {
     /// # Errors
     /// `Missing`, `Read`; `BadFile` for a directory, or for a format that is not read.
     pub fn open(path: &Path) -> Result<Self, IoError> {
+        Self::open_within(path, MAX_LINE_BYTES)
+    }
+
+    /// The same, with rows of JSON of at most `row_bytes`, where the memory has no room for the longest that are read
+    /// at all. A longer one is an error for the whole file then: with more memory it is no broken row.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_within(path: &Path, row_bytes: usize) -> Result<Self, IoError> {
         match FileKind::of(path)? {
-            FileKind::Rows => Ok(Self(Reader::Json(JsonItems::open(path)?))),
+            FileKind::Rows => {
+                let row_bytes = row_bytes.min(MAX_LINE_BYTES);
+                Ok(Self(Reader::Json(Box::new(JsonItems::open(path, row_bytes)?))))
+            }
             #[cfg(feature = "parquet")]
             FileKind::Parquet => {
                 Ok(Self(Reader::Parquet(Box::new(parquet::ParquetRows::open(path)?))))
@@ -190,19 +214,43 @@ fn next_json_row(items: &mut JsonItems) -> Result<Option<Result<RawRow, IoError>
         let near = near.trim_end_matches("\\n");
         place.fault(items.path(), format!("{reason} near `{near}`"), hint)
     };
+    let is_limited = items.row_bytes() < MAX_LINE_BYTES;
+    let no_room = |what: String| {
+        let hint = "raise `--memory`, or split the row into several";
+        Err(fault(format!("{what} than the budget has room for"), 0, hint))
+    };
     match item {
         Item::End => Ok(None),
+        Item::TooLong if is_limited => {
+            let mib = items.row_bytes() as f64 / (1 << 20) as f64;
+            no_room(format!("the row is longer than {mib:.2} MiB, more"))
+        }
         Item::TooLong => {
             let reason = format!("the row is longer than {} MiB", MAX_LINE_BYTES >> 20);
             Ok(Some(Err(fault(reason, 0, "split the row into several"))))
         }
-        Item::Row => Ok(Some(parse_row(items.bytes(), place, fault))),
+        Item::Row => {
+            let n_values = items.row_bytes() / BYTES_PER_VALUE;
+            let n_left = Cell::new(n_values);
+            let row = parse_row(items.bytes(), place, &n_left, fault);
+            Ok(Some(match row {
+                Err(_) if n_left.get() == 0 && is_limited => {
+                    return no_room(format!("the row has over {n_values} values, more"));
+                }
+                Err(_) if n_left.get() == 0 => {
+                    let reason = format!("the row has over {n_values} values");
+                    Err(fault(reason, 0, "split the row into several"))
+                }
+                other => other,
+            }))
+        }
     }
 }
 
 fn parse_row(
     bytes: &[u8],
     place: Place,
+    n_left: &Cell<usize>,
     fault: impl Fn(String, usize, &'static str) -> IoError,
 ) -> Result<RawRow, IoError> {
     if let Err(e) = std::str::from_utf8(bytes) {
@@ -210,8 +258,8 @@ fn parse_row(
         let hint = "convert the file, for instance with `iconv -t UTF-8`";
         return Err(fault(reason, e.valid_up_to(), hint));
     }
-    match parse_strict(bytes) {
-        Ok(value) => Ok(RawRow { value, place, n_bytes: bytes.len() }),
+    match parse_at_most(bytes, n_left) {
+        Ok(value) => Ok(RawRow { n_bytes: memory_of(&value), value, place }),
         Err(e) => {
             let full = e.to_string();
             let reason = full.split(" at line ").next().unwrap_or(&full);
@@ -220,6 +268,35 @@ fn parse_row(
             Err(fault(format!("not valid JSON: {reason}"), at, JSON_HINT))
         }
     }
+}
+
+/// Bytes that a value takes, about.
+fn memory_of(value: &Value) -> usize {
+    VALUE_BYTES
+        + match value {
+            Value::String(text) => text.len(),
+            Value::Array(list) => list.iter().map(memory_of).sum(),
+            Value::Object(map) => map.iter().map(|(key, v)| key.len() + memory_of(v)).sum(),
+            Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+        }
+}
+
+/// Most bytes that reading these files takes, beside tokenizing: a row of JSON, or footer, pages and row of a Parquet
+/// file. What cannot be read takes none; whoever reads it says why.
+pub fn data_bytes<'a>(paths: impl IntoIterator<Item = &'a Path>) -> u64 {
+    let bytes_of = |path: &Path| match FileKind::of(path) {
+        Ok(FileKind::Rows) => ROW_SHARE * LEAST_ROW_BYTES,
+        #[cfg(feature = "parquet")]
+        Ok(FileKind::Parquet) => parquet::memory_of(path).unwrap_or(0),
+        _ => 0,
+    };
+    paths.into_iter().map(bytes_of).max().unwrap_or(0)
+}
+
+/// Longest row of JSON for which there is room, where a budget leaves `spare_bytes` beside tokenizing and
+/// [`data_bytes`].
+pub fn row_bytes(spare_bytes: u64) -> usize {
+    (LEAST_ROW_BYTES + spare_bytes / ROW_SHARE).min(MAX_LINE_BYTES as u64) as usize
 }
 
 /// Where line `line` (from 1) of `bytes` begins.
@@ -238,7 +315,7 @@ pub fn has_conversations(paths: &[PathBuf], options: &RowOptions) -> Result<bool
         let format = match (FileKind::of(path)?, options.format) {
             (FileKind::Text, _) => None,
             (_, Some(format)) => Some(format),
-            (_, None) => Some(RowFormat::detect(path, &options.columns)?),
+            (_, None) => Some(RowFormat::detect(path, options)?),
         };
         match format {
             None => text = Some(path),

@@ -2,7 +2,9 @@
 //!
 //! Idea: a reader allocates what a page's header says that it unpacks to, so one header of twenty bytes can ask for
 //! 2 GiB. Here every header of every column chunk is read, in Thrift's compact encoding, and refused where the page
-//! would be larger than [`MAX_PAGE_BYTES`] or than its chunk.
+//! would be larger than [`MAX_PAGE_BYTES`], than what a packed page of its length may become, or than its chunk, where
+//! a dictionary claims more entries than it has bytes, and where texts are encoded in a way that says only inside the
+//! page how many they are. What is accepted tells how much memory reading the chunk takes.
 //!
 //! Complexity: one small read per page; nothing of the data itself is touched.
 //! Source: the Parquet format's `parquet.thrift` (PageHeader) and Thrift's compact protocol.
@@ -10,22 +12,39 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-/// Largest page that is unpacked; writers aim at 1 MiB.
-pub(super) const MAX_PAGE_BYTES: i64 = 64 << 20;
+/// Largest page that is unpacked. Writers aim at 1 MiB, but some put a thousand rows into one however long they are.
+const MAX_PAGE_BYTES: i64 = 512 << 20;
+/// A page above this size must be packed to more than a hundredth, which texts are: otherwise it is a bomb.
+const SMALL_PAGE_BYTES: u64 = 64 << 20;
+const MAX_RATIO: u64 = 100;
 /// Longest header that is read; statistics with long strings are in it.
 const MAX_HEADER_BYTES: usize = 1 << 20;
 /// Bytes of a header that are read at first.
 const FIRST_READ_BYTES: usize = 256;
 /// Deepest nesting of structures in a header.
 const MAX_DEPTH: u32 = 8;
+/// What a reader keeps for an entry of a dictionary.
+const ENTRY_BYTES: u64 = 40;
+/// A page unpacked, the one before it as far as a row reaches back, and the row that is made of them, as the library's,
+/// as ours, as messages and as text.
+const COPIES: u64 = 6;
+/// Encodings of lengths, and of lengths and common starts, as differences.
+const DELTA_TEXT: [i64; 2] = [6, 7];
 
-/// Checks the pages in `start..start + n_bytes` of a file; what is wrong with them, if anything is.
-pub(super) fn check_chunk(file: &File, start: u64, n_bytes: u64) -> Result<(), String> {
+/// Checks the pages in `start..start + n_bytes` of a file, which must claim `n_claimed` values together. Returns how
+/// many bytes of memory it takes to read them one after the other, or what is wrong with them.
+pub(super) fn check_chunk(
+    file: &File,
+    start: u64,
+    n_bytes: u64,
+    n_claimed: i64,
+) -> Result<u64, String> {
     let file_bytes = file.metadata().map_err(|e| e.to_string())?.len();
     let end = start.checked_add(n_bytes).filter(|&end| end <= file_bytes);
     let end = end.ok_or("a column reaches beyond the end of the file")?;
     let mut at = start;
     let mut buffer = Vec::new();
+    let (mut dictionary_bytes, mut page_bytes, mut n_found) = (0, 0, 0_u64);
     while at < end {
         let (header_bytes, page) = read_header(file, at, end, &mut buffer)?;
         if !(0..=MAX_PAGE_BYTES).contains(&page.unpacked_bytes) {
@@ -35,12 +54,32 @@ pub(super) fn check_chunk(file: &File, start: u64, n_bytes: u64) -> Result<(), S
             ));
         }
         let packed = u64::try_from(page.packed_bytes).map_err(|_| "a page has a negative size")?;
+        let (unpacked, n_values) = (page.unpacked_bytes as u64, page.n_values.max(0) as u64);
+        if unpacked > SMALL_PAGE_BYTES && unpacked / MAX_RATIO > packed {
+            return Err(format!("a page of {packed} bytes claims to unpack to {unpacked} bytes"));
+        }
+        if DELTA_TEXT.contains(&page.encoding) {
+            return Err("texts encoded as differences are not read".into());
+        }
+        if page.is_dictionary {
+            if n_values > unpacked {
+                return Err(format!("a dictionary claims {n_values} entries in {unpacked} bytes"));
+            }
+            dictionary_bytes += unpacked + ENTRY_BYTES * n_values;
+        } else {
+            page_bytes = page_bytes.max(COPIES * unpacked);
+            n_found = n_found.saturating_add(n_values);
+        }
+        page_bytes = page_bytes.max(packed + unpacked);
         at = (at + header_bytes as u64)
             .checked_add(packed)
             .filter(|&next| next <= end)
             .ok_or("a page reaches beyond its column")?;
     }
-    Ok(())
+    if u64::try_from(n_claimed) != Ok(n_found) {
+        return Err(format!("the footer says {n_claimed} values, the pages {n_found}"));
+    }
+    Ok(dictionary_bytes + page_bytes)
 }
 
 /// The header at `at` and its length, read in parts that grow until it is whole.
@@ -49,7 +88,7 @@ fn read_header(
     at: u64,
     end: u64,
     buffer: &mut Vec<u8>,
-) -> Result<(usize, PageSizes), String> {
+) -> Result<(usize, PageClaims), String> {
     let mut n = FIRST_READ_BYTES;
     loop {
         let n_there = n.min((end - at) as usize);
@@ -66,26 +105,52 @@ fn read_header(
     }
 }
 
-/// What a page's header says of its size.
-struct PageSizes {
+/// What a page's header says.
+#[derive(Default)]
+struct PageClaims {
+    is_dictionary: bool,
     unpacked_bytes: i64,
     packed_bytes: i64,
+    n_values: i64,
+    encoding: i64,
 }
 
-fn page_header(input: &mut Compact<'_>) -> Option<PageSizes> {
-    let mut page = PageSizes { unpacked_bytes: -1, packed_bytes: -1 };
+const I32: u8 = 5;
+const STRUCT: u8 = 12;
+/// Fields of a header that are structures: of a data page, of a dictionary, and of a data page of the second version.
+const DATA: i64 = 5;
+const DICTIONARY: i64 = 7;
+const DATA_2: i64 = 8;
+
+fn page_header(input: &mut Compact<'_>) -> Option<PageClaims> {
+    let mut page = PageClaims { unpacked_bytes: -1, packed_bytes: -1, ..PageClaims::default() };
     let mut id = 0;
     while let Some(kind) = input.field(&mut id)? {
         match (id, kind) {
             (2, I32) => page.unpacked_bytes = input.number()?,
             (3, I32) => page.packed_bytes = input.number()?,
+            (DATA | DICTIONARY | DATA_2, STRUCT) => {
+                page.is_dictionary |= id == DICTIONARY;
+                values_header(input, if id == DATA_2 { 4 } else { 2 }, &mut page)?;
+            }
             _ => input.skip(kind, 0)?,
         }
     }
     Some(page)
 }
 
-const I32: u8 = 5;
+/// How many values a page claims, and how they are encoded, which is its field `encoding_id`.
+fn values_header(input: &mut Compact<'_>, encoding_id: i64, page: &mut PageClaims) -> Option<()> {
+    let mut id = 0;
+    while let Some(kind) = input.field(&mut id)? {
+        match (id, kind) {
+            (1, I32) => page.n_values = input.number()?,
+            (id, I32) if id == encoding_id => page.encoding = input.number()?,
+            _ => input.skip(kind, 1)?,
+        }
+    }
+    Some(())
+}
 
 /// Thrift's compact encoding, as far as skipping goes.
 struct Compact<'a> {

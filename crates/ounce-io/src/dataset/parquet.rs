@@ -4,7 +4,8 @@
 //! (`pages.rs`), a count of the rows against what the footer says, and a guard, since the crate panics on some broken
 //! files. Compression: none, snappy, zstd.
 //!
-//! Memory: the footer, and per column one page packed and unpacked.
+//! Memory: the footer, and per column its dictionary and a page or two ([`memory_of`]). The crate reads ahead a batch
+//! of rows of each column, whose pages stay; so a batch is one row.
 
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -26,6 +27,8 @@ use crate::text::SourceHash;
 const HINT: &str = "write the file again, for instance with pyarrow or `datasets`";
 /// Longest footer that is read.
 const MAX_FOOTER_BYTES: u64 = 64 << 20;
+/// What a footer takes in memory, in its own lengths.
+const FOOTER_SHARE: u64 = 8;
 
 /// The rows of one file.
 pub(super) struct ParquetRows {
@@ -54,13 +57,11 @@ impl ParquetRows {
             IoError::bad_file(path, format!("not a Parquet file that can be read: {reason}"), HINT)
         };
         let file = open_regular(path)?;
-        check_footer(&file).map_err(bad)?;
-        let for_pages = file.try_clone().map_err(|e| IoError::reading(path, e))?;
-        let reader = guard(|| SerializedFileReader::new(file)).map_err(bad)?;
-        let n_claimed = guard_plain(|| check_chunks(&reader, &for_pages)).map_err(bad)?;
+        let (reader, claims) = check(file).map_err(bad)?;
         let rows =
             guard(|| RowIter::from_file_into(Box::new(reader)).project(None)).map_err(bad)?;
-        Ok(Self { path: path.into(), rows: Some(rows), n_read: 0, n_claimed })
+        let rows = Some(rows.with_batch_size(1));
+        Ok(Self { path: path.into(), rows, n_read: 0, n_claimed: claims.n_rows })
     }
 
     /// The next row.
@@ -74,8 +75,9 @@ impl ParquetRows {
         match guard(|| rows.next().transpose()) {
             Ok(Some(row)) => {
                 self.n_read = number;
-                // The size in the file is not known row by row: a batch ends by its number of rows.
-                Ok(Some(RawRow { value: object(&row), place: Place::Row(number), n_bytes: 0 }))
+                let value = object(&row);
+                let n_bytes = super::memory_of(&value);
+                Ok(Some(RawRow { value, place: Place::Row(number), n_bytes }))
             }
             Ok(None) if self.n_read == self.n_claimed => {
                 self.rows = None;
@@ -95,8 +97,31 @@ impl ParquetRows {
     }
 }
 
-/// Checks the footer's length before the library allocates it.
-fn check_footer(file: &File) -> Result<(), String> {
+/// Most bytes that reading the rows of a file takes; what is wrong with the file, if anything is.
+pub(super) fn memory_of(path: &Path) -> Result<u64, String> {
+    let file = open_regular(path).map_err(|e| e.to_string())?;
+    check(file).map(|(_, claims)| claims.memory_bytes)
+}
+
+/// What a file says about itself, as far as it was found possible.
+struct Claims {
+    n_rows: u64,
+    /// That reading takes.
+    memory_bytes: u64,
+}
+
+/// Opens a file and checks its footer and its pages.
+fn check(file: File) -> Result<(SerializedFileReader<File>, Claims), String> {
+    let footer_bytes = check_footer(&file)?;
+    let for_pages = file.try_clone().map_err(|e| e.to_string())?;
+    let reader = guard(|| SerializedFileReader::new(file))?;
+    let mut claims = guard_plain(|| check_chunks(&reader, &for_pages))?;
+    claims.memory_bytes += FOOTER_SHARE * footer_bytes;
+    Ok((reader, claims))
+}
+
+/// Checks the footer's length before the library allocates it; its bytes.
+fn check_footer(file: &File) -> Result<u64, String> {
     use std::os::unix::fs::FileExt;
     let n_bytes = file.metadata().map_err(|e| e.to_string())?.len();
     if n_bytes < 12 {
@@ -112,16 +137,19 @@ fn check_footer(file: &File) -> Result<(), String> {
     if length > (n_bytes - 12).min(MAX_FOOTER_BYTES) {
         return Err(format!("the footer claims {length} bytes of {n_bytes}"));
     }
-    Ok(())
+    Ok(length)
 }
 
-/// Checks every page of every column; the number of rows that the row groups claim.
-fn check_chunks(reader: &SerializedFileReader<File>, file: &File) -> Result<u64, String> {
+/// Checks every page of every column, and the number of rows that the row groups claim.
+fn check_chunks(reader: &SerializedFileReader<File>, file: &File) -> Result<Claims, String> {
     let mut n_rows = 0_u64;
+    // A group is begun while the one before is still there.
+    let (mut before_bytes, mut memory_bytes) = (0_u64, 0_u64);
     for group in reader.metadata().row_groups() {
         let n = u64::try_from(group.num_rows())
             .map_err(|_| "a row group has a negative count of rows")?;
         n_rows = n_rows.checked_add(n).ok_or("the row groups claim too many rows")?;
+        let mut group_bytes = 0_u64;
         for column in group.columns() {
             let compression = column.compression();
             if !matches!(
@@ -131,12 +159,26 @@ fn check_chunks(reader: &SerializedFileReader<File>, file: &File) -> Result<u64,
                 return Err(format!("compression {compression} is not read; snappy and zstd are"));
             }
             let (start, n_bytes) = column.byte_range();
-            pages::check_chunk(file, start, n_bytes).map_err(|reason| {
-                format!("column `{}`: {reason}", column.column_path().string())
-            })?;
+            let in_column =
+                |reason| format!("column `{}`: {reason}", column.column_path().string());
+            let n_values = column.num_values();
+            let chunk_bytes =
+                pages::check_chunk(file, start, n_bytes, n_values).map_err(in_column)?;
+            // Of lists a row may have any number.
+            if column.column_descr().max_rep_level() == 0 && n_values != group.num_rows() {
+                let n_rows = group.num_rows();
+                return Err(in_column(format!("{n_values} values in {n_rows} rows")));
+            }
+            group_bytes = group_bytes.saturating_add(chunk_bytes);
         }
+        memory_bytes = memory_bytes.max(before_bytes.saturating_add(group_bytes));
+        before_bytes = group_bytes;
     }
-    Ok(n_rows)
+    let said = reader.metadata().file_metadata().num_rows();
+    if u64::try_from(said) != Ok(n_rows) {
+        return Err(format!("the footer says {said} rows, its row groups {n_rows}"));
+    }
+    Ok(Claims { n_rows, memory_bytes })
 }
 
 /// Runs the library, whose panics on broken files are the files' fault.

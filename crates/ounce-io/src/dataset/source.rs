@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{IoError, excerpt};
 use crate::hash::Xxh64;
 use crate::json::open_regular;
-use crate::text::{MAX_LINE_BYTES, PIECE_BYTES, SourceHash};
+use crate::text::{PIECE_BYTES, SourceHash, count_newlines};
 
 pub(crate) const BOM: &[u8] = b"\xef\xbb\xbf";
 
@@ -44,7 +44,7 @@ impl Read for Source {
 pub(crate) enum Item {
     /// A row; its bytes are at hand.
     Row,
-    /// A row of more than [`MAX_LINE_BYTES`]; its start is at hand, the rest was passed over.
+    /// A row that is longer than it may be; its start is at hand, the rest was passed over.
     TooLong,
     /// The end of the file.
     End,
@@ -58,6 +58,8 @@ pub(crate) enum Item {
 pub(crate) struct JsonItems {
     path: PathBuf,
     source: BufReader<Source>,
+    /// Longest row.
+    row_bytes: usize,
     bytes: Vec<u8>,
     /// Line on which the current row begins, from 1.
     line: u64,
@@ -79,11 +81,12 @@ enum Layout {
 }
 
 impl JsonItems {
-    /// Opens a file of which nothing is known yet but that it holds JSON.
-    pub(crate) fn open(path: &Path) -> Result<Self, IoError> {
+    /// Opens a file of which nothing is known yet but that it holds JSON, in rows of at most `row_bytes`.
+    pub(crate) fn open(path: &Path, row_bytes: usize) -> Result<Self, IoError> {
         Ok(Self {
             path: path.into(),
             source: BufReader::with_capacity(PIECE_BYTES, Source::open(path)?),
+            row_bytes,
             bytes: Vec::new(),
             line: 0,
             n_lines: 0,
@@ -93,6 +96,11 @@ impl JsonItems {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Longest row that is read.
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.row_bytes
     }
 
     pub(crate) fn line(&self) -> u64 {
@@ -136,7 +144,7 @@ impl JsonItems {
     fn next_line(&mut self) -> Result<Item, IoError> {
         loop {
             self.bytes.clear();
-            let mut line = (&mut self.source).take(MAX_LINE_BYTES as u64 + 1);
+            let mut line = (&mut self.source).take(self.row_bytes as u64 + 1);
             let n = line
                 .read_until(b'\n', &mut self.bytes)
                 .map_err(|e| IoError::reading(&self.path, e))?;
@@ -144,13 +152,13 @@ impl JsonItems {
             if n == 0 {
                 return Ok(Item::End);
             }
-            if n > MAX_LINE_BYTES {
+            if n > self.row_bytes {
                 if self.bytes.last() == Some(&b'\n') {
                     self.n_lines += 1;
                 } else {
                     self.skip_line()?;
                 }
-                self.bytes.truncate(PIECE_BYTES);
+                self.keep_start();
                 return Ok(Item::TooLong);
             }
             self.n_lines += 1;
@@ -160,14 +168,26 @@ impl JsonItems {
         }
     }
 
+    /// Of a row that is too long, as much as a message shows.
+    fn keep_start(&mut self) {
+        self.bytes.truncate(PIECE_BYTES);
+        self.bytes.shrink_to_fit();
+    }
+
     /// Passes over the rest of a line through the reader's own buffer.
     fn skip_line(&mut self) -> Result<(), IoError> {
-        while let Some(byte) = self.next_byte()? {
-            if byte == b'\n' {
-                break;
+        loop {
+            let buffer = self.source.fill_buf().map_err(|e| IoError::reading(&self.path, e))?;
+            // Counting is faster than searching.
+            let has_end = count_newlines(buffer) > 0;
+            let end = if has_end { buffer.iter().position(|&b| b == b'\n') } else { None };
+            let n_passed = end.map_or(buffer.len(), |at| at + 1);
+            self.source.consume(n_passed);
+            self.n_lines += u64::from(end.is_some());
+            if end.is_some() || n_passed == 0 {
+                return Ok(());
             }
         }
-        Ok(())
     }
 
     fn next_element(&mut self, first: bool) -> Result<Item, IoError> {
@@ -214,10 +234,9 @@ impl JsonItems {
                 b']' | b'}' if !in_string => depth -= 1,
                 _ => {}
             }
-            if !too_long && self.bytes.len() == MAX_LINE_BYTES {
+            if !too_long && self.bytes.len() == self.row_bytes {
                 too_long = true;
-                self.bytes.truncate(PIECE_BYTES);
-                self.bytes.shrink_to_fit();
+                self.keep_start();
             }
             if !too_long {
                 self.bytes.push(byte);

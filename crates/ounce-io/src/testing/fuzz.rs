@@ -19,9 +19,9 @@ use crate::disk::RealDisk;
 use crate::error::{ErrorKind, IoError};
 use crate::hash::hash_file;
 use crate::{
-    Dtype, GGUF_FILE, GgmlType, GgufExport, GgufModel, IdTable, SafetensorsDir, SafetensorsWriter,
-    TensorSpec, TextPieces, TokenCache, Tokenizer, read_config, token_cache, tokenize_to_cache,
-    train_bpe, train_char,
+    Dtype, GGUF_FILE, GgmlType, GgufExport, GgufModel, IdTable, RowOptions, SafetensorsDir,
+    SafetensorsWriter, TensorSpec, TextPieces, TokenCache, Tokenizer, read_config, token_cache,
+    tokenize_to_cache, train_bpe, train_char,
 };
 
 /// Longest message of an error.
@@ -423,7 +423,7 @@ fn read_rows(path: &Path) -> Result<(), IoError> {
             break;
         }
     }
-    RowFormat::detect(path, &columns).map(|_| ())
+    RowFormat::detect(path, &RowOptions::default()).map(|_| ())
 }
 
 /// Renders a few conversations and looks for the answers.

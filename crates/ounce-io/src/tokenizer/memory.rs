@@ -1,7 +1,8 @@
 //! How much memory tokenizing takes, before it is begun.
 //!
 //! What a loaded tokenizer takes grows with the files that it is read from, and with every thread, because each has its
-//! own tables of regular expressions. Measured beside code and libraries, on one thread and on two: 1.2 and 4.6 MiB for
+//! own tables of regular expressions and of words (`words.rs`). It does not grow with the text. What reading rows takes
+//! beside it is in `dataset/`. Measured beside code and libraries, on one thread and on two: 1.2 and 4.6 MiB for
 //! characters; with the library 11.6 and 22.4 MiB for a vocabulary of 1,024 (20 KiB of JSON), 20 MiB for GPT-2's (1.4
 //! MiB in two files), 50 and 50 MiB for 49,152 tokens with their merges (1.5 MiB of JSON), while it is parsed. The
 //! bounds below say 5 and 6, 21 and 29, 91, 92 and 100 MiB.

@@ -32,7 +32,7 @@ pub use words::Words;
 use crate::error::{IoError, excerpt};
 use crate::hash::Xxh64;
 use crate::json::{open_regular, read_small_file};
-use crate::text::{Piece, count_newlines};
+use crate::text::{Piece, PieceStart, count_newlines, first_piece};
 use chars::CharTable;
 use pieces::PieceRules;
 use special::SpecialIds;
@@ -123,8 +123,8 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// The ids of `text` and the bytes of it that each stands for. Special tokens that are written out in the text are
-    /// those tokens; none is added.
+    /// Hands out the ids of `text` and the bytes of it that each stands for. Special tokens that are written out in the
+    /// text are those tokens; none is added. A long text is encoded in pieces, as [`Self::encode_piece`] does.
     ///
     /// # Errors
     /// As [`Self::encode`].
@@ -132,16 +132,20 @@ impl Tokenizer {
         &self,
         text: &str,
         words: &mut Words,
-    ) -> Result<(Vec<u32>, Vec<Range<usize>>), IoError> {
-        let library = match &self.backend {
-            Backend::Library(library) => library,
-            Backend::Chars(_) => {
-                let places = text.char_indices().map(|(at, c)| at..at + c.len_utf8());
-                return Ok((self.encode(text)?, places.collect()));
+        mut take: impl FnMut(u32, Range<usize>),
+    ) -> Result<(), IoError> {
+        let (mut from, mut start) = (0, PieceStart::Row { joined: false });
+        while from < text.len() {
+            let (n_piece, next_start) = first_piece(&text[from..]);
+            let part = &text[from..from + n_piece];
+            let encoded = self.rules.encode_with_places(self, part, start, words);
+            let (ids, places) = encoded.map_err(|fault| fault.without_place(part))?;
+            for (id, place) in ids.into_iter().zip(places) {
+                take(id, from + place.start..from + place.end);
             }
-        };
-        guard(|| words.encode_with_places(library, text))
-            .map_err(|reason| Fault { at: 0, reason }.without_place(text))
+            (from, start) = (from + n_piece, next_start);
+        }
+        Ok(())
     }
 
     /// The id of a token that was added to the vocabulary, as special tokens are.
@@ -268,6 +272,24 @@ impl Tokenizer {
                 let encoded = guard(|| words.encode(library, text, ids));
                 encoded.map_err(|reason| Fault { at: 0, reason })
             }
+        }
+    }
+
+    /// The ids of `text` as it stands, and the bytes of it that each stands for.
+    fn encode_places(
+        &self,
+        text: &str,
+        words: &mut Words,
+    ) -> Result<(Vec<u32>, Vec<Range<usize>>), Fault> {
+        match &self.backend {
+            Backend::Chars(chars) => {
+                let mut ids = Vec::new();
+                chars.encode(text, &mut ids)?;
+                let places = text.char_indices().map(|(at, c)| at..at + c.len_utf8());
+                Ok((ids, places.collect()))
+            }
+            Backend::Library(library) => guard(|| words.encode_with_places(library, text))
+                .map_err(|reason| Fault { at: 0, reason }),
         }
     }
 

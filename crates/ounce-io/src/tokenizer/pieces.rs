@@ -5,6 +5,8 @@
 //! then must be taken away again. Which of these a tokenizer needs is found by trying: for a few short texts the ids
 //! of both halves must join to the ids of the whole.
 
+use std::ops::Range;
+
 use super::{Fault, Tokenizer, Words};
 use crate::text::{Piece, PieceStart};
 
@@ -49,12 +51,38 @@ impl PieceRules {
         words: &mut Words,
         ids: &mut Vec<u32>,
     ) -> Result<(), Fault> {
-        let rule = match piece.start {
+        self.rule(piece.start).encode(tokenizer, piece.text, words, ids)
+    }
+
+    /// The ids of a piece, and the bytes of it that each stands for.
+    pub(super) fn encode_with_places(
+        &self,
+        tokenizer: &Tokenizer,
+        text: &str,
+        start: PieceStart,
+        words: &mut Words,
+    ) -> Result<(Vec<u32>, Vec<Range<usize>>), Fault> {
+        let rule = self.rule(start);
+        let rest = if rule == Rule::DropSpace { text.strip_prefix(' ') } else { None };
+        let (mut ids, mut places) = tokenizer.encode_places(rest.unwrap_or(text), words)?;
+        if rule == Rule::DropFirstId && !ids.is_empty() {
+            ids.remove(0);
+            places.remove(0);
+        }
+        if rest.is_some() {
+            for place in &mut places {
+                *place = place.start + 1..place.end + 1;
+            }
+        }
+        Ok((ids, places))
+    }
+
+    fn rule(&self, start: PieceStart) -> Rule {
+        match start {
             PieceStart::Newline => self.newline,
             PieceStart::Space => self.space,
             PieceStart::Row { .. } | PieceStart::Forced => Rule::AsIs,
-        };
-        rule.encode(tokenizer, piece.text, words, ids)
+        }
     }
 }
 

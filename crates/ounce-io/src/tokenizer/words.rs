@@ -131,3 +131,30 @@ pub(super) fn without_cache(library: &mut Library) {
     }
     library.with_model(model);
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn a_table_stays_small_whatever_words_come() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/bpe512");
+        let library = Library::from_file(dir.join("tokenizer.json")).unwrap();
+        let (mut words, mut ids, mut most) = (Words::default(), Vec::new(), 0);
+        for i in 0..16_000_u32 {
+            // A word of its own each time, without many merges.
+            let word: String =
+                (0..50).map(|k| char::from(b'a' + (i >> (k % 15) & 1) as u8)).collect();
+            ids.clear();
+            words.encode(&library, &format!("{word}{i}"), &mut ids).unwrap();
+            most = most.max(words.n_bytes);
+            let entries = words.tokens.iter().map(|(w, t)| w.len() + size_of_val(&**t));
+            assert!(i % 1000 > 0 || entries.sum::<usize>() <= words.n_bytes);
+        }
+        let entry_bytes = MAX_WORD_BYTES * (1 + size_of::<WordToken>()) + ENTRY_BYTES;
+        let (least, limit) = (MAX_TABLE_BYTES / 10 * 9, MAX_TABLE_BYTES + entry_bytes);
+        assert!(most > least && most <= limit, "{most}");
+    }
+}

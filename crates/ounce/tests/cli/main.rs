@@ -5,7 +5,7 @@
 //! (stopped in any phase), `precision` (16 bits, the loss scale, numbers that are not finite),
 //! `faults` (a disk that fails), `refusals` (errors, hints and exit codes), `damage` (files that are
 //! not what they should be), `gguf` (models in that format), `chat_data` (conversations, packing,
-//! mixtures).
+//! mixtures), `tokenizing` (the child process and its memory).
 #![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
 
 mod lab;
@@ -29,3 +29,5 @@ mod damage;
 mod gguf;
 
 mod chat_data;
+
+mod tokenizing;

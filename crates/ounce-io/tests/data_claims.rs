@@ -1,0 +1,252 @@
+//! What data files say about themselves: memory that is declared and kept to, claims that are not true, and lines
+//! without end.
+
+#![cfg(feature = "parquet")]
+#![expect(clippy::unwrap_used, reason = "test helpers panic like the tests that call them")]
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ounce_io::dataset::{RowReader, data_bytes};
+use ounce_io::{ErrorKind, IoError, TextPieces};
+use parquet::basic::{Compression, Encoding, ZstdLevel};
+use parquet::data_type::{ByteArray, ByteArrayType};
+use parquet::file::metadata::{
+    ParquetMetaData, ParquetMetaDataReader, ParquetMetaDataWriter, RowGroupMetaData,
+};
+use parquet::file::properties::WriterProperties;
+use parquet::file::writer::SerializedFileWriter;
+use parquet::schema::parser::parse_message_type;
+use peak_alloc::PeakAlloc;
+
+#[global_allocator]
+static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+/// One test at a time, so that the bytes counted are its own.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// How a file is written.
+#[derive(Clone, Copy)]
+struct Layout {
+    compression: Compression,
+    /// Encoding of texts without a dictionary; with one where there is none.
+    plain: Option<Encoding>,
+    page_bytes: usize,
+    rows_per_group: usize,
+}
+
+const SMALL: Layout = Layout {
+    compression: Compression::UNCOMPRESSED,
+    plain: Some(Encoding::PLAIN),
+    page_bytes: 1 << 20,
+    rows_per_group: 40,
+};
+
+/// Writes `n_rows` texts of `text_bytes` each to `path`.
+fn write_texts(path: &Path, n_rows: usize, text_bytes: usize, layout: Layout) {
+    let schema =
+        Arc::new(parse_message_type("message m { required binary text (UTF8); }").unwrap());
+    let properties = WriterProperties::builder()
+        .set_compression(layout.compression)
+        .set_dictionary_enabled(layout.plain.is_none())
+        .set_encoding(layout.plain.unwrap_or(Encoding::PLAIN))
+        .set_data_page_size_limit(layout.page_bytes)
+        .set_dictionary_page_size_limit(layout.page_bytes)
+        .set_write_batch_size(1)
+        .build();
+    let file = std::fs::File::create(path).unwrap();
+    let mut writer = SerializedFileWriter::new(file, schema, Arc::new(properties)).unwrap();
+    let numbers: Vec<usize> = (0..n_rows).collect();
+    for group in numbers.chunks(layout.rows_per_group) {
+        let mut rows = writer.next_row_group().unwrap();
+        let mut column = rows.next_column().unwrap().unwrap();
+        for &i in group {
+            let mut text = format!("{i} ").repeat(text_bytes / 2);
+            text.truncate(text_bytes);
+            let values = [ByteArray::from(text.into_bytes())];
+            column.typed::<ByteArrayType>().write_batch(&values, None, None).unwrap();
+        }
+        column.close().unwrap();
+        rows.close().unwrap();
+    }
+    writer.close().unwrap();
+}
+
+/// Reads all rows; how many there are.
+fn count_rows(path: &Path) -> Result<usize, IoError> {
+    let (mut rows, mut n) = (RowReader::open(path)?, 0);
+    while let Some(row) = rows.next_row()? {
+        row?;
+        n += 1;
+    }
+    Ok(n)
+}
+
+#[test]
+fn reading_takes_no_more_memory_than_the_file_declares() {
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("texts.parquet");
+    let zstd = Compression::ZSTD(ZstdLevel::default());
+    let (plain, no) = (Some(Encoding::PLAIN), Compression::UNCOMPRESSED);
+    // Compression, encoding, bytes of a page, rows, bytes of a text.
+    for (compression, plain, page_bytes, n_rows, text_bytes) in [
+        (no, plain, 1 << 20, 400, 40_000),
+        (Compression::SNAPPY, plain, 8 << 20, 400, 40_000),
+        (zstd, plain, 16 << 20, 400, 40_000),
+        (zstd, plain, 1 << 20, 12, 1_500_000),
+        (zstd, None, 4 << 20, 3000, 1_000),
+        (zstd, plain, 1 << 20, 20_000, 50),
+    ] {
+        let layout = Layout { compression, plain, page_bytes, rows_per_group: n_rows / 2 };
+        write_texts(&path, n_rows, text_bytes, layout);
+        let declared = data_bytes([path.as_path()]) as usize;
+        let before = ALLOCATOR.current_usage();
+        ALLOCATOR.reset_peak_usage();
+        assert_eq!(count_rows(&path).unwrap(), n_rows);
+        let taken = ALLOCATOR.peak_usage() - before;
+        let what = format!("{n_rows} rows of {text_bytes} in pages of {page_bytes}");
+        assert!(taken <= declared, "{what}: {taken} bytes, declared {declared}");
+        // A bound that says nothing would hold, too.
+        assert!(declared <= 20 * page_bytes.max(text_bytes), "{what}: declared {declared}");
+    }
+}
+
+/// A small file with another footer, changed by `change`.
+fn with_footer(path: &Path, change: impl Fn(ParquetMetaData) -> ParquetMetaData) {
+    write_texts(path, 100, 30, SMALL);
+    let file = std::fs::File::open(path).unwrap();
+    let metadata = ParquetMetaDataReader::new().parse_and_finish(&file).unwrap();
+    let bytes = std::fs::read(path).unwrap();
+    let footer_bytes = u32::from_le_bytes(bytes[bytes.len() - 8..][..4].try_into().unwrap());
+    let mut changed = bytes[..bytes.len() - 8 - footer_bytes as usize].to_vec();
+    ParquetMetaDataWriter::new(&mut changed, &change(metadata)).finish().unwrap();
+    std::fs::File::create(path).unwrap().write_all(&changed).unwrap();
+}
+
+/// The footer with one more or fewer rows in the first group, or another claim about its column.
+fn with_group(
+    metadata: ParquetMetaData,
+    change: impl Fn(RowGroupMetaData) -> RowGroupMetaData,
+) -> ParquetMetaData {
+    let mut groups = metadata.row_groups().to_vec();
+    groups[0] = change(groups[0].clone());
+    metadata.into_builder().set_row_groups(groups).build()
+}
+
+#[test]
+fn a_footer_that_lies_is_refused_by_name() {
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("lies.parquet");
+    let rows = |n: i64| {
+        move |g: RowGroupMetaData| {
+            let n_rows = g.num_rows() + n;
+            g.into_builder().set_num_rows(n_rows).build().unwrap()
+        }
+    };
+    let column = |what: &'static str, n: i64| {
+        move |g: RowGroupMetaData| {
+            let old = g.columns()[0].clone();
+            let (size, at) = (old.compressed_size() + n, old.data_page_offset() + n);
+            let n_values = old.num_values() + n;
+            let new = old.into_builder();
+            let new = match what {
+                "values" => new.set_num_values(n_values),
+                "size" => new.set_total_compressed_size(size),
+                _ => new.set_data_page_offset(at),
+            };
+            let columns = vec![new.build().unwrap()];
+            g.into_builder().set_column_metadata(columns).build().unwrap()
+        }
+    };
+    with_footer(&path, |m| m);
+    assert_eq!(count_rows(&path).unwrap(), 100);
+    let refused = |what: &str| {
+        let error = count_rows(&path).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::BadInput, "{what}");
+        let message = error.to_string();
+        assert!(message.contains("lies.parquet: ") && message.contains("\nhint: "), "{message}");
+        message
+    };
+    for n in [1, -1, 1 << 40, -1000] {
+        with_footer(&path, |m| with_group(m, rows(n)));
+        refused(&format!("{n} rows more"));
+        with_footer(&path, |m| with_group(m, column("values", n)));
+        refused(&format!("{n} values more"));
+        with_footer(&path, |m| with_group(m, column("size", n)));
+        refused(&format!("{n} bytes longer"));
+        with_footer(&path, |m| with_group(m, column("offset", n)));
+        refused(&format!("{n} bytes later"));
+    }
+    write_texts(&path, 100, 30, Layout { plain: Some(Encoding::DELTA_BYTE_ARRAY), ..SMALL });
+    assert!(refused("delta").contains("texts encoded as differences are not read"));
+}
+
+#[test]
+fn no_byte_of_the_headers_can_make_reading_take_more_memory_than_a_page_may() {
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let print = std::panic::take_hook();
+    // The library reports malformed files by panics, which are caught and need not be printed.
+    std::panic::set_hook(Box::new(|_| {}));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("small.parquet");
+    let zstd = Compression::ZSTD(ZstdLevel::default());
+    let mut worst = (0, String::new());
+    for layout in [SMALL, Layout { plain: None, compression: zstd, ..SMALL }] {
+        write_texts(&path, 20, 12, Layout { rows_per_group: 20, ..layout });
+        let whole = std::fs::read(&path).unwrap();
+        for at in 0..whole.len() {
+            for byte in [0, 0x7f, 0x80, 0xff, whole[at] ^ 1, whole[at] ^ 0x40, whole[at] ^ 0x80] {
+                let mut bytes = whole.clone();
+                bytes[at] = byte;
+                std::fs::write(&path, &bytes).unwrap();
+                let before = ALLOCATOR.current_usage();
+                ALLOCATOR.reset_peak_usage();
+                let read = count_rows(&path);
+                let taken = ALLOCATOR.peak_usage() - before;
+                if taken > worst.0 {
+                    worst = (taken, format!("byte {at} as {byte}: {taken} bytes, {read:?}"));
+                }
+                if let Err(error) = read {
+                    assert!(error.to_string().contains("small.parquet: "), "{error}");
+                }
+            }
+        }
+    }
+    std::panic::set_hook(print);
+    assert!(worst.0 <= 256 << 20, "{}", worst.1);
+}
+
+#[test]
+fn a_line_of_a_gib_is_passed_over_in_bounded_memory() {
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["rows.jsonl", "text.txt"] {
+        // A hole: the file takes no room on the disk.
+        let path = dir.path().join(name);
+        let mut file = std::fs::File::create(&path).unwrap();
+        file.write_all(b"{\"text\": \"").unwrap();
+        file.set_len(1 << 30).unwrap();
+        let mut file = std::fs::File::options().append(true).open(&path).unwrap();
+        file.write_all(b"\n{\"text\": \"b\"}\n").unwrap();
+        let before = ALLOCATOR.current_usage();
+        ALLOCATOR.reset_peak_usage();
+        let error = if name == "text.txt" {
+            let mut pieces = TextPieces::open(std::slice::from_ref(&path)).unwrap();
+            pieces.next_piece().unwrap_err().to_string()
+        } else {
+            let mut rows = RowReader::open(&path).unwrap();
+            let error = rows.next_row().unwrap().unwrap().unwrap_err().to_string();
+            // It is one broken row: the next one is read.
+            assert_eq!(rows.next_row().unwrap().unwrap().unwrap().value["text"], "b");
+            assert!(rows.next_row().unwrap().is_none());
+            error
+        };
+        let taken = ALLOCATOR.peak_usage() - before;
+        let what = if name == "text.txt" { "holds a NUL" } else { "the row is longer than 16 MiB" };
+        assert!(error.contains(&format!("{name}:1: {what}")), "{error}");
+        assert!(taken <= 50 << 20, "{name}: {taken} bytes");
+    }
+}
