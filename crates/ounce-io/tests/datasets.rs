@@ -489,7 +489,7 @@ fn parquet_rows_are_those_that_were_written() {
 #[test]
 fn a_page_that_unpacks_to_too_much_and_other_compressions_are_refused_before_they_are_unpacked() {
     let error = RowReader::open(&data("bomb.parquet")).unwrap_err().to_string();
-    assert!(error.contains("column `text`: a page claims to unpack to 3000000"), "{error}");
+    assert!(error.contains("column `text`: a page of 9184 bytes claims to unpack to 3"), "{error}");
     let error = RowReader::open(&data("gzip.parquet")).unwrap_err().to_string();
     assert!(error.contains("GZIP") && error.contains("snappy and zstd are"), "{error}");
 }
