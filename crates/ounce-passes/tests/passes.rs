@@ -6,8 +6,8 @@ use std::fmt::Write as _;
 
 use expect_test::{Expect, expect};
 use ounce_ir::{
-    AttentionSpec, DType, GeluKind, Graph, GraphBuilder, Init, InputKind, OptimizerKind, ParamId,
-    Phase, Shape, ValueId, ValueKind, WeightLayout, verify,
+    AttentionSpec, DType, GeluKind, Graph, GraphBuilder, Init, InputKind, OpKind, OptimizerKind,
+    ParamId, Phase, Shape, ValueId, ValueKind, WeightLayout, verify,
 };
 use ounce_passes::{
     OpClass, PassError, Precision, PrecisionPolicy, TABLE, attach_optimizer, differentiate,
@@ -494,6 +494,31 @@ fn f32_and_all_classes_kept_in_f32_change_no_value() {
         let policy = PrecisionPolicy { precision, keep_f32: OpClass::CHOSEN.to_vec() };
         assert_eq!(lower_precision(&graph, &policy).values, graph.values, "{precision}");
     }
+}
+
+#[test]
+fn a_factor_is_rounded_as_weights_are_in_forward_and_backward() {
+    let mut b = GraphBuilder::new();
+    let ids = b.input(InputKind::TokenIds);
+    let w = b.param("embed.weight", Shape::fixed(&[7, 4]), true);
+    b.stage("embed", "embed");
+    let x = b.embed(ids, w);
+    // The square root of 1152 channels, between 33.75 and 34 in bf16.
+    let x = b.scale(x, 33.941_124);
+    b.stage("head", "head");
+    b.cross_entropy(x, w);
+    let graph = differentiate(&b.finish().unwrap()).unwrap();
+    let factors = |precision| -> Vec<f32> {
+        let lowered = lower_precision(&graph, &PrecisionPolicy::new(precision));
+        let factor = |kind: &OpKind| match *kind {
+            OpKind::Scale { factor } => Some(factor),
+            _ => None,
+        };
+        lowered.ops.values().filter_map(|op| factor(&op.kind)).collect()
+    };
+    assert_eq!(factors(Precision::F32), [33.941_124; 2]);
+    assert_eq!(factors(Precision::F16), [33.941_124; 2], "its weights are f32");
+    assert_eq!(factors(Precision::Bf16), [34.0; 2]);
 }
 
 #[test]
