@@ -11,6 +11,8 @@ tables, softmax, RMSNorm); `EverythingInDouble` undoes that, so the goldens are 
 and not somebody's rounding. Every case is then repeated with plain transformers in f32, loaded
 from the written directory: that proves that the directory means the same to `from_pretrained`,
 and its distance from the f64 result, stored in golden.json, says how much rounding is normal.
+The gradients are computed once more in bf16, as PyTorch does it with the whole model in bf16 and
+under autocast; their distances are stored too.
 
 Files per case: see README.md in this folder.
 
@@ -18,6 +20,7 @@ Usage: python3 make_golden.py [--only NAME] [--output-dir DIR]
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -406,10 +409,11 @@ def respell_config(path, spelling):
 # --------------------------------------------------------------------------------------------
 
 
-def forward_backward(model, input_ids, labels):
+def forward_backward(model, input_ids, labels, forward_in=contextlib.nullcontext()):
     """Logits (B, T, V), the loss, and the gradient of every parameter by name."""
     model.zero_grad(set_to_none=True)
-    out = model(input_ids=input_ids, labels=labels, use_cache=False)
+    with forward_in:
+        out = model(input_ids=input_ids, labels=labels, use_cache=False)
     out.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     return out.logits.detach(), out.loss.detach(), gradients
@@ -485,6 +489,25 @@ def f32_errors(single, double):
     }
 
 
+def bf16_distances(load, input_ids, labels, truth):
+    """How far PyTorch's gradients in bf16 are from the f64 ones, per parameter and of all of them
+    together (`all`), in the Euclidean norm: `pure`, with weights and everything else in bf16, and
+    `autocast`, with f32 weights."""
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    results = {
+        "pure": forward_backward(load(torch.bfloat16), input_ids, labels),
+        "autocast": forward_backward(load(torch.float32), input_ids, labels, forward_in=autocast),
+    }
+    distances = {}
+    for way, (_, _, gradients) in results.items():
+        apart = {
+            name: (gradients[name].double() - gradient).norm().item() for name, gradient in truth.items()
+        }
+        apart = {"all": math.hypot(*apart.values())} | apart
+        distances[way] = {name: float(f"{distance:.4g}") for name, distance in apart.items()}
+    return distances
+
+
 # --------------------------------------------------------------------------------------------
 # Writing
 # --------------------------------------------------------------------------------------------
@@ -514,8 +537,11 @@ def make_case(name, spec, seed, folder):
 
     with EverythingInDouble():
         double = run(double_copy(spec["config"], model), input_ids, labels, spec["clip"])
-    reread = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-    single = run(reread, input_ids, labels, spec["clip"])
+
+    def load(dtype):
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=dtype)
+
+    single = run(load(torch.float32), input_ids, labels, spec["clip"])
     errors = f32_errors(single, double)
     assert double["logits"].dtype == torch.float64
     assert errors["logits_relative"] < 1e-5, (name, errors)
@@ -547,6 +573,7 @@ def make_case(name, spec, seed, folder):
         "losses": double["losses"],
         "grad_norms": double["grad_norms"],
         "transformers_f32": errors,
+        "bf16_distances": bf16_distances(load, input_ids, labels, double["gradients"]),
         "seed": seed,
         **versions,
     }
