@@ -329,9 +329,9 @@ impl Bench {
         let (a, b) = (a.view(), b.view());
         let a = if a_transposed { MatRef::new(a, k, m).t() } else { MatRef::new(a, m, k) };
         let b = if b_transposed { MatRef::new(b, n, k).t() } else { MatRef::new(b, k, n) };
-        let mut c = Buffer::new(c_type, &vec![0.0; m * n]);
+        let mut c = Buffer::new(c_type, &zeros(m * n));
         let n_threads = self.pool.n_threads();
-        let mut scratch = vec![0.0; gemm_scratch_elems(m, n, k, c_type, n_threads)];
+        let mut scratch = zeros(gemm_scratch_elems(m, n, k, c_type, n_threads));
         self.compute_on(name, call.flop(), unit, |pool| {
             gemm(pool, MatMut::new(c.view_mut(), m, n), a, b, start, None, &mut scratch);
         })
@@ -387,7 +387,7 @@ impl Bench {
     fn attention(&self) {
         for call in &ATTENTIONS {
             for (kind, float_type) in [("f32", FloatType::F32), ("bf16", FloatType::Bf16)] {
-                let name = format!("attn {}, {kind}", call.name);
+                let name = format!("attention {}, {kind}", call.name);
                 if name.contains(&self.filter) {
                     self.attention_of(&name, call, float_type);
                 }
@@ -409,11 +409,11 @@ impl Bench {
         let data = qkv.view();
         let [q, k, v] = offsets.map(|col_offset| HeadsRef { data, row_stride: width, col_offset });
         let [mut o, mut dqkv] = [&d_o, &qkv].map(Buffer::clone);
-        let mut lse = vec![0.0; n * n_heads];
+        let mut lse = zeros(n * n_heads);
         let n_threads = self.pool.n_threads();
         let scratch_elems = attention_forward_scratch_elems(dims, n_threads)
             .max(attention_backward_scratch_elems(dims, n, n_threads));
-        let mut scratch = vec![0.0; scratch_elems];
+        let mut scratch = zeros(scratch_elems);
         // Pairs of a query and a key it sees; one product is 2 D FLOP for each.
         let pairs = (n_rows * n_heads * row_len * (row_len + 1) / 2) as f64;
         let product = 2.0 * head_dim as f64 * pairs;
@@ -428,24 +428,32 @@ impl Bench {
         });
     }
 
+    /// The head in small and in large chunks: weights are packed, and their gradient is read and
+    /// written, once per chunk.
     fn head(&self) {
-        let (n, v, c, chunk) = (1024, 50257, 768, 512);
-        if !"head train forward".contains(&self.filter) {
-            return;
+        for (kind, float_type) in [("f32", FloatType::F32), ("bf16", FloatType::Bf16)] {
+            for chunk in [HEAD_CHUNK, 4 * HEAD_CHUNK] {
+                let name = format!("head {kind}, chunks of {chunk}");
+                if name.contains(&self.filter) {
+                    self.head_of(&name, chunk, float_type);
+                }
+            }
         }
-        let (x, w) = (filled(n * c), filled(v * c));
+    }
+
+    fn head_of(&self, name: &str, chunk: usize, float_type: FloatType) {
+        let (n, v, c) = (4 * HEAD_CHUNK, 50257, 768);
+        let [x, w] = [n * c, v * c].map(|n| Buffer::new(float_type, &filled(n)));
+        let (mut dx, x, w) = (x.clone(), x.view(), w.view());
         let targets: Vec<i32> = (0..n).map(|i| (i * 37 % v) as i32).collect();
-        let (mut loss, mut dx, mut dw) = (vec![0.0; n], vec![0.0; n * c], vec![0.0; v * c]);
-        let mut scratch =
-            vec![0.0; head_scratch_elems(chunk, v, c, FloatType::F32, self.pool.n_threads())];
+        let (mut loss, mut dw) = (zeros(n), zeros(v * c));
+        let mut scratch = zeros(head_scratch_elems(chunk, v, c, float_type, self.pool.n_threads()));
         let product = 2.0 * (n * v * c) as f64;
-        let (x, w) = (View::from(&x), View::from(&w));
-        self.compute("head forward", product, |pool| {
+        self.compute(&format!("{name}: forward"), product, |pool| {
             head_forward(pool, &mut loss, x, w, &targets, None, chunk, &mut scratch);
         });
-        self.compute("head train", 3.0 * product, |pool| {
-            let dw = Some(&mut dw[..]);
-            let dx = (&mut dx).into();
+        self.compute(&format!("{name}: train"), 3.0 * product, |pool| {
+            let (dx, dw) = (dx.view_mut(), Some(&mut dw[..]));
             head_train(pool, &mut loss, dx, dw, x, w, &targets, None, 1e-3, chunk, &mut scratch);
         });
     }
@@ -454,7 +462,7 @@ impl Bench {
     fn streams(&self) {
         let (n, c) = (8192, 3072);
         let (x, dy, w) = (filled(n * c), filled(n * c), filled(c));
-        let mut y = vec![0.0; n * c];
+        let mut y = zeros(n * c);
         let bytes = 4 * n * c;
         let [xv, dyv, wv] = [&x, &dy, &w].map(View::from);
         self.stream("copy", 2 * bytes, |pool| elementwise::copy(pool, (&mut y).into(), xv));
@@ -498,7 +506,7 @@ impl Bench {
         self.stream("rope", 2 * bytes, |pool| {
             rope(pool, InOut::separate(&mut y, &x), &positions, &freqs, 1.0, c / 64, 64, false);
         });
-        let (mut m, mut v) = (vec![0.0; n * c], vec![0.0; n * c]);
+        let (mut m, mut v) = (zeros(n * c), zeros(n * c));
         let hyper = AdamwHyper {
             lr: 1e-4,
             beta1: 0.9,
@@ -520,18 +528,26 @@ impl Bench {
 }
 
 /// Numbers in f32 or bf16.
-#[derive(Clone)]
 enum Buffer {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
+}
+
+impl Clone for Buffer {
+    fn clone(&self) -> Self {
+        match self {
+            Buffer::F32(x) => Buffer::F32(on_large_pages(x.len(), x.iter().copied())),
+            Buffer::Bf16(x) => Buffer::Bf16(on_large_pages(x.len(), x.iter().copied())),
+        }
+    }
 }
 
 impl Buffer {
     /// `x` as f32 or else, rounded, as bf16.
     fn new(float_type: FloatType, x: &[f32]) -> Self {
         match float_type {
-            FloatType::F32 => Buffer::F32(x.to_vec()),
-            _ => Buffer::Bf16(x.iter().map(|&x| round_bf16(x)).collect()),
+            FloatType::F32 => Buffer::F32(on_large_pages(x.len(), x.iter().copied())),
+            _ => Buffer::Bf16(on_large_pages(x.len(), x.iter().map(|&x| round_bf16(x)))),
         }
     }
 
@@ -560,5 +576,27 @@ fn thread_cpu_time() -> Option<Duration> {
 
 /// Small varied numbers, no subnormals.
 fn filled(n: usize) -> Vec<f32> {
-    (0..n).map(|i| ((i * 7919) % 1013) as f32 / 1013.0 - 0.5).collect()
+    on_large_pages(n, (0..n).map(|i| ((i * 7919) % 1013) as f32 / 1013.0 - 0.5))
+}
+
+fn zeros(n: usize) -> Vec<f32> {
+    on_large_pages(n, std::iter::repeat_n(0.0, n))
+}
+
+/// `n` elements on large pages, as those of a step are: strided operands touch a page per row, and
+/// on small ones waiting for their addresses would be measured too.
+fn on_large_pages<T>(n: usize, elems: impl Iterator<Item = T>) -> Vec<T> {
+    let mut x: Vec<T> = Vec::with_capacity(n);
+    #[cfg(target_os = "linux")]
+    {
+        const PAGE_BYTES: usize = 4096;
+        let first: *mut u8 = x.as_mut_ptr().cast();
+        let skip = first.align_offset(PAGE_BYTES);
+        let bytes = (n * size_of::<T>()).saturating_sub(skip);
+        let first_page = first.wrapping_add(skip).cast();
+        // SAFETY: the advice changes no contents, and may be refused.
+        unsafe { libc::madvise(first_page, bytes, libc::MADV_HUGEPAGE) };
+    }
+    x.extend(elems);
+    x
 }

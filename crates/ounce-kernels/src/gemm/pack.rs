@@ -279,8 +279,15 @@ fn copy_panels_of<S: Source, const W: usize>(
                 let at = p * src.col_stride + i;
                 if unit < whole && at + reach <= src.data.len() {
                     // SAFETY: all that is read exists, though not all of it need be ours.
-                    unsafe { copy_unit::<S, W>(dst, src.data.as_ptr().add(at), src.col_stride) };
-                    dst[W.min(rows.end - i)..].fill(0.0);
+                    unsafe {
+                        let p = src.data.as_ptr().add(at);
+                        if i + W <= rows.end {
+                            copy_unit::<S, W>(dst, p, src.col_stride);
+                        } else {
+                            copy_some::<S>(&mut dst[..rows.end - i], p, src.col_stride);
+                            dst[rows.end - i..].fill(0.0);
+                        }
+                    }
                 } else {
                     for (row, dst) in (i..).zip(dst) {
                         *dst = unit_or_zero::<S>(src, row, p, &rows, &depth);
@@ -303,6 +310,20 @@ unsafe fn copy_unit<S: Source, const W: usize>(dst: &mut [f32; W], p: *const S::
         // SAFETY: the caller's promise.
         let v = unsafe { S::across_rows(p.add(r), next) };
         store_lanes(&mut dst[r..W.min(r + LANES)], v);
+    }
+}
+
+/// As [`copy_unit`] for as many rows as `dst` has.
+///
+/// # Safety
+/// As for [`copy_unit`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+unsafe fn copy_some<S: Source>(dst: &mut [f32], p: *const S::Elem, next: usize) {
+    for (i, dst) in dst.chunks_mut(LANES).enumerate() {
+        // SAFETY: the caller's promise.
+        store_lanes(dst, unsafe { S::across_rows(p.add(i * LANES), next) });
     }
 }
 
