@@ -177,6 +177,24 @@ impl RowSampler {
         Self::checked(Self { mixture: Mixture::new(&parts, seed), cache, packs: Some(packs) })
     }
 
+    /// All samples of a cache as one part, packed into rows of `max_length` ids if that is given.
+    pub(crate) fn of_window(
+        cache: TokenCache,
+        max_length: Option<usize>,
+        seed: u64,
+    ) -> Result<Self, IoError> {
+        let n_samples = [cache.n_rows()];
+        let packs = max_length.map(|n| pack_samples(&cache, &n_samples, n, seed)).transpose()?;
+        let n_rows = packs.as_ref().map_or(cache.n_rows(), TokenCache::n_rows);
+        Self::checked(Self { mixture: Mixture::new(&[(n_rows, 1.0)], seed), cache, packs })
+    }
+
+    /// Removes the names of the files, which stay readable while they are open.
+    pub(crate) fn remove_files(&self) -> Result<(), IoError> {
+        self.cache.remove_file()?;
+        self.packs.as_ref().map_or(Ok(()), TokenCache::remove_file)
+    }
+
     fn checked(sampler: Self) -> Result<Self, IoError> {
         if sampler.mixture.n_per_epoch() > 0 {
             return Ok(sampler);

@@ -28,7 +28,8 @@
 //! `dataset/` (rows and what they mean), `chat_template/` (conversations to text), `text.rs` (training text in pieces),
 //! `pipeline.rs` (work on several threads, in order), `encode.rs` (text to ids), `token_cache.rs`, `row_tokens.rs`
 //! (conversations to tokens), `shuffle.rs`, `mixture.rs` (several files with weights), `packs.rs` (several samples in a
-//! row), `batches.rs`; `disk_speed.rs`; `testing/` (faults and fuzzing, for tests).
+//! row), `batches.rs`, `stream/` (data that is never tokenized whole); `disk_speed.rs`; `testing/` (faults and fuzzing,
+//! for tests).
 
 #![forbid(unsafe_code)]
 
@@ -54,13 +55,13 @@ mod row_tokens;
 mod safetensors;
 mod shuffle;
 mod staging;
+mod stream;
 mod temp;
 pub mod testing;
 mod text;
 mod token_cache;
 mod tokenizer;
 mod window;
-
 pub use atomic::{AtomicFile, write_file};
 pub use batches::{BlockSampler, EvalBlocks, RowSampler};
 pub use disk::{Disk, check_room, real_disk};
@@ -84,6 +85,10 @@ pub use safetensors::{
 };
 pub use shuffle::Permutation;
 pub use staging::StagingDir;
+pub use stream::{
+    StreamCursor, StreamDir, StreamEncoder, StreamOptions, StreamPlace, StreamWindow, WindowNotes,
+    window_disk_bytes, write_window,
+};
 pub use text::{
     MAX_LINE_BYTES, PIECE_BYTES, Piece, PieceStart, RowOptions, SourceHash, TextPieces,
 };

@@ -184,7 +184,7 @@ impl RowTokens<'_> {
         self.template.end_of_turn(|text| self.tokenizer.added_token_id(text).is_some())
     }
 
-    fn format_of(&self, path: &Path) -> Result<RowFormat, IoError> {
+    pub(crate) fn format_of(&self, path: &Path) -> Result<RowFormat, IoError> {
         match self.options.format {
             Some(format) => Ok(format),
             None => RowFormat::detect(path, self.options),
@@ -216,26 +216,37 @@ impl RowTokens<'_> {
         )
     }
 
-    /// Counts a row and hands its samples on; a broken one is an error unless such rows are passed over.
+    /// Counts a row and hands its samples on.
     fn hand_on(
         &self,
         row: Result<Vec<EncodedRow>, IoError>,
         counts: &mut RowCounts,
         keep: &mut dyn FnMut(&EncodedRow) -> Result<(), IoError>,
     ) -> Result<(), IoError> {
+        let samples = self.count_row(row, counts)?.unwrap_or_default();
+        samples.iter().try_for_each(|sample| count(sample, counts, keep))
+    }
+
+    /// Counts a row; `None` for a broken one that is passed over.
+    pub(crate) fn count_row(
+        &self,
+        encoded: Result<Vec<EncodedRow>, IoError>,
+        counts: &mut RowCounts,
+    ) -> Result<Option<Vec<EncodedRow>>, IoError> {
         counts.n_rows += 1;
-        match row {
-            Ok(samples) => samples.iter().try_for_each(|sample| count(sample, counts, keep)),
+        match encoded {
+            Ok(samples) => Ok(Some(samples)),
             Err(fault) if self.options.on_bad_row == OnBadRow::Skip => {
                 counts.n_bad += 1;
                 counts.first_bad.get_or_insert_with(|| fault.to_string());
-                Ok(())
+                Ok(None)
             }
             Err(fault) => Err(fault),
         }
     }
 
-    fn encode_row(
+    /// The samples of a row.
+    pub(crate) fn encode_row(
         &self,
         path: &Path,
         format: RowFormat,
@@ -393,12 +404,13 @@ impl RowJob {
 }
 
 /// Counts a sample, and hands it on if anything in it is supervised.
-fn count(
+pub(crate) fn count(
     row: &EncodedRow,
     counts: &mut RowCounts,
     keep: &mut dyn FnMut(&EncodedRow) -> Result<(), IoError>,
 ) -> Result<(), IoError> {
     let class = row.n_before.max(1).ilog2() as usize;
+    counts.histogram.resize(N_CLASSES, 0);
     counts.histogram[class.min(N_CLASSES - 1)] += 1;
     counts.longest = counts.longest.max(row.n_before as u64);
     counts.n_truncated += u64::from(row.n_before > row.ids.len());
@@ -435,7 +447,7 @@ pub fn data_fingerprint(
 }
 
 /// The error for data without a single token to learn.
-fn nothing_to_learn(notes: &RowNotes) -> IoError {
+pub(crate) fn nothing_to_learn(notes: &RowNotes) -> IoError {
     let n_rows: u64 = notes.files.iter().map(|f| f.counts.n_rows).sum();
     let n_cut: u64 = notes.files.iter().map(|f| f.counts.n_cut_answers).sum();
     let path = notes.files.first().map_or_else(PathBuf::new, |f| f.path.clone());

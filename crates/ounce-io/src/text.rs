@@ -18,7 +18,9 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use crate::dataset::source::{BOM, Source};
+use serde::{Deserialize, Serialize};
+
+use crate::dataset::source::{BOM, RowPlace, Source};
 use crate::dataset::{
     ColumnMapping, FileKind, OnBadRow, Place, RowFormat, RowReader, Sample, samples,
 };
@@ -55,7 +57,8 @@ impl Default for RowOptions {
 }
 
 /// What stands before a piece.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum PieceStart {
     /// The start of a row or file. `joined`: an end-of-text token belongs between it and what came before.
     Row {
@@ -69,6 +72,28 @@ pub enum PieceStart {
     /// The piece goes on in the middle of something.
     Forced,
 }
+
+/// Where a piece of plain text or the row of a piece begins, so that reading can go on from there. The default is the
+/// start of the data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TextPlace {
+    /// Number of the file.
+    pub(crate) file: usize,
+    pub(crate) at: RowPlace,
+    start: PieceStart,
+    /// What came before it.
+    before: Option<FileKind>,
+}
+
+impl Default for TextPlace {
+    fn default() -> Self {
+        Self { file: 0, at: RowPlace::default(), start: FILE_START, before: None }
+    }
+}
+
+/// What a file begins with.
+const FILE_START: PieceStart = PieceStart::Row { joined: false };
 
 /// A piece of text and where it comes from.
 #[derive(Debug)]
@@ -102,6 +127,8 @@ pub struct TextPieces {
     hashes: Vec<SourceHash>,
     /// Whether anything came before, and whether it was a row.
     before: Option<FileKind>,
+    /// The same for what the current piece is a part of.
+    row_before: Option<FileKind>,
     n_bad: u64,
 }
 
@@ -125,17 +152,34 @@ impl TextPieces {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_with(paths: &[PathBuf], options: &RowOptions) -> Result<Self, IoError> {
+        Self::open_at(paths, options, TextPlace::default())
+    }
+
+    /// The same, from `place` on.
+    pub(crate) fn open_at(
+        paths: &[PathBuf],
+        options: &RowOptions,
+        place: TextPlace,
+    ) -> Result<Self, IoError> {
         for path in paths {
             FileKind::of(path)?;
             open_regular(path)?;
         }
+        // In the middle of a file its progress counts before its first piece.
+        let current = match paths.get(place.file) {
+            Some(path) if place != TextPlace::default() => {
+                Some(Reader::open_at(path, options, place)?)
+            }
+            _ => None,
+        };
         Ok(Self {
             paths: paths.to_vec(),
             options: options.clone(),
-            next_path: 0,
-            current: None,
+            next_path: place.file + usize::from(current.is_some()),
+            current,
             hashes: Vec::new(),
-            before: None,
+            before: place.before,
+            row_before: place.before,
             n_bad: 0,
         })
     }
@@ -148,7 +192,7 @@ impl TextPieces {
         loop {
             if self.current.is_none() {
                 let Some(path) = self.paths.get(self.next_path) else { return Ok(None) };
-                self.current = Some(Reader::open(path, &self.options)?);
+                self.current = Some(Reader::open_at(path, &self.options, TextPlace::default())?);
                 self.next_path += 1;
             }
             let reader = self.current.as_mut().expect("opened above");
@@ -160,6 +204,7 @@ impl TextPieces {
             };
             if let PieceStart::Row { joined } = &mut start {
                 let kind = reader.kind();
+                self.row_before = self.before;
                 *joined =
                     self.before.is_some_and(|b| b == FileKind::Rows || kind == FileKind::Rows);
                 self.before = Some(kind);
@@ -180,18 +225,56 @@ impl TextPieces {
         self.next_path.saturating_sub(1)
     }
 
+    /// Where the last piece begins, or the row that it is a part of.
+    pub(crate) fn place(&self) -> TextPlace {
+        let (at, start) =
+            self.current.as_ref().map_or((RowPlace::default(), FILE_START), Reader::place);
+        let before =
+            if matches!(start, PieceStart::Row { .. }) { self.row_before } else { self.before };
+        TextPlace { file: self.file_index(), at, start, before }
+    }
+
+    /// How much of the data was handed out, from 0 to below 1.
+    pub(crate) fn progress(&self) -> f64 {
+        let within = self.current.as_ref().map_or(0.0, Reader::progress);
+        (self.file_index() as f64 + within) / self.paths.len() as f64
+    }
+
     /// Broken rows that were passed over.
     pub fn n_bad(&self) -> u64 {
-        self.n_bad
+        self.n_bad + self.current.as_ref().map_or(0, Reader::n_bad)
     }
 }
 
+/// A share of a file: what is read but not known to be the end is below 1.
+pub(crate) fn share(done: u64, end: u64) -> f64 {
+    done.min(end.saturating_sub(1)) as f64 / end.max(1) as f64
+}
+
 impl Reader {
-    fn open(path: &Path, options: &RowOptions) -> Result<Self, IoError> {
+    fn open_at(path: &Path, options: &RowOptions, place: TextPlace) -> Result<Self, IoError> {
         Ok(match FileKind::of(path)? {
-            FileKind::Text => Self::Plain(PlainReader::new(path, Source::open(path)?)),
-            _ => Self::Rows(Box::new(TextRows::open(path, options)?)),
+            FileKind::Text => Self::Plain(PlainReader::open_at(path, place)?),
+            _ => Self::Rows(Box::new(TextRows::open_at(path, options, place.at)?)),
         })
+    }
+
+    /// Where the piece or its row begins, and with what.
+    fn place(&self) -> (RowPlace, PieceStart) {
+        match self {
+            Self::Plain(reader) => (reader.place(), reader.start),
+            Self::Rows(reader) => (reader.row_place, FILE_START),
+        }
+    }
+
+    /// How much of the file was handed out, from 0 to below 1.
+    fn progress(&self) -> f64 {
+        match self {
+            Self::Plain(reader) => {
+                share(reader.offset + reader.n_piece as u64, reader.source.file_bytes())
+            }
+            Self::Rows(reader) => share(reader.rows.place().at, reader.rows.end()),
+        }
     }
 
     /// Text, or rows of any kind.
@@ -236,26 +319,36 @@ impl Reader {
 struct PlainReader {
     path: PathBuf,
     source: Source,
+    /// The byte of the file that the buffer begins with.
+    offset: u64,
     buffer: Vec<u8>,
     n_filled: usize,
     n_piece: usize,
     at_end: bool,
     line: u64,
+    start: PieceStart,
     next_start: PieceStart,
 }
 
 impl PlainReader {
-    fn new(path: &Path, source: Source) -> Self {
-        Self {
+    fn open_at(path: &Path, place: TextPlace) -> Result<Self, IoError> {
+        Ok(Self {
             path: path.into(),
-            source,
+            source: Source::open_at(path, place.at.at)?,
+            offset: place.at.at,
             buffer: vec![0; PIECE_BYTES],
             n_filled: 0,
             n_piece: 0,
             at_end: false,
-            line: 1,
-            next_start: PieceStart::Row { joined: false },
-        }
+            line: place.at.lines + 1,
+            start: place.start,
+            next_start: place.start,
+        })
+    }
+
+    /// Where the current piece begins.
+    fn place(&self) -> RowPlace {
+        RowPlace { at: self.offset, lines: self.line - 1, ..RowPlace::default() }
     }
 
     fn text(&self) -> &str {
@@ -265,17 +358,21 @@ impl PlainReader {
     /// Drops the current piece and finds the next; says what stands before it.
     fn advance(&mut self) -> Result<Option<PieceStart>, IoError> {
         let is_first = matches!(self.next_start, PieceStart::Row { .. });
+        let may_have_bom = self.offset == 0 && self.n_piece == 0;
         self.line += count_newlines(&self.buffer[..self.n_piece]);
         self.buffer.copy_within(self.n_piece..self.n_filled, 0);
+        self.offset += self.n_piece as u64;
         self.n_filled -= self.n_piece;
         self.n_piece = 0;
         self.fill()?;
-        if is_first && self.buffer[..self.n_filled].starts_with(BOM) {
+        if may_have_bom && self.buffer[..self.n_filled].starts_with(BOM) {
             self.buffer.copy_within(BOM.len()..self.n_filled, 0);
             self.n_filled -= BOM.len();
+            self.offset += BOM.len() as u64;
             self.fill()?;
         }
         let start = self.next_start;
+        self.start = start;
         let text = self.valid_text()?;
         let (n_piece, next_start) =
             if self.at_end { (text.len(), PieceStart::Forced) } else { find_cut(text) };
@@ -339,6 +436,8 @@ struct TextRows {
     n_bad: u64,
     columns: ColumnMapping,
     line: u64,
+    /// Where the row begins.
+    row_place: RowPlace,
     row: String,
     /// The current piece is `row[piece_start..piece_end]`.
     piece_start: usize,
@@ -347,14 +446,15 @@ struct TextRows {
 }
 
 impl TextRows {
-    fn open(path: &Path, options: &RowOptions) -> Result<Self, IoError> {
+    fn open_at(path: &Path, options: &RowOptions, place: RowPlace) -> Result<Self, IoError> {
         Ok(Self {
             path: path.into(),
-            rows: RowReader::open_within(path, options.row_bytes)?,
+            rows: RowReader::open_at(path, place, options.row_bytes)?,
             on_bad_row: options.on_bad_row,
             n_bad: 0,
             columns: options.columns.clone(),
             line: 0,
+            row_place: place,
             row: String::new(),
             piece_start: 0,
             piece_end: 0,
@@ -387,6 +487,7 @@ impl TextRows {
         // Not beside the next one.
         self.row = String::new();
         loop {
+            self.row_place = self.rows.place();
             let Some(row) = self.rows.next_row()? else { return Ok(false) };
             let text = row.and_then(|row| {
                 let samples = samples(&self.path, &row, RowFormat::Text, &self.columns)?;

@@ -272,6 +272,11 @@ impl TokenCache {
             .map_err(|e| IoError::bad_file(&self.path, format!("broken notes: {e}"), DAMAGED))
     }
 
+    /// Removes the name of the file, which stays readable while it is open.
+    pub(crate) fn remove_file(&self) -> Result<(), IoError> {
+        fs::remove_file(&self.path).map_err(|e| IoError::writing(&self.path, 0, e))
+    }
+
     /// The cache's own path.
     pub fn path(&self) -> &Path {
         &self.path

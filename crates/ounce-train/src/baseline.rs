@@ -1,7 +1,8 @@
 //! The declared size of the process outside the arena, and the budget that belongs to an arena.
 //!
 //! The tokenizing child has its own bound (`tokenizing_bytes` in `ounce-io`); it ends before the arena
-//! is touched, so of the two the larger counts.
+//! is touched, so of the two the larger counts. Where data is streamed, a child tokenizes beside the
+//! steps as well, and its bound is added to every phase behind the first.
 //!
 //! What a process takes besides the planned bytes: code and libraries that were touched, the stacks
 //! of the threads, the tables of graph, plan and executor, the table from id to bytes, I/O buffers,
@@ -48,6 +49,8 @@ pub(crate) struct Sizes {
     pub(crate) most_arena_bytes: u64,
     /// Most that the tokenizing child takes besides code and libraries, which are counted once.
     pub(crate) tokenizing_bytes: u64,
+    /// The same of the child that works beside the steps; 0 without one.
+    pub(crate) streaming_bytes: u64,
 }
 
 impl Baseline {
@@ -63,12 +66,21 @@ impl Baseline {
 
     fn fixed_bytes(&self) -> u64 {
         let Sizes { n_threads, n_ops, vocab_size, .. } = self.sizes;
-        PROCESS_BYTES + THREAD_BYTES * n_threads + OP_BYTES * n_ops + TOKEN_BYTES * vocab_size
+        self.streaming_bytes()
+            + PROCESS_BYTES
+            + THREAD_BYTES * n_threads
+            + OP_BYTES * n_ops
+            + TOKEN_BYTES * vocab_size
     }
 
     /// Page tables of the largest arena in a budget.
     fn page_table_bytes(&self, budget_bytes: u64) -> u64 {
         budget_bytes.min(self.sizes.most_arena_bytes) / PAGE_TABLE_SHARE
+    }
+
+    /// Most bytes of the child that tokenizes beside the steps; 0 without one.
+    pub(crate) fn streaming_bytes(&self) -> u64 {
+        self.sizes.streaming_bytes
     }
 
     /// Most bytes of this process and its child while text is tokenized: planning has not begun then,
@@ -100,7 +112,8 @@ impl Baseline {
     /// # Errors
     /// [`Error::Baseline`] with both numbers.
     pub(crate) fn check(&self) -> Result<()> {
-        let (resident_bytes, declared_bytes) = (resident_bytes(), self.bytes());
+        let declared_bytes = self.bytes() - self.streaming_bytes();
+        let resident_bytes = resident_bytes();
         if resident_bytes <= declared_bytes {
             return Ok(());
         }
@@ -121,6 +134,7 @@ mod tests {
                 vocab_size: 65,
                 most_arena_bytes: 2 << 30,
                 tokenizing_bytes: 0,
+                streaming_bytes: 0,
             };
             let budget = Baseline::declare(sizes, 0).smallest_budget(arena_bytes);
             let room = |b: u64| b.saturating_sub(Baseline::declare(sizes, b).bytes());
@@ -131,6 +145,10 @@ mod tests {
             let heavy = Sizes { tokenizing_bytes: 90 << 20, ..sizes };
             let heavy = Baseline::declare(heavy, 0).smallest_budget(arena_bytes);
             assert_eq!(heavy, budget.max(PROCESS_BYTES + (90 << 20)));
+            // A child beside the steps takes what it takes.
+            let streaming = Sizes { streaming_bytes: 9 << 20, ..sizes };
+            let streaming = Baseline::declare(streaming, 0).smallest_budget(arena_bytes);
+            assert!((8 << 20..10 << 20).contains(&(streaming - budget)));
         }
     }
 }

@@ -138,6 +138,7 @@ pub fn bench_step(
         train: Some(TrainWanted::of(&settings, shape)),
         eval: None,
         sample_tokens: None,
+        stream: None,
         max_length: wanted.max_length,
         policy: settings.policy(),
     };
@@ -149,7 +150,7 @@ pub fn bench_step(
     let plan = session.record();
     observer.planned(&plan, n_steps);
     session.load_fresh(wanted.seed);
-    let rows = RandomRows {
+    let mut rows = RandomRows {
         seed: wanted.seed,
         vocab_size: model.config.vocab_size(),
         row_tokens: wanted.max_length as usize,
@@ -163,7 +164,7 @@ pub fn bench_step(
         if wanted.profile && step == wanted.n_warmup_steps + 1 {
             session.train.as_mut().expect("a bench has a training plan").executor.start_profile();
         }
-        let record = trainer.step(&mut session, &rows, step, observer)?;
+        let record = trainer.step(&mut session, &mut rows, step, observer)?;
         observer.step(&record);
         losses.push(record.loss);
         times.push(record.step_s);
@@ -251,7 +252,14 @@ struct RandomRows {
 }
 
 impl Rows for RandomRows {
-    fn read(&self, _step: u64, _n_rows: u64, row: u64, to: &mut Row) -> Result<()> {
+    fn read(
+        &mut self,
+        _step: u64,
+        _n_rows: u64,
+        row: u64,
+        to: &mut Row,
+        _observer: &mut dyn Observer,
+    ) -> Result<()> {
         let key = [self.seed as u32, (self.seed >> 32) as u32];
         for (i, group) in to.ids[..self.row_tokens].chunks_mut(4).enumerate() {
             let words = philox4x32_10([i as u32, row as u32, 0, 0x0062_656e], key);
@@ -334,10 +342,10 @@ mod tests {
 
     #[test]
     fn random_rows_are_the_same_every_time_and_below_the_vocabulary() {
-        let rows = RandomRows { seed: 1, vocab_size: 97, row_tokens: 33 };
-        let read = |step, row| {
+        let mut rows = RandomRows { seed: 1, vocab_size: 97, row_tokens: 33 };
+        let mut read = |step, row| {
             let mut to = Row { ids: vec![0; 64], supervised: vec![false; 64], lengths: Vec::new() };
-            rows.read(step, 4, row, &mut to).unwrap();
+            rows.read(step, 4, row, &mut to, &mut crate::Silent).unwrap();
             assert_eq!(to.lengths, [33]);
             to.ids
         };

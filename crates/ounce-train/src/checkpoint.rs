@@ -9,12 +9,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ounce_io::TensorSpec;
 use ounce_io::checkpoint::{
     Checkpoint, CheckpointWriter, DataCursor, ScalerState, TrainerState, checkpoint_bytes,
     newest_valid, open, rotate, state_name,
 };
-use ounce_io::{Disk, check_room};
+use ounce_io::{Disk, StreamCursor, TensorSpec, check_room};
 use ounce_ir::{DType, Graph, Param, ParamId};
 use ounce_kernels::tier::tier;
 use serde_json::{Map, Value};
@@ -28,7 +27,8 @@ use crate::{Environment, Error, Observer, Result, Settings, weights};
 
 /// Settings that change how a run is done or reported, never its bits. The rows per step and the
 /// length of the schedule are compared as such.
-const FREE: [&str; 21] = [
+const FREE: [&str; 22] = [
+    "dataloader_num_workers",
     "init_loss_scale",
     "on_nonfinite",
     "model",
@@ -82,14 +82,14 @@ pub(crate) fn state(
     settings: &Settings,
     step: u64,
     tokens_seen: u64,
-    n_per_epoch: u64,
+    (cursor, stream): (DataCursor, Option<StreamCursor>),
     scaler: ScalerState,
 ) -> TrainerState {
-    let n_rows_done = step * settings.n_rows();
     TrainerState {
         step,
         n_updates: step - scaler.n_skipped_steps,
-        cursor: DataCursor { epoch: n_rows_done / n_per_epoch, row: n_rows_done % n_per_epoch },
+        cursor,
+        stream,
         seed: settings.seed,
         schedule: Map::new(),
         settings: by_full_path(settings).to_map(),
@@ -103,7 +103,7 @@ pub(crate) fn state(
 
 /// Settings with the full paths of the data files: neither another spelling nor another working directory makes them
 /// others.
-fn by_full_path(settings: &Settings) -> Settings {
+pub(crate) fn by_full_path(settings: &Settings) -> Settings {
     let mut settings = settings.clone();
     for file in &mut settings.data {
         let path = match file {

@@ -1,12 +1,14 @@
 //! Data files to token files, and back to text.
 
-use ounce_io::{BlockSampler, RowSampler, StreamNotes, TokenCache};
+use ounce_io::checkpoint::{Checkpoint, DataCursor};
+use ounce_io::{BlockSampler, RowSampler, StreamCursor, StreamNotes, TokenCache};
 
 use crate::batch::Row;
 use crate::evaluate::EvalData;
 use crate::model::{Model, missing};
 use crate::session::Limits;
 use crate::step::Rows;
+use crate::stream::TrainStream;
 use crate::text_table::TextTable;
 use crate::tokenize::{self, Request, RowRequest};
 use crate::{Environment, Observer, Result, Settings};
@@ -26,10 +28,13 @@ pub(crate) enum TrainRows {
     Blocks(BlockSampler),
     /// Samples, one in a row or several.
     Samples(RowSampler),
+    /// Rows that are tokenized as they are needed.
+    Stream(Box<TrainStream>),
 }
 
 impl Data {
-    /// Tokenizes what is not tokenized yet, in a child process, and opens it.
+    /// Tokenizes what is not tokenized yet, in a child process, and opens it; of a stream its first
+    /// window, or that of the checkpoint which the run goes on from.
     ///
     /// # Errors
     /// Data or a tokenizer that is missing or wrong; a request to stop.
@@ -38,13 +43,14 @@ impl Data {
         env: &Environment,
         model: &Model,
         limits: &Limits,
+        from: Option<&Checkpoint>,
         observer: &mut dyn Observer,
     ) -> Result<Self> {
         if settings.data.is_empty() {
             return Err(missing("--data FILE"));
         }
         let files = settings.data.iter().map(|file| file.path().to_path_buf()).collect();
-        let mut streams = vec![files];
+        let mut streams = if settings.streaming { Vec::new() } else { vec![files] };
         if !settings.eval_data.is_empty() {
             streams.push(settings.eval_data.clone());
         }
@@ -62,13 +68,19 @@ impl Data {
             observer.note(note);
         }
         tokenize::check_vocab(&model.dir, &answer, model.config.vocab_size())?;
-        let cache = TokenCache::open(&answer.token_files[0])?;
-        let eval = answer
-            .token_files
-            .get(1)
+        let mut token_files = answer.token_files.iter();
+        let train = if settings.streaming {
+            let stream = TrainStream::open(settings, env, model, limits, from, observer)?;
+            TrainRows::Stream(Box::new(stream))
+        } else {
+            let path = token_files.next().expect("each data set has a token file");
+            TrainRows::of(TokenCache::open(path)?, settings, max_length)?
+        };
+        let eval = token_files
+            .next()
             .map(|path| EvalData::open(path, max_length, settings.packing, settings.seed));
         Ok(Self {
-            train: TrainRows::of(cache, settings, max_length)?,
+            train,
             eval: eval.transpose()?,
             table: TextTable::read(&answer.text_table)?,
             prompt_ids: answer.prompt_ids,
@@ -100,30 +112,41 @@ impl TrainRows {
         }))
     }
 
-    /// Rows of an epoch.
-    pub(crate) fn n_per_epoch(&self) -> u64 {
-        match self {
-            Self::Blocks(blocks) => blocks.n_blocks(),
-            Self::Samples(samples) => samples.n_rows(),
-        }
-    }
-
-    /// Steps that pass over the data `n_epochs` times, rounded up to whole steps.
+    /// Steps that pass over the data `n_epochs` times, rounded up to whole steps; of a stream nobody knows.
     pub(crate) fn n_steps(&self, n_epochs: f64, rows_per_step: u64) -> u64 {
-        (n_epochs * self.n_per_epoch() as f64 / rows_per_step as f64).ceil() as u64
+        let n_per_epoch = self.n_per_epoch().unwrap_or(0);
+        (n_epochs * n_per_epoch as f64 / rows_per_step as f64).ceil() as u64
     }
 
-    /// The number of a step's row in the data.
-    fn number(&self, step: u64, n_rows: u64, row: u64) -> u64 {
+    /// Where a run stands after `n_rows` rows.
+    pub(crate) fn cursor(&self, n_rows: u64) -> (DataCursor, Option<StreamCursor>) {
+        if let Self::Stream(stream) = self {
+            let (cursor, place) = stream.cursor(n_rows);
+            return (cursor, Some(place));
+        }
+        let n = self.n_per_epoch().unwrap_or(1);
+        (DataCursor { epoch: n_rows / n, row: n_rows % n }, None)
+    }
+
+    /// Rows of an epoch.
+    fn n_per_epoch(&self) -> Option<u64> {
         match self {
-            Self::Blocks(blocks) => blocks.block(step - 1, n_rows as usize, row as usize),
-            Self::Samples(samples) => samples.row(step - 1, n_rows as usize, row as usize),
+            Self::Blocks(blocks) => Some(blocks.n_blocks()),
+            Self::Samples(samples) => Some(samples.n_rows()),
+            Self::Stream(_) => None,
         }
     }
 }
 
 impl Rows for TrainRows {
-    fn read(&self, step: u64, n_rows: u64, row: u64, to: &mut Row) -> Result<()> {
+    fn read(
+        &mut self,
+        step: u64,
+        n_rows: u64,
+        row: u64,
+        to: &mut Row,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
         match self {
             Self::Blocks(blocks) => {
                 let (n, row) = (blocks.max_length(), row as usize);
@@ -131,23 +154,26 @@ impl Rows for TrainRows {
                 to.is_text(n);
             }
             Self::Samples(samples) => {
-                let number = self.number(step, n_rows, row);
+                let number = samples.row(step - 1, n_rows as usize, row as usize);
                 samples.read(number, &mut to.ids, &mut to.supervised, &mut to.lengths)?;
             }
+            Self::Stream(stream) => stream.read((step - 1) * n_rows + row, to, observer)?,
         }
         Ok(())
     }
 
     fn name(&self, step: u64, n_rows: u64) -> String {
+        let number: Box<dyn Fn(usize) -> u64 + '_> = match self {
+            Self::Blocks(blocks) => Box::new(|row| blocks.block(step - 1, n_rows as usize, row)),
+            Self::Samples(samples) => Box::new(|row| samples.row(step - 1, n_rows as usize, row)),
+            Self::Stream(stream) => return stream.name((step - 1) * n_rows..step * n_rows),
+        };
         // Enough to find the text; a large batch is not listed whole.
         let listed = n_rows.min(16);
         let numbers: Vec<String> =
-            (0..listed).map(|row| self.number(step, n_rows, row).to_string()).collect();
+            (0..listed).map(|row| number(row as usize).to_string()).collect();
         let more = if listed < n_rows { ", ..." } else { "" };
-        let what = match self {
-            Self::Blocks(_) => "blocks",
-            Self::Samples(_) => "rows",
-        };
+        let what = if matches!(self, Self::Blocks(_)) { "blocks" } else { "rows" };
         format!("{what} {}{more} of the data", numbers.join(", "))
     }
 }

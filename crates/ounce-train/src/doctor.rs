@@ -148,7 +148,14 @@ fn expect(
     let settings = Settings::default();
     let train = TrainWanted::of(&settings, shape);
     let policy = settings.policy();
-    let wanted = Wanted { train: Some(train), eval: None, sample_tokens: None, max_length, policy };
+    let wanted = Wanted {
+        train: Some(train),
+        eval: None,
+        sample_tokens: None,
+        stream: None,
+        max_length,
+        policy,
+    };
     let (smallest_bytes, step_s) = estimate(&model, &wanted, limits, env)?;
     Ok((smallest_bytes, step_s.map(|s| (n_rows * max_length) as f64 / s)))
 }

@@ -91,11 +91,20 @@ pub fn evaluate(
     if files.is_empty() {
         return Err(missing("--data FILE"));
     }
+    if settings.streaming {
+        return Err(Error::Usage {
+            message:
+                "`--streaming` is for training data; an evaluation passes over all of its data once"
+                    .to_owned(),
+            hint: "leave it out".to_owned(),
+        });
+    }
     let (limits, max_length) = (limits(settings), model.max_length(settings));
     let wanted = Wanted {
         train: None,
         eval: Some(StepShape::new(settings.per_device_train_batch_size, max_length)),
         sample_tokens: None,
+        stream: None,
         max_length,
         policy: policy_for(settings, &model.dir),
     };

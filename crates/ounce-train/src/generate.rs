@@ -82,6 +82,7 @@ pub fn generate(
             train: None,
             eval: None,
             sample_tokens: Some(row_tokens),
+            stream: None,
             max_length: row_tokens,
             policy: policy_for(settings, &model.dir),
         }

@@ -8,6 +8,7 @@ use ounce_program::StepShape;
 use crate::model::{Model, model_error};
 use crate::precision::classes;
 use crate::settings::{OnNonfinite, Optimizer};
+use crate::stream::StreamWanted;
 use crate::{Error, Result, Settings};
 
 /// What a run needs plans for.
@@ -19,6 +20,8 @@ pub(crate) struct Wanted {
     pub(crate) eval: Option<StepShape>,
     /// Sample texts of up to this many tokens.
     pub(crate) sample_tokens: Option<u64>,
+    /// Data that is tokenized beside the steps.
+    pub(crate) stream: Option<StreamWanted>,
     /// Longest row that rotary frequencies are made for.
     pub(crate) max_length: u64,
     /// What values are stored in.

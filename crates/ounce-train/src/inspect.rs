@@ -9,7 +9,7 @@ use ounce_io::{EncodedRow, FileNotes, IdTable, RowTokens, TextPieces, Tokenizer,
 use serde::Serialize;
 
 use crate::model::Model;
-use crate::tokenize::{RowRequest, file_lines, load_template};
+use crate::tokenize::{RowRequest, file_lines, load_template, now_s};
 use crate::train_loop::limits;
 use crate::{Environment, Result, Settings};
 
@@ -90,7 +90,7 @@ pub fn inspect(
     let max_length = model.max_length(settings) as usize;
     let request = RowRequest::of(settings, max_length as u64);
     let options = request.options();
-    let template = load_template(&model.dir, &tokenizer)?;
+    let template = load_template(&model.dir, &tokenizer, now_s())?;
     let rows = RowTokens {
         tokenizer: &tokenizer,
         template: &template,

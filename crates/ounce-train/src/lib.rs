@@ -8,7 +8,7 @@
 //! Files, in reading order: [`error`], [`budget`] (bytes stated, free and used), `baseline` (the
 //! declared size of the process), [`settings`], [`schedule`], [`report`] (what is told), `model`
 //! (the directory that a run starts from), [`precision`] (who chooses it; the loss scale),
-//! `tokenize`, `text_table` and `data` (tokenizing in a child process), `weights`, `batch` (rows on
+//! `tokenize`, `text_table`, `stream` and `data` (tokenizing in a child process), `weights`, `batch` (rows on
 //! the token axis), `graphs`, `planning`, `session`, `output` (the directory in the making),
 //! `checkpoint`, `step`, [`train_loop`], [`mod@evaluate`], [`mod@generate`], [`mod@bench`],
 //! [`mod@init`], [`mod@export`], [`mod@doctor`],
@@ -43,6 +43,8 @@ pub mod precision;
 mod tokenize;
 
 mod text_table;
+
+mod stream;
 
 mod data;
 

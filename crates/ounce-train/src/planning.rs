@@ -102,12 +102,14 @@ impl Planner<'_> {
         let tokenizing_bytes = self.baseline.tokenizing_peak_bytes();
         let is_above = tokenizing_bytes > self.budget_bytes;
         let tokenizing = is_above.then(|| line("tokenizing", tokenizing_bytes));
+        let streaming_bytes = self.baseline.streaming_bytes();
+        let streaming = (streaming_bytes > 0).then(|| line("  for streaming", streaming_bytes));
         let planned = dominating.iter().filter(|(_, bytes)| *bytes > 0);
         let planned = planned.map(|(category, bytes)| line(category.name(), *bytes));
         Error::DoesNotFit {
             budget_bytes: self.budget_bytes,
             smallest_bytes,
-            breakdown: planned.chain(tokenizing).collect(),
+            breakdown: planned.chain(streaming).chain(tokenizing).collect(),
             hint: self.cheapest_change(smallest_bytes),
         }
     }

@@ -74,6 +74,8 @@ pub struct PlanRecord {
     pub arena_bytes: u64,
     /// Declared bytes of the process outside the arena.
     pub baseline_bytes: u64,
+    /// Bytes of the baseline that are for tokenizing streamed data beside the steps.
+    pub streaming_bytes: u64,
     /// No placement of this schedule can need less.
     pub max_load_bytes: u64,
     /// Predicted time of a step.

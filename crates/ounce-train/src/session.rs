@@ -21,6 +21,7 @@ use crate::checkpoint::states;
 use crate::graphs::{Graphs, Wanted, build, everything_bytes};
 use crate::model::Model;
 use crate::planning::Planner;
+use crate::stream::{StreamWanted, streaming_bytes};
 use crate::tokenize;
 use crate::watch::plan_html;
 use crate::weights::{PIECE_ELEMS, Source, fill_fresh};
@@ -86,6 +87,7 @@ pub(crate) struct Session {
     pub(crate) peak_bytes: u64,
     arena_bytes: u64,
     baseline: Baseline,
+    stream: Option<StreamWanted>,
 }
 
 /// The graphs of a run, and what planning them asks.
@@ -163,6 +165,7 @@ pub(crate) fn compile(
         peak_bytes,
         arena_bytes,
         baseline: prepared.baseline,
+        stream: wanted.stream,
     })
 }
 
@@ -210,11 +213,9 @@ fn declare(graphs: &Graphs, model: &Model, wanted: &Wanted, limits: &Limits) -> 
         n_ops: graphs.iter().map(|g| g.ops.len() as u64).sum(),
         vocab_size: model.config.vocab_size(),
         most_arena_bytes: jobs.map(|(g, shape, _)| everything_bytes(g, shape)).max().unwrap_or(0),
-        tokenizing_bytes: tokenize::bytes(
-            &model.dir,
-            tokenize::n_threads(&model.dir, limits),
-            limits,
-        ),
+        tokenizing_bytes: wanted.stream.map_or(0, |stream| stream.window_bytes)
+            + tokenize::bytes(&model.dir, tokenize::n_threads(&model.dir, limits), limits),
+        streaming_bytes: wanted.stream.map_or(0, |stream| streaming_bytes(&model.dir, stream)),
     };
     Baseline::declare(sizes, limits.budget_bytes)
 }
@@ -308,9 +309,27 @@ impl Session {
             release_gradients: choice.release_gradients,
             kept_values: choice.n_kept,
             recomputed_ops: choice.n_recomputed,
-            table: format!("{}\n{}", main.table.trim_end(), phases_line(&self.phases())),
+            streaming_bytes: self.baseline.streaming_bytes(),
+            table: [main.table.trim_end(), &phases_line(&self.phases()), &self.data_line()]
+                .join("\n"),
             phases: self.phases(),
         }
+    }
+
+    /// What the data takes beside and before the steps, for people; of a run that trains.
+    fn data_line(&self) -> String {
+        let Some(stream) = self.stream else {
+            return match &self.train {
+                Some(_) => "data: tokenized to disk before step 1, then read row by row".to_owned(),
+                None => String::new(),
+            };
+        };
+        format!(
+            "data: streamed; {} of every phase are for the child process that tokenizes beside the steps; two \
+             windows on disk of at most {} each",
+            format_bytes(self.baseline.streaming_bytes()),
+            format_bytes(stream.window_disk_bytes)
+        )
     }
 
     /// What each phase takes. Saving streams from where training has left the tensors: nothing is added.

@@ -132,8 +132,12 @@ pub struct Settings {
     pub on_bad_row: BadRows,
     /// Several samples per row, by best fit.
     pub packing: bool,
-    /// Data larger than a token file. Not built yet.
+    /// Tokenizes training data as it is needed, window by window, instead of all of it before step 1.
     pub streaming: bool,
+    /// Rows of a window of streamed data, within which they are shuffled; 1000 if not given.
+    pub shuffle_buffer_size: Option<u64>,
+    /// Threads that tokenize streamed data beside the steps; 1 if not given.
+    pub dataloader_num_workers: Option<u64>,
     /// Where the result goes.
     pub output_dir: Option<PathBuf>,
     /// Tokens per row; the model's context, at most 1024, if not given.
@@ -236,6 +240,8 @@ impl Default for Settings {
             on_bad_row: BadRows::Error,
             packing: false,
             streaming: false,
+            shuffle_buffer_size: None,
+            dataloader_num_workers: None,
             output_dir: None,
             max_length: None,
             per_device_train_batch_size: 8,
@@ -336,7 +342,6 @@ impl Settings {
 
     fn check_built(&self) -> Result<()> {
         let refused = [
-            (self.streaming, "--streaming"),
             (self.use_peft, "--use-peft"),
             (self.lora_r.is_some(), "--lora-r"),
             (self.lora_alpha.is_some(), "--lora-alpha"),
@@ -360,6 +365,15 @@ impl Settings {
             let hint = format!("it may be {}", names.join(", "));
             return Err(usage(format!("`dataset_format` is `{name}`"), &hint));
         }
+        for (given, name) in [
+            (self.shuffle_buffer_size.is_some(), "shuffle_buffer_size"),
+            (self.dataloader_num_workers.is_some(), "dataloader_num_workers"),
+        ] {
+            if given && !self.streaming {
+                let message = format!("`{name}` says how data is streamed, but it is not");
+                return Err(usage(message, "give `--streaming` too, or leave it out"));
+            }
+        }
         let positive = |x: f64| x.is_finite() && x > 0.0;
         let not_negative = |x: f64| x.is_finite() && x >= 0.0;
         let share = |x: f64| (0.0..1.0).contains(&x);
@@ -371,6 +385,16 @@ impl Settings {
                 "from 1 to 16777216 rows per step",
             ),
             (self.max_steps != Some(0), "max_steps", "at least 1"),
+            (
+                self.shuffle_buffer_size.is_none_or(|n| (1..=1 << 24).contains(&n)),
+                "shuffle_buffer_size",
+                "from 1 to 16777216",
+            ),
+            (
+                self.dataloader_num_workers.is_none_or(|n| (1..=256).contains(&n)),
+                "dataloader_num_workers",
+                "from 1 to 256",
+            ),
             (
                 self.data
                     .iter()
@@ -535,8 +559,8 @@ mod tests {
 
     #[test]
     fn a_feature_that_is_not_built_is_refused_as_such() {
-        let e = resolve("", json!({ "streaming": true })).unwrap_err().to_string();
-        assert!(e.contains("--streaming is not built yet"), "{e}");
+        let e = resolve("", json!({ "use_peft": true })).unwrap_err().to_string();
+        assert!(e.contains("--use-peft is not built yet"), "{e}");
     }
 
     #[test]
@@ -549,6 +573,9 @@ mod tests {
             json!({ "threads": 0 }),
             json!({ "precision": "f8" }),
             json!({ "init_loss_scale": 3.0 }),
+            json!({ "shuffle_buffer_size": 10 }),
+            json!({ "streaming": true, "shuffle_buffer_size": 0 }),
+            json!({ "streaming": true, "dataloader_num_workers": 1000 }),
             json!({ "f16_demote": true, "precision": "bf16" }),
             json!({ "precision_overrides": { "norms": "f32" } }),
             json!({ "precision_overrides": { "norm": "f16" } }),

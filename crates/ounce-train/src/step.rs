@@ -17,8 +17,15 @@ use crate::{Error, Observer, Result, Settings, StepRecord};
 
 /// Where a step's rows come from.
 pub(crate) trait Rows {
-    /// Writes row `row` of step `step` (counted from 1).
-    fn read(&self, step: u64, n_rows: u64, row: u64, to: &mut Row) -> Result<()>;
+    /// Writes row `row` of step `step` (counted from 1). Rows are asked for in their order.
+    fn read(
+        &mut self,
+        step: u64,
+        n_rows: u64,
+        row: u64,
+        to: &mut Row,
+        observer: &mut dyn Observer,
+    ) -> Result<()>;
 
     /// Which rows a step has, in words.
     fn name(&self, step: u64, n_rows: u64) -> String;
@@ -89,7 +96,7 @@ impl Trainer {
     pub(crate) fn step(
         &mut self,
         session: &mut Session,
-        rows: &dyn Rows,
+        rows: &mut dyn Rows,
         step: u64,
         observer: &mut dyn Observer,
     ) -> Result<StepRecord> {
@@ -98,7 +105,7 @@ impl Trainer {
         let program = train.as_ref().expect("a training run has a training plan");
         let n_rows = program.shape.n_rows;
         let mut buffers = program.executor.buffers(arena);
-        let read = |row, to: &mut Row| rows.read(step, n_rows, row, to);
+        let read = |row, to: &mut Row| rows.read(step, n_rows, row, to, observer);
         self.batch.fill(&mut buffers, program.inputs, n_rows, read)?;
         let n_predictions = self.batch.n_predictions() as f64;
         let learning_rate = self.schedule.learning_rate(step);

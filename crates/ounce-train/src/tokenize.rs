@@ -7,7 +7,7 @@
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use ounce_io::chat_template::ChatTemplate;
@@ -22,6 +22,7 @@ use crate::baseline::PROCESS_BYTES;
 use crate::budget::peak_resident_bytes;
 use crate::session::Limits;
 use crate::settings::{BadRows, Columns};
+use crate::stream::{WindowRequest, make_window};
 use crate::text_table::TextTable;
 use crate::{Environment, Error, Observer, Result, Settings, Silent};
 
@@ -75,6 +76,11 @@ impl RowRequest {
         Self { row_bytes: row_bytes(spare_bytes), ..self }
     }
 
+    /// With rows for which there is room in any budget: what is left belongs to the steps.
+    pub(crate) fn beside_the_steps(self) -> Self {
+        Self { row_bytes: row_bytes(0), ..self }
+    }
+
     /// The same in the words of `ounce-io`.
     pub(crate) fn options(&self) -> RowOptions {
         RowOptions {
@@ -108,8 +114,10 @@ pub(crate) struct Answer {
 
 /// What a child is started for.
 #[derive(Debug, Serialize, Deserialize)]
-enum Work {
+pub(crate) enum Work {
     Tokenize(Request),
+    /// A window of a stream.
+    Window(Box<WindowRequest>),
     /// Configuration and tokenizer of a GGUF file become files of a directory.
     Unpack {
         gguf: PathBuf,
@@ -119,10 +127,15 @@ enum Work {
 
 /// An answer, or what went wrong in the child.
 #[derive(Debug, Serialize, Deserialize)]
-enum Reply {
+pub(crate) enum Reply {
     Tokenized(Answer),
-    Unpacked,
-    Failed { input: bool, message: String, hint: String },
+    /// What was asked for is on disk.
+    Written,
+    Failed {
+        input: bool,
+        message: String,
+        hint: String,
+    },
 }
 
 /// The child's whole work: a request in, an answer out.
@@ -136,7 +149,8 @@ pub fn answer_tokenize_request(request: &str) -> Result<String> {
     })?;
     let done = match &work {
         Work::Tokenize(request) => tokenize(request).map(Reply::Tokenized),
-        Work::Unpack { gguf, dir } => write_side_files(gguf, dir).map(|()| Reply::Unpacked),
+        Work::Window(request) => make_window(request).map(|()| Reply::Written),
+        Work::Unpack { gguf, dir } => write_side_files(gguf, dir).map(|()| Reply::Written),
     };
     let reply = match done {
         Ok(reply) => reply,
@@ -227,7 +241,7 @@ fn row_file(
     tokenizer: &Tokenizer,
     notes: &mut Vec<String>,
 ) -> Result<PathBuf> {
-    let template = load_template(&request.tokenizer, tokenizer)?;
+    let template = load_template(&request.tokenizer, tokenizer, now_s())?;
     let max_length = request.rows.max_length as usize;
     let fingerprint = data_fingerprint(tokenizer, options, Some((&template, max_length)));
     let path = ounce_io::cache_path(&request.cache_dir, files, fingerprint)?;
@@ -244,10 +258,14 @@ fn row_file(
     Ok(path)
 }
 
-/// The chat template of a model directory, for today.
-pub(crate) fn load_template(dir: &Path, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
+/// Seconds since 1970.
+pub(crate) fn now_s() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let now_s = now.map_or(0, |since| since.as_secs());
+    now.map_or(0, |since| since.as_secs())
+}
+
+/// The chat template of a model directory, to which it is `now_s`.
+pub(crate) fn load_template(dir: &Path, tokenizer: &Tokenizer, now_s: u64) -> Result<ChatTemplate> {
     let is_token = |text: &str| tokenizer.added_token_id(text).is_some();
     Ok(ChatTemplate::load(dir, now_s, tokenizer.adds_bos(), is_token)?)
 }
@@ -281,7 +299,7 @@ pub(crate) fn file_lines(file: &FileNotes, max_length: usize) -> Vec<String> {
 
 /// Has a child process tokenize, which is killed where the observer asks to stop.
 pub(crate) fn ask(env: &Environment, request: &Request, observer: &dyn Observer) -> Result<Answer> {
-    match start(env, &Work::Tokenize(request.clone()), observer)? {
+    match Working::start(&env.worker, &Work::Tokenize(request.clone()))?.finish(observer)? {
         Reply::Tokenized(answer) => Ok(answer),
         _ => unreachable!("a child answers what it is asked"),
     }
@@ -290,39 +308,70 @@ pub(crate) fn ask(env: &Environment, request: &Request, observer: &dyn Observer)
 /// Has a child process write configuration and tokenizer of a GGUF file into a directory.
 pub(crate) fn unpack(env: &Environment, gguf: &Path, dir: &Path) -> Result<()> {
     let work = Work::Unpack { gguf: gguf.to_path_buf(), dir: dir.to_path_buf() };
-    start(env, &work, &Silent).map(|_| ())
+    Working::start(&env.worker, &work)?.finish(&Silent).map(|_| ())
 }
 
-/// Has a child process do some work.
-fn start(env: &Environment, work: &Work, observer: &dyn Observer) -> Result<Reply> {
-    let failed = |e: std::io::Error| Error::file(&env.worker, &e);
-    let mut child = Command::new(&env.worker)
-        .arg("__tokenize")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .map_err(failed)?;
-    let text = serde_json::to_string(work).expect("plain fields serialize");
-    // A child that dies early closes the pipe; its status below says more than the pipe's error.
-    let _ = child.stdin.take().expect("stdin is piped").write_all(text.as_bytes());
-    let mut stdout = child.stdout.take().expect("stdout is piped");
-    let mut said = Vec::new();
-    let status = std::thread::scope(|scope| {
-        // Read beside the wait: a long answer would fill the pipe.
-        scope.spawn(|| stdout.read_to_end(&mut said));
-        wait(&mut child, observer).map_err(failed)
-    })?;
-    let Some(status) = status else {
-        return Err(Error::Interrupted { step: 0, checkpoint: None });
-    };
-    match serde_json::from_slice(&said) {
-        Ok(Reply::Failed { input: true, message, hint }) => Err(Error::Input { message, hint }),
-        Ok(Reply::Failed { input: false, message, hint }) => Err(Error::Files { message, hint }),
-        Ok(reply) if status.success() => Ok(reply),
-        _ => Err(Error::Files {
-            message: format!("the tokenizing process ended early ({status})"),
-            hint: "if it was killed, the machine may be short of memory".to_owned(),
-        }),
+/// A child process at work. Dropped, it is killed.
+#[derive(Debug)]
+pub(crate) struct Working {
+    child: Child,
+    stdout: Option<ChildStdout>,
+    worker: PathBuf,
+}
+
+impl Working {
+    /// Starts `worker` on some work.
+    ///
+    /// # Errors
+    /// A program that cannot be started.
+    pub(crate) fn start(worker: &Path, work: &Work) -> Result<Self> {
+        let mut child = Command::new(worker)
+            .arg("__tokenize")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(|e| Error::file(worker, &e))?;
+        let text = serde_json::to_string(work).expect("plain fields serialize");
+        // A child that dies early closes the pipe; its status below says more than the pipe's error.
+        let _ = child.stdin.take().expect("stdin is piped").write_all(text.as_bytes());
+        let stdout = child.stdout.take();
+        Ok(Self { child, stdout, worker: worker.to_path_buf() })
+    }
+
+    /// Waits for the reply.
+    ///
+    /// # Errors
+    /// What went wrong in the child; a request to stop, after which it is killed.
+    pub(crate) fn finish(mut self, observer: &dyn Observer) -> Result<Reply> {
+        let mut stdout = self.stdout.take().expect("the reply is read once");
+        let (child, mut said) = (&mut self.child, Vec::new());
+        let status = std::thread::scope(|scope| {
+            // Read beside the wait: a long answer would fill the pipe.
+            scope.spawn(|| stdout.read_to_end(&mut said));
+            wait(child, observer)
+        });
+        let Some(status) = status.map_err(|e| Error::file(&self.worker, &e))? else {
+            return Err(Error::Interrupted { step: 0, checkpoint: None });
+        };
+        match serde_json::from_slice(&said) {
+            Ok(Reply::Failed { input: true, message, hint }) => Err(Error::Input { message, hint }),
+            Ok(Reply::Failed { input: false, message, hint }) => {
+                Err(Error::Files { message, hint })
+            }
+            Ok(reply) if status.success() => Ok(reply),
+            _ => Err(Error::Files {
+                message: format!("the tokenizing process ended early ({status})"),
+                hint: "if it was killed, the machine may be short of memory".to_owned(),
+            }),
+        }
+    }
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        // One that has ended cannot be killed, and that is as well.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

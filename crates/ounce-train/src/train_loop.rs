@@ -14,6 +14,7 @@ use crate::model::{Model, missing};
 use crate::output::{Output, Staged};
 use crate::session::{Limits, Session, check_tokenizing, compile};
 use crate::step::Trainer;
+use crate::stream::StreamWanted;
 use crate::watch::{Health, StepNumbers};
 use crate::{DoneRecord, Environment, Error, Observer, PlanRecord, Result, Settings, StepRecord};
 
@@ -46,11 +47,14 @@ pub fn train(
     };
     let (plans, limits) = (wanted(settings, &model), limits(settings));
     check_tokenizing(&model, &plans, &limits, env)?;
-    let data = Data::open(settings, env, &model, &limits, observer)?;
+    if let (Some(checkpoint), Some(n_steps)) = (&from, settings.max_steps) {
+        checkpoint::check_settings(checkpoint, settings, n_steps, observer)?;
+    }
+    let data = Data::open(settings, env, &model, &limits, from.as_ref(), observer)?;
     let n_steps = settings
         .max_steps
         .unwrap_or_else(|| data.train.n_steps(settings.num_train_epochs, settings.n_rows()));
-    if let Some(checkpoint) = &from {
+    if let (Some(checkpoint), None) = (&from, settings.max_steps) {
         checkpoint::check_settings(checkpoint, settings, n_steps, observer)?;
     }
     let mut session = compile(&model, &plans, &limits, env)?;
@@ -96,6 +100,7 @@ fn wanted(settings: &Settings, model: &Model) -> Wanted {
         train: Some(TrainWanted::of(settings, shape)),
         eval: (!settings.eval_data.is_empty()).then_some(shape),
         sample_tokens: samples.then_some(sample_tokens.min(max_length)),
+        stream: StreamWanted::of(settings, max_length),
         max_length,
         policy: settings.policy(),
     }
@@ -182,7 +187,7 @@ impl Run<'_> {
                 return Err(Error::Interrupted { step: step - 1, checkpoint: None });
             }
             let Self { trainer, session, data, .. } = self;
-            let record = trainer.step(session, &data.train, step, observer);
+            let record = trainer.step(session, &mut data.train, step, observer);
             let record = record.map_err(|e| self.place.name_checkpoint(e))?;
             (tokens, seconds) = (tokens + record.tokens, seconds + record.step_s);
             self.place.step = step;
@@ -212,9 +217,9 @@ impl Run<'_> {
     /// Writes a checkpoint of the place where the run stands.
     fn save(&mut self) -> Result<PathBuf> {
         let Place { step, tokens_seen, .. } = self.place;
-        let n_per_epoch = self.data.train.n_per_epoch();
+        let place = self.data.train.cursor(step * self.settings.n_rows());
         let scaler = self.trainer.scaler().state().clone();
-        let state = checkpoint::state(self.settings, step, tokens_seen, n_per_epoch, scaler);
+        let state = checkpoint::state(self.settings, step, tokens_seen, place, scaler);
         let path = self.saver.save(&mut self.session, &state)?;
         self.place.checkpoint = Some(path.clone());
         self.output.keep_metrics()?;

@@ -184,9 +184,15 @@ pub(crate) struct RunFlags {
     /// Several samples per row, by best fit
     #[arg(long, help_heading = "Data")]
     packing: bool,
-    // Refused by `Settings::resolve`.
-    #[arg(long, hide = true)]
+    /// Tokenize training data as it is needed, not all of it before step 1; needs --max-steps
+    #[arg(long, help_heading = "Data")]
     streaming: bool,
+    /// Streaming: rows that are shuffled with each other [default: 1000]
+    #[arg(long, value_name = "N", help_heading = "Data")]
+    shuffle_buffer_size: Option<u64>,
+    /// Streaming: threads that tokenize beside the steps [default: 1]
+    #[arg(long, value_name = "N", help_heading = "Data")]
+    dataloader_num_workers: Option<u64>,
 
     /// Steps between lines of progress
     #[arg(long, value_name = "N", help_heading = "Reports")]

@@ -479,12 +479,17 @@ impl Session {
 
     /// Lays rows out on the token axis.
     pub(crate) fn set_rows(&mut self, graph: &Graph, shape: StepShape, rows: &[Row]) {
+        self.set_samples(graph, &spans(shape, rows), rows);
+    }
+
+    /// Lays samples out on the token axis.
+    pub(crate) fn set_samples(&mut self, graph: &Graph, spans: &[RowSpan], samples: &[Row]) {
         let mut buffers = self.exec.buffers(&mut self.arena);
         let mut fill = |kind, gap: i32, data: &dyn Fn(&Row) -> Vec<i32>| {
             if let Some(v) = graph.find_value(ValueKind::Input(kind)) {
                 let place = buffers.session_i32(v);
                 place.fill(gap);
-                for (span, row) in spans(shape, rows).iter().zip(rows) {
+                for (span, row) in spans.iter().zip(samples) {
                     place[span.start..span.start + span.len].copy_from_slice(&data(row));
                 }
             }

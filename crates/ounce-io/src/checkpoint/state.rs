@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 use super::FORMAT;
 use crate::error::IoError;
 use crate::json::{MAX_DEPTH, read_json};
+use crate::stream::StreamCursor;
 
 /// Longest `trainer_state.json`.
 const MAX_STATE_BYTES: u64 = 16 << 20;
@@ -52,6 +53,9 @@ pub struct TrainerState {
     pub n_updates: u64,
     /// Where the next step takes its data from.
     pub cursor: DataCursor,
+    /// The same for streamed data.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream: Option<StreamCursor>,
     /// The run's seed.
     pub seed: u64,
     /// The learning rate's schedule.
@@ -151,6 +155,7 @@ mod tests {
             step: 12,
             n_updates: 11,
             cursor: DataCursor { epoch: 1, row: 3 },
+            stream: None,
             seed: u64::MAX,
             schedule: Map::new(),
             settings,

@@ -22,6 +22,7 @@ use std::cell::Cell;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub(crate) use conversation::samples;
@@ -31,7 +32,7 @@ pub use format::{ColumnMapping, RowFormat};
 use crate::error::{IoError, excerpt};
 use crate::json::parse_at_most;
 use crate::text::{MAX_LINE_BYTES, RowOptions, SourceHash};
-use source::{Item, JsonItems};
+use source::{Item, JsonItems, RowPlace};
 
 /// A row may have a value for so many bytes of the longest row. Of text there are more bytes to a value, of lists of
 /// numbers fewer.
@@ -127,14 +128,19 @@ impl RowReader {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_within(path: &Path, row_bytes: usize) -> Result<Self, IoError> {
+        Self::open_at(path, RowPlace::default(), row_bytes)
+    }
+
+    /// The same, to be read from `place` on.
+    pub(crate) fn open_at(path: &Path, place: RowPlace, row_bytes: usize) -> Result<Self, IoError> {
         match FileKind::of(path)? {
             FileKind::Rows => {
                 let row_bytes = row_bytes.min(MAX_LINE_BYTES);
-                Ok(Self(Reader::Json(Box::new(JsonItems::open(path, row_bytes)?))))
+                Ok(Self(Reader::Json(Box::new(JsonItems::open_at(path, place, row_bytes)?))))
             }
             #[cfg(feature = "parquet")]
             FileKind::Parquet => {
-                Ok(Self(Reader::Parquet(Box::new(parquet::ParquetRows::open(path)?))))
+                Ok(Self(Reader::Parquet(Box::new(parquet::ParquetRows::open_at(path, place.at)?))))
             }
             #[cfg(not(feature = "parquet"))]
             FileKind::Parquet => Err(IoError::bad_file(
@@ -163,6 +169,24 @@ impl RowReader {
         }
     }
 
+    /// Behind the row that was read last.
+    pub(crate) fn place(&self) -> RowPlace {
+        match &self.0 {
+            Reader::Json(items) => items.place(),
+            #[cfg(feature = "parquet")]
+            Reader::Parquet(rows) => RowPlace { at: rows.n_read(), ..RowPlace::default() },
+        }
+    }
+
+    /// What [`Self::place`] counts at the end of the file.
+    pub(crate) fn end(&self) -> u64 {
+        match &self.0 {
+            Reader::Json(items) => items.file_bytes(),
+            #[cfg(feature = "parquet")]
+            Reader::Parquet(rows) => rows.n_claimed(),
+        }
+    }
+
     /// Length and hash of the file; valid after its last row.
     ///
     /// # Errors
@@ -177,7 +201,8 @@ impl RowReader {
 }
 
 /// What a file holds, by its name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum FileKind {
     /// One text.
     Text,
@@ -291,6 +316,19 @@ pub fn data_bytes<'a>(paths: impl IntoIterator<Item = &'a Path>) -> u64 {
         _ => 0,
     };
     paths.into_iter().map(bytes_of).max().unwrap_or(0)
+}
+
+/// [`data_bytes`] where all of the files are open at once, and one row at a time becomes tokens.
+pub fn data_bytes_at_once<'a>(paths: impl IntoIterator<Item = &'a Path>) -> u64 {
+    let (mut longest, mut open) = (0, 0);
+    for path in paths {
+        match FileKind::of(path) {
+            #[cfg(feature = "parquet")]
+            Ok(FileKind::Parquet) => open += data_bytes([path]),
+            _ => longest = data_bytes([path]).max(longest),
+        }
+    }
+    longest + open
 }
 
 /// Longest row of JSON for which there is room, where a budget leaves `spare_bytes` beside tokenizing and

@@ -1,11 +1,12 @@
 //! Rows of a Parquet file, nested lists and structures included, one at a time.
 //!
-//! Idea: the `parquet` crate assembles records from pages; around it stand a check of what the pages claim
-//! (`pages.rs`), a count of the rows against what the footer says, and a guard, since the crate panics on some broken
-//! files. Compression: none, snappy, zstd.
+//! Idea: the `parquet` crate assembles records from pages; around it stand a check of what the pages of a row group
+//! claim before any of them is read (`pages.rs`), a count of the rows against what the footer says, and a guard, since
+//! the crate panics on some broken files. Compression: none, snappy, zstd.
 //!
 //! Memory: the footer, and per column its dictionary and a page or two ([`memory_of`]). The crate reads ahead a batch
-//! of rows of each column, whose pages stay; so a batch is one row.
+//! of rows of each column, whose pages stay; so a batch is one row. Complexity: to go on from a row takes reading its
+//! row group up to there.
 
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 use ::parquet::basic::Compression;
 use ::parquet::errors::ParquetError;
 use ::parquet::file::reader::{FileReader, SerializedFileReader};
-use ::parquet::record::reader::RowIter;
+use ::parquet::record::reader::{ReaderIter, TreeBuilder};
 use ::parquet::record::{Field, Row};
 use serde_json::{Map, Number, Value};
 
@@ -33,7 +34,10 @@ const FOOTER_SHARE: u64 = 8;
 /// The rows of one file.
 pub(super) struct ParquetRows {
     path: PathBuf,
-    rows: Option<RowIter<'static>>,
+    reader: SerializedFileReader<File>,
+    /// Rows of the current row group.
+    rows: Option<ReaderIter>,
+    next_group: usize,
     n_read: u64,
     n_claimed: u64,
 }
@@ -48,20 +52,40 @@ impl std::fmt::Debug for ParquetRows {
 }
 
 impl ParquetRows {
-    /// Opens a file and checks what it says about itself.
+    /// Opens a file, checks what it says about itself, and goes to row `at` (from 0).
     ///
     /// # Errors
     /// `Missing`, `Read`, `BadFile`.
-    pub(super) fn open(path: &Path) -> Result<Self, IoError> {
-        let bad = |reason: String| {
-            IoError::bad_file(path, format!("not a Parquet file that can be read: {reason}"), HINT)
-        };
+    pub(super) fn open_at(path: &Path, at: u64) -> Result<Self, IoError> {
         let file = open_regular(path)?;
-        let (reader, claims) = check(file).map_err(bad)?;
-        let rows =
-            guard(|| RowIter::from_file_into(Box::new(reader)).project(None)).map_err(bad)?;
-        let rows = Some(rows.with_batch_size(1));
-        Ok(Self { path: path.into(), rows, n_read: 0, n_claimed: claims.n_rows })
+        let (reader, claims) = check(file).map_err(|reason| unreadable(path, &reason))?;
+        let n_claimed = claims.n_rows;
+        let mut rows =
+            Self { path: path.into(), reader, rows: None, next_group: 0, n_read: 0, n_claimed };
+        for group in rows.reader.metadata().row_groups() {
+            let n_rows = group.num_rows() as u64;
+            if rows.n_read + n_rows > at {
+                break;
+            }
+            rows.n_read += n_rows;
+            rows.next_group += 1;
+        }
+        if rows.next_group < rows.reader.num_row_groups() {
+            rows.rows = Some(rows.open_group()?);
+            rows.next_group += 1;
+        }
+        while rows.n_read < at && rows.next_row()?.is_some() {}
+        Ok(rows)
+    }
+
+    /// Rows read, or passed over, so far.
+    pub(super) fn n_read(&self) -> u64 {
+        self.n_read
+    }
+
+    /// Rows that the file claims to hold.
+    pub(super) fn n_claimed(&self) -> u64 {
+        self.n_claimed
     }
 
     /// The next row.
@@ -69,26 +93,44 @@ impl ParquetRows {
     /// # Errors
     /// `BadFile`, naming the row; nothing can be read behind it.
     pub(super) fn next_row(&mut self) -> Result<Option<RawRow>, IoError> {
-        let Some(rows) = &mut self.rows else { return Ok(None) };
         let number = self.n_read + 1;
-        let bad = |reason: String| IoError::bad_file(&self.path, reason, HINT);
-        match guard(|| rows.next().transpose()) {
-            Ok(Some(row)) => {
-                self.n_read = number;
-                let value = object(&row);
-                let n_bytes = super::memory_of(&value);
-                Ok(Some(RawRow { value, place: Place::Row(number), n_bytes }))
-            }
-            Ok(None) if self.n_read == self.n_claimed => {
+        let bad = |path: &Path, reason: String| IoError::bad_file(path, reason, HINT);
+        loop {
+            if let Some(rows) = &mut self.rows {
+                let row = guard(|| rows.next().transpose())
+                    .map_err(|reason| bad(&self.path, format!("row {number}: {reason}")))?;
+                if let Some(row) = row {
+                    self.n_read = number;
+                    let (value, place) = (object(&row), Place::Row(number));
+                    let n_bytes = super::memory_of(&value);
+                    return Ok(Some(RawRow { value, place, n_bytes }));
+                }
                 self.rows = None;
-                Ok(None)
             }
-            Ok(None) => Err(bad(format!(
-                "the footer says {} rows, the columns hold {}",
-                self.n_claimed, self.n_read
-            ))),
-            Err(reason) => Err(bad(format!("row {number}: {reason}"))),
+            if self.next_group < self.reader.num_row_groups() {
+                self.rows = Some(self.open_group()?);
+                self.next_group += 1;
+            } else if self.n_read == self.n_claimed {
+                return Ok(None);
+            } else {
+                let (n, found) = (self.n_claimed, self.n_read);
+                let reason = format!("the footer says {n} rows, the columns hold {found}");
+                return Err(bad(&self.path, reason));
+            }
         }
+    }
+
+    /// The rows of the next row group.
+    fn open_group(&self) -> Result<ReaderIter, IoError> {
+        let Self { reader, next_group, .. } = self;
+        let metadata = reader.metadata();
+        let number = self.n_read + 1;
+        guard(|| {
+            let schema = metadata.file_metadata().schema_descr_ptr();
+            let group = reader.get_row_group(*next_group)?;
+            TreeBuilder::new().with_batch_size(1).as_iter(schema, &*group)
+        })
+        .map_err(|reason| IoError::bad_file(&self.path, format!("row {number}: {reason}"), HINT))
     }
 
     pub(super) fn fingerprint(&self) -> Result<SourceHash, IoError> {
@@ -138,6 +180,11 @@ fn check_footer(file: &File) -> Result<u64, String> {
         return Err(format!("the footer claims {length} bytes of {n_bytes}"));
     }
     Ok(length)
+}
+
+/// The error for a file that is broken as a whole.
+fn unreadable(path: &Path, reason: &str) -> IoError {
+    IoError::bad_file(path, format!("not a Parquet file that can be read: {reason}"), HINT)
 }
 
 /// Checks every page of every column, and the number of rows that the row groups claim.

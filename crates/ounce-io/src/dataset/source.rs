@@ -1,8 +1,10 @@
 //! Files as they are read: hashed on the way, line by line, each line bounded.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
 
 use crate::error::{IoError, excerpt};
 use crate::hash::Xxh64;
@@ -20,8 +22,21 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    pub(crate) fn open(path: &Path) -> Result<Self, IoError> {
-        Ok(Self { file: open_regular(path)?, hash: Xxh64::new(), n_bytes: 0 })
+    /// Begins at a byte of the file; length and hash are those from there on.
+    pub(crate) fn open_at(path: &Path, at: u64) -> Result<Self, IoError> {
+        let mut file = open_regular(path)?;
+        file.seek(SeekFrom::Start(at)).map_err(|e| IoError::reading(path, e))?;
+        Ok(Self { file, hash: Xxh64::new(), n_bytes: 0 })
+    }
+
+    /// Bytes read so far.
+    pub(crate) fn n_read(&self) -> u64 {
+        self.n_bytes
+    }
+
+    /// Bytes of the file.
+    pub(crate) fn file_bytes(&self) -> u64 {
+        self.file.metadata().map_or(0, |metadata| metadata.len())
     }
 
     /// Length and hash of what was read so far.
@@ -37,6 +52,17 @@ impl Read for Source {
         self.n_bytes += n as u64;
         Ok(n)
     }
+}
+
+/// Where a row begins, so that reading can go on from there. The default is the start of a file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RowPlace {
+    /// A byte of a file of text or JSON, the number of a row of a Parquet file.
+    pub(crate) at: u64,
+    /// Lines before it.
+    pub(crate) lines: u64,
+    pub(crate) layout: Layout,
 }
 
 /// What stands on a line, or between the commas of an array.
@@ -60,6 +86,8 @@ pub(crate) struct JsonItems {
     source: BufReader<Source>,
     /// Longest row.
     row_bytes: usize,
+    /// The byte of the file that reading began at.
+    first_byte: u64,
     bytes: Vec<u8>,
     /// Line on which the current row begins, from 1.
     line: u64,
@@ -68,8 +96,10 @@ pub(crate) struct JsonItems {
     layout: Layout,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Layout {
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Layout {
+    #[default]
     Unknown,
     Lines,
     /// Before an element or the closing bracket. `first`: no comma is due.
@@ -81,17 +111,30 @@ enum Layout {
 }
 
 impl JsonItems {
-    /// Opens a file of which nothing is known yet but that it holds JSON, in rows of at most `row_bytes`.
-    pub(crate) fn open(path: &Path, row_bytes: usize) -> Result<Self, IoError> {
+    /// Opens a file that holds JSON, in rows of at most `row_bytes`, to be read from `place` on.
+    pub(crate) fn open_at(path: &Path, place: RowPlace, row_bytes: usize) -> Result<Self, IoError> {
         Ok(Self {
             path: path.into(),
-            source: BufReader::with_capacity(PIECE_BYTES, Source::open(path)?),
+            source: BufReader::with_capacity(PIECE_BYTES, Source::open_at(path, place.at)?),
             row_bytes,
+            first_byte: place.at,
             bytes: Vec::new(),
             line: 0,
-            n_lines: 0,
-            layout: Layout::Unknown,
+            n_lines: place.lines,
+            layout: place.layout,
         })
+    }
+
+    /// Behind the row that was read last.
+    pub(crate) fn place(&self) -> RowPlace {
+        let n_ahead = self.source.buffer().len() as u64;
+        let at = self.first_byte + self.source.get_ref().n_read() - n_ahead;
+        RowPlace { at, lines: self.n_lines, layout: self.layout }
+    }
+
+    /// Bytes of the file.
+    pub(crate) fn file_bytes(&self) -> u64 {
+        self.source.get_ref().file_bytes()
     }
 
     pub(crate) fn path(&self) -> &Path {

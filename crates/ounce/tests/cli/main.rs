@@ -5,7 +5,7 @@
 //! (stopped in any phase), `precision` (16 bits, the loss scale, numbers that are not finite),
 //! `faults` (a disk that fails), `refusals` (errors, hints and exit codes), `damage` (files that are
 //! not what they should be), `gguf` (models in that format), `chat_data` (conversations, packing,
-//! mixtures), `tokenizing` (the child process and its memory).
+//! mixtures), `tokenizing` (the child process and its memory), `stream` (data that is never tokenized whole).
 #![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
 
 mod lab;
@@ -31,3 +31,5 @@ mod gguf;
 mod chat_data;
 
 mod tokenizing;
+
+mod stream;

@@ -12,7 +12,6 @@ fn what_is_not_built_is_refused_as_such() {
         "prune",
         "export --model x --format gguf --output-dir y --merge",
         "train --use-peft --lora-r 8",
-        "train --streaming",
     ] {
         let error = lab.fail(2, &words(line));
         assert!(error.contains("not built yet"), "{line}: {error}");
