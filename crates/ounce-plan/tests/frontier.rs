@@ -56,7 +56,7 @@ fn the_report_reads_well() {
     let shape = StepShape::new(12, 64);
     let frontier = Frontier::solve(&graph, &shape, &machine, &PlanOptions::default());
     let plan = frontier.plan(3 << 30).expect("fits");
-    expect![[r#"
+    expect![[r"
         at the peak                  MiB    share
         weights                   474.70    24.2%
         optimizer state           949.40    48.4%
@@ -72,7 +72,7 @@ fn the_report_reads_well() {
         46 values kept, 26 forward ops run again, 672 instructions
         step 3.870 s predicted, +2.0 % against unconstrained
         no schedule is faster than 3.794 s (gap 2.0 %)
-    "#]]
+    "]]
     .assert_eq(&explain(&plan));
     let refused = frontier.plan(1 << 30).expect_err("does not fit");
     expect!["the plan does not fit: budget 1024.00 MiB, smallest feasible budget: 1919.33 MiB; of that optimizer state 949.40 MiB, gradients 476.95 MiB, weights 474.70 MiB, process 16.00 MiB, working values 2.25 MiB, data 0.02 MiB, kernel scratch 0.01 MiB"].assert_eq(&refused.to_string());

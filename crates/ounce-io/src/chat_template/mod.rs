@@ -9,12 +9,13 @@
 //! a bounded number of instructions, with bounded memory and output, whatever the template says.
 //!
 //! Files in reading order: this one (load, render), `environment.rs`, `python.rs` (values in Python's spelling),
-//! `strftime.rs`, `supervised.rs` (which part of the text is supervised).
+//! `strftime.rs`, `supervised.rs` (which part of the text is supervised), `tag_length.rs` (what is not compiled).
 
 mod environment;
 mod python;
 mod strftime;
 mod supervised;
+mod tag_length;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -160,6 +161,7 @@ impl ChatTemplate {
     ) -> Result<Self, String> {
         let mut environment = environment::environment(now_s);
         let add = |environment: &mut Environment<'static>, name: &'static str, source: &str| {
+            tag_length::check(source)?;
             let source = environment::generation_to_filter(source);
             guard(|| environment.add_template_owned(name, source))
         };
