@@ -13,6 +13,9 @@ use std::sync::atomic::{AtomicU8, Ordering};
 pub enum Tier {
     /// What every target has; fused multiply-add may be a library call.
     Portable,
+    /// 64-bit Arm with its vector unit (4 lanes), which is part of every such target: other kernels
+    /// than matrix products are those of [`Tier::Portable`], compiled for it.
+    Neon,
     /// x86-64 with AVX2, FMA and F16C (8 lanes).
     Avx2,
     /// x86-64 with AVX-512 F, VL, BW, DQ (16 lanes).
@@ -25,12 +28,12 @@ pub enum Tier {
 static CURRENT: AtomicU8 = AtomicU8::new(0);
 
 impl Tier {
-    const ALL: [Tier; 4] = [Tier::Portable, Tier::Avx2, Tier::Avx512, Tier::Avx512Bf16];
+    const ALL: [Tier; 5] = [Tier::Portable, Tier::Neon, Tier::Avx2, Tier::Avx512, Tier::Avx512Bf16];
 
     /// The fastest tier of this machine.
     ///
     /// That is the last available one, but [`Tier::Avx512Bf16`] only on processors of AMD. Measured
-    /// per core and register-only, `vdpbf16ps` does twice the FLOP of f32 multiply-adds on Zen 4 and
+    /// per core and register-only, `vdpbf16ps` does twice the FLOP of f32 multiply-adds on Zen 4 and Zen 5 and
     /// half of them on Emerald Rapids, where bf16 widened to f32 is faster and exact.
     pub fn detect() -> Tier {
         let best = Tier::available().last().unwrap_or(Tier::Portable);
@@ -47,6 +50,7 @@ impl Tier {
     pub fn is_available(self) -> bool {
         match self {
             Tier::Portable => true,
+            Tier::Neon => false,
             Tier::Avx2 => {
                 is_x86_feature_detected!("avx2")
                     && is_x86_feature_detected!("fma")
@@ -68,7 +72,7 @@ impl Tier {
     /// Whether this machine can run the tier.
     #[cfg(not(target_arch = "x86_64"))]
     pub fn is_available(self) -> bool {
-        self == Tier::Portable
+        self == Tier::Portable || cfg!(target_arch = "aarch64") && self == Tier::Neon
     }
 }
 
@@ -87,6 +91,7 @@ impl fmt::Display for Tier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Tier::Portable => "portable",
+            Tier::Neon => "neon",
             Tier::Avx2 => "avx2",
             Tier::Avx512 => "avx512",
             Tier::Avx512Bf16 => "avx512bf16",

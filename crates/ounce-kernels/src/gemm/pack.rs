@@ -18,8 +18,10 @@ use half::{bf16, f16};
 use std::ops::Range;
 
 /// Units copied for one panel before the next panel's turn: keeps the source rows streaming.
+#[cfg(target_arch = "x86_64")]
 const COPY_UNITS: usize = 8;
 /// Units in a vector of 256 bits.
+#[cfg(target_arch = "x86_64")]
 const LANES: usize = 8;
 
 /// Packs `rows` x `depth` of `src` into panels of `width` rows as f32. For the right operand of a
@@ -196,6 +198,9 @@ fn pack_source<S: Source>(
             _ => {}
         }
     }
+    if S::DEPTHS == 1 && (src.row_stride == 1 || src.col_stride == 1) {
+        return stream_panels::<S>(dst, src, rows, depth, width);
+    }
     gather_panels::<S>(dst, src, rows, depth, width);
 }
 
@@ -230,6 +235,38 @@ fn gather_panels<S: Source>(
         for (dst, p) in panel.chunks_exact_mut(width).zip(units) {
             for (row, dst) in (i..).zip(dst) {
                 *dst = unit_or_zero::<S>(src, row, p, &rows, &depth);
+            }
+        }
+    }
+}
+
+/// Units of one depth without explicit vectors: reads along memory, whichever way it runs.
+fn stream_panels<S: Source>(
+    dst: &mut [f32],
+    src: &Strided<'_, S::Elem>,
+    rows: Range<usize>,
+    depth: Range<usize>,
+    width: usize,
+) {
+    let panels = dst.chunks_exact_mut(width * depth.len());
+    for (panel, i) in panels.zip(rows.clone().step_by(width)) {
+        let n_valid = width.min(rows.end - i);
+        if n_valid < width {
+            panel.fill(0.0);
+        }
+        if src.row_stride == 1 {
+            for (dst, p) in panel.chunks_exact_mut(width).zip(depth.clone()) {
+                let neighbours = &src.data[p * src.col_stride + i..][..n_valid];
+                for (dst, &elem) in dst.iter_mut().zip(neighbours) {
+                    *dst = S::unit(elem, None);
+                }
+            }
+            continue;
+        }
+        for r in 0..n_valid {
+            let row = &src.data[(i + r) * src.row_stride + depth.start..][..depth.len()];
+            for (dst, &elem) in panel[r..].iter_mut().step_by(width).zip(row) {
+                *dst = S::unit(elem, None);
             }
         }
     }

@@ -99,15 +99,16 @@ macro_rules! tile {
 impl Tile {
     /// The fastest tile of the tier in use for operands of these types.
     pub(crate) fn of(a: FloatType, b: FloatType) -> Self {
-        match tier() {
+        let are_bf16 = (a, b) == (FloatType::Bf16, FloatType::Bf16);
+        match (tier(), are_bf16) {
             #[cfg(target_arch = "x86_64")]
-            Tier::Avx512Bf16 if (a, b) == (FloatType::Bf16, FloatType::Bf16) => {
-                tile!(avx512_pairs, 6, 4, 16, 2)
-            }
+            (Tier::Avx512Bf16, true) => tile!(avx512_pairs, 6, 4, 16, 2),
             #[cfg(target_arch = "x86_64")]
-            Tier::Avx512 | Tier::Avx512Bf16 => tile!(avx512, 12, 2, 16, 1),
+            (Tier::Avx512 | Tier::Avx512Bf16, _) => tile!(avx512, 12, 2, 16, 1),
             #[cfg(target_arch = "x86_64")]
-            Tier::Avx2 => tile!(avx2, 6, 2, 8, 1),
+            (Tier::Avx2, _) => tile!(avx2, 6, 2, 8, 1),
+            #[cfg(target_arch = "aarch64")]
+            (Tier::Neon, _) => tile!(neon, 6, 4, 4, 1),
             _ => tile!(portable, 4, 16, 1, 1),
         }
     }
@@ -119,6 +120,8 @@ impl Tile {
             Tier::Avx512 | Tier::Avx512Bf16 => tile!(avx512, 8, 2, 16, 1),
             #[cfg(target_arch = "x86_64")]
             Tier::Avx2 => tile!(avx2, 4, 2, 8, 1),
+            #[cfg(target_arch = "aarch64")]
+            Tier::Neon => tile!(neon, 4, 4, 4, 1),
             _ => tile!(portable, 4, 16, 1, 1),
         }
     }
@@ -214,11 +217,11 @@ pub(crate) fn prefetch_far(p: *const u8) {
 
 /// A tile written with the intrinsics of one vector width.
 macro_rules! vector_tile {
-    ($name:ident, $features:literal, $lanes:literal,
-     $load:ident, $store:ident, $zero:ident, $set:ident, $fma:expr) => {
+    ($name:ident, $arch:ident, $target:literal, $features:literal, $lanes:literal,
+     $load:ident, $store:ident, $set:ident, $fma:expr) => {
         /// # Safety
         /// As [`Tile::run`], for a full tile; the machine has the tile's features.
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(target_arch = $target)]
         #[target_feature(enable = $features)]
         unsafe fn $name<const MR: usize, const NV: usize, const LANE: usize>(
             steps: usize,
@@ -229,8 +232,8 @@ macro_rules! vector_tile {
             from_c: bool,
             ahead: Ahead,
         ) {
-            use std::arch::x86_64::{$load, $set, $store, $zero};
-            let mut sum = [[$zero(); NV]; MR];
+            use std::arch::$arch::{$load, $set, $store};
+            let mut sum = [[$set(0.0); NV]; MR];
             let (mut a_ptr, mut b_ptr) = (a.ptr, b.ptr);
             let (mut line, mut row) = (ahead.line, 0);
             // SAFETY: every access lies within the panels and the tile of C promised by the caller.
@@ -256,7 +259,7 @@ macro_rules! vector_tile {
                             row += 1;
                         }
                     }
-                    let mut b_p = [$zero(); NV];
+                    let mut b_p = [$set(0.0); NV];
                     for j in 0..NV {
                         b_p[j] = $load(b_ptr.add(j * $lanes));
                     }
@@ -282,33 +285,47 @@ macro_rules! vector_tile {
 
 vector_tile!(
     avx512,
+    x86_64,
+    "x86_64",
     "avx512f",
     16,
     _mm512_loadu_ps,
     _mm512_storeu_ps,
-    _mm512_setzero_ps,
     _mm512_set1_ps,
     std::arch::x86_64::_mm512_fmadd_ps
 );
 vector_tile!(
     avx512_pairs,
+    x86_64,
+    "x86_64",
     "avx512f,avx512bf16",
     16,
     _mm512_loadu_ps,
     _mm512_storeu_ps,
-    _mm512_setzero_ps,
     _mm512_set1_ps,
     add_pairs
 );
 vector_tile!(
     avx2,
+    x86_64,
+    "x86_64",
     "avx2,fma",
     8,
     _mm256_loadu_ps,
     _mm256_storeu_ps,
-    _mm256_setzero_ps,
     _mm256_set1_ps,
     std::arch::x86_64::_mm256_fmadd_ps
+);
+vector_tile!(
+    neon,
+    aarch64,
+    "aarch64",
+    "neon",
+    4,
+    vld1q_f32,
+    vst1q_f32,
+    vdupq_n_f32,
+    |a, b, sum| std::arch::aarch64::vfmaq_f32(sum, a, b)
 );
 
 /// `sum` plus both products of every pair of bf16 in `a` and `b`.
