@@ -12,11 +12,13 @@ use crate::bench::last_object;
 use crate::budgets::gpt2_budgets;
 use crate::cgroup_runs::cgroup_runs;
 use crate::finetuning::finetuning;
+use crate::grid::grid;
 use crate::killed::killed;
 use crate::plan_times::plan_times;
 use crate::record::{Record, keep};
 use crate::shell::{capture, flag, json_lines, output, release_binary, root, scratch_folder};
 use crate::smollm2::smollm2;
+use crate::speed::speed;
 use crate::tokenising::tokenising;
 
 const FLAGS: &[&str] = &[
@@ -25,6 +27,7 @@ const FLAGS: &[&str] = &[
     "--times",
     "--seed",
     "--precision",
+    "--model",
     "--gguf",
     "--data",
     "--llama-python",
@@ -43,6 +46,12 @@ const DEMONSTRATIONS: &[Demonstration] = &[
         "GPT-2 124M, 4 x 1024, from unconstrained to the smallest budget",
         gpt2_budgets,
     ),
+    (
+        "speed",
+        "training steps of three models beside PyTorch: speed, memory, share of the peak",
+        speed,
+    ),
+    ("grid", "GPT-2 124M in f32 and bf16, from everything kept to the smallest budget", grid),
     ("plan-times", "predicted and measured time of many plans of a small GPT-2", plan_times),
     ("killed", "kill -9 at random moments of a run that saves, then the same bits", killed),
     ("smollm2", "SmolLM2-135M-Instruct as GGUF: loss and tokens as in other engines", smollm2),
@@ -64,6 +73,8 @@ pub(crate) struct Setting<'a> {
     pub(crate) times: Option<u64>,
     /// Of random choices; from the clock where it is not given.
     pub(crate) seed: Option<u64>,
+    /// One of the models of a demonstration that has several.
+    pub(crate) model: Option<&'a str>,
     /// A pretrained model.
     pub(crate) gguf: Option<&'a str>,
     /// A data set.
@@ -114,6 +125,7 @@ pub(crate) fn accept(args: &[&str]) -> Result {
         precision: flag(flags, "--precision", FLAGS)?,
         times: whole(flag(flags, "--times", FLAGS)?)?,
         seed: whole(flag(flags, "--seed", FLAGS)?)?,
+        model: flag(flags, "--model", FLAGS)?,
         gguf: flag(flags, "--gguf", FLAGS)?,
         data: flag(flags, "--data", FLAGS)?,
         llama_python: flag(flags, "--llama-python", FLAGS)?,

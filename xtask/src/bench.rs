@@ -5,9 +5,9 @@
 use serde_json::Value;
 
 use crate::Result;
-use crate::accept::{median, number};
+use crate::accept::{Setting, median, number, smallest_budget};
 use crate::record::{Record, keep};
-use crate::shell::{capture, cargo, flag, json_lines, release_binary};
+use crate::shell::{capture, cargo, flag, json_lines, output, release_binary};
 
 const FLAGS: &[&str] = &[
     "--model",
@@ -30,12 +30,16 @@ const PEER_MODELS: &[(&str, &str)] = &[
     ("tinyllama-1.1b", "tinyllama"),
 ];
 
-/// Ways to run PyTorch, with their flags.
+/// Ways to run PyTorch, with their flags. In bf16 the first four train f32 weights under autocast, which
+/// is what `--precision bf16` is beside (exact f32 masters); the last two hold weights, gradients and
+/// moments in bf16 alone, where small updates are lost.
 const PEERS: &[(&str, &[&str])] = &[
     ("eager", &[]),
     ("compiled", &["--compile"]),
     ("eager-checkpointed", &["--checkpoint", "full"]),
     ("compiled-checkpointed", &["--compile", "--checkpoint", "full"]),
+    ("eager-pure", &["--dtype", "bf16-pure"]),
+    ("compiled-pure", &["--compile", "--dtype", "bf16-pure"]),
 ];
 
 /// A step to measure.
@@ -67,13 +71,22 @@ impl StepRun<'_> {
         args.into_iter().map(str::to_owned).collect()
     }
 
+    /// The smallest feasible budget, as the run names it when it is refused.
+    pub(crate) fn smallest(&self, s: &Setting<'_>) -> Result<String> {
+        let args = self.ounce_args(Some("8MiB"));
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let refused = output(&s.binary, &args)?;
+        let stderr = String::from_utf8_lossy(&refused.stderr);
+        smallest_budget(&stderr).ok_or_else(|| format!("no smallest feasible budget in {stderr:?}"))
+    }
+
     /// Runs PyTorch on the same step, one way of [`PEERS`]; its line of JSON.
     pub(crate) fn peer(&self, python: &str, way: &str) -> Result<Value> {
         let peer = PEER_MODELS.iter().find(|(ours, _)| *ours == self.model);
         let (_, peer) = peer.ok_or_else(|| format!("the peer has no model {}", self.model))?;
         let mut args = vec!["bench/peer_torch.py", "--model", peer, "--batch", self.batch_size];
         args.extend(["--seq", self.max_length, "--steps", self.steps, "--max-seconds", "600"]);
-        args.extend(["--dtype", if self.precision == "f32" { "fp32" } else { "bf16-pure" }]);
+        args.extend(["--dtype", if self.precision == "f32" { "fp32" } else { "bf16-autocast" }]);
         let ways = PEERS.iter().find(|(name, _)| *name == way);
         args.extend(ways.ok_or_else(|| format!("PyTorch has no way {way:?} to run"))?.1);
         args.extend(self.threads.into_iter().flat_map(|n| ["--threads", n]));

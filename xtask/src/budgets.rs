@@ -7,10 +7,9 @@
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::accept::{MIB, Outcome, Setting, median, mib, number, smallest_budget};
+use crate::accept::{MIB, Outcome, Setting, median, mib, number};
 use crate::bench::{StepRun, last_object};
 use crate::cgroup::Cgroup;
-use crate::shell::output;
 
 /// More than any of these runs can use.
 const UNCONSTRAINED: &str = "20GiB";
@@ -71,12 +70,7 @@ fn budgets(s: &Setting<'_>, run: &StepRun<'_>, unconstrained_mib: f64) -> Result
         "f32" => vec![share(0.75), share(0.55)],
         _ => vec![share(0.75), "2252MiB".to_owned(), "1945MiB".to_owned()],
     };
-    let args = run.ounce_args(Some("64MiB"));
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    let refused = output(&s.binary, &args)?;
-    let stderr = String::from_utf8_lossy(&refused.stderr);
-    let smallest = smallest_budget(&stderr);
-    budgets.push(smallest.ok_or_else(|| format!("no smallest feasible budget in {stderr:?}"))?);
+    budgets.push(run.smallest(s)?);
     Ok(budgets)
 }
 

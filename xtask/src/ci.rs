@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use crate::shell::{capture, cargo, metadata, output, release_binary, root, run, run_with};
-use crate::{Result, accept, tidy};
+use crate::{Result, accept, instructions, tidy};
 
 /// One check, by name.
 type Check = (&'static str, fn() -> Result);
@@ -19,6 +19,7 @@ const CHECKS: &[Check] = &[
     ("documentation", documentation),
     ("release build", release_build),
     ("examples", examples),
+    ("instructions", || instructions::instructions(&[])),
     ("acceptance", || accept::accept(&["smoke"])),
     ("kills", || accept::accept(&["killed", "--times", "6"])),
     ("cgroups", || accept::accept(&["cgroup-runs", "--times", "6"])),

@@ -2,8 +2,8 @@
 //!
 //! Files, in reading order: `shell` (running programs), `ci` (the list of checks), `tidy` (what the
 //! compiler does not check), `golden` (making golden data anew), `record` (results kept under
-//! `bench/runs`), `bench` (speed, side by side with PyTorch), `accept` (demonstrations; those that
-//! are longer than a page in `budgets`, `plan_times`, `killed`, `cgroup_runs`, `smollm2` and
+//! `bench/runs`), `bench` (speed, side by side with PyTorch; `instructions`), `accept` (demonstrations; those that
+//! are longer than a page in `budgets`, `grid`, `plan_times`, `killed`, `cgroup_runs`, `smollm2`, `speed` and
 //! `tokenising`, with `random` and `cgroup`), `quickstart` (the README's first command).
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "chores speak to people")]
@@ -26,10 +26,13 @@ mod accept;
 mod bench;
 mod budgets;
 mod cgroup_runs;
+mod grid;
+mod instructions;
 mod killed;
 mod plan_times;
 mod quickstart;
 mod smollm2;
+mod speed;
 mod tokenising;
 
 use std::process::ExitCode;
@@ -42,17 +45,18 @@ cargo xtask COMMAND
 
   quickstart            train a small model on the text that ships, inside 48 MiB
   ci                    everything that must hold: formatting, lints, documentation, tidy, examples,
-                        a release build, a small acceptance run, tests
+                        a release build, instruction counts, small acceptance runs, tests
   test [ARGS]           the tests: by cargo-nextest where it is installed, else by cargo test
   tidy                  what the compiler does not check: crate edges, leftovers, long lines, ...
   golden [ARGS]         make tests/golden anew with python3 (needs torch and transformers)
   bench step [FLAGS]    training steps; with --python P side by side with bench/peer_torch.py
   bench kernels [N_THREADS [FILTER [TIER]]]  the kernels beside the machine's peak
+  bench instructions [--keep]  instructions per kernel beside those kept (needs valgrind)
   accept NAME [FLAGS]   a demonstration; without NAME, the list of them
 
 Flags of bench step: --model M --batch-size B --max-length T --steps N --rounds R --memory BYTES
   --threads N --python PROGRAM
-Flags of accept: --python PROGRAM --threads N --precision P --times N --seed N; of smollm2 and
+Flags of accept: --python PROGRAM --threads N --precision P --model M --times N --seed N; of smollm2 and
   finetuning also --gguf FILE --data PATH --llama-python PROGRAM
 ";
 
@@ -67,6 +71,7 @@ fn main() -> ExitCode {
         ["golden", ref rest @ ..] => golden::golden(rest),
         ["bench", "step", ref rest @ ..] => bench::step(rest),
         ["bench", "kernels", ref rest @ ..] => bench::kernels(rest),
+        ["bench", "instructions", ref rest @ ..] => instructions::instructions(rest),
         ["accept", ref rest @ ..] => accept::accept(rest),
         ["help" | "--help" | "-h"] => {
             print!("{HELP}");

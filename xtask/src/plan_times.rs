@@ -8,9 +8,9 @@
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::accept::{Outcome, Setting, median, mib, number, path, smallest_budget};
+use crate::accept::{Outcome, Setting, median, mib, number, path};
 use crate::bench::{StepRun, last_object};
-use crate::shell::{output, scratch_folder};
+use crate::shell::scratch_folder;
 
 /// More than any of these runs can use.
 const UNCONSTRAINED: &str = "20GiB";
@@ -84,12 +84,7 @@ fn measure(s: &Setting<'_>, run: &StepRun<'_>, memory: &str) -> Result<Value> {
 /// From the smallest budget to that of the unconstrained plan.
 fn budgets_of(s: &Setting<'_>, run: &StepRun<'_>) -> Result<Vec<String>> {
     let largest = number(&measure(s, run, UNCONSTRAINED)?, "plan_peak_mib")?;
-    let args = run.ounce_args(Some("8MiB"));
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    let refused = output(&s.binary, &args)?;
-    let stderr = String::from_utf8_lossy(&refused.stderr);
-    let smallest = smallest_budget(&stderr);
-    let smallest = smallest.ok_or_else(|| format!("no smallest feasible budget in {stderr:?}"))?;
+    let smallest = run.smallest(s)?;
     let (from, last) = (mib(&smallest)?, f64::from(N_BUDGETS - 1));
     let between = |i: u32| from + (largest - from) * (f64::from(i) / last).powi(2);
     let rest = (1..N_BUDGETS).map(|i| format!("{:.0}MiB", between(i).ceil()));

@@ -194,23 +194,13 @@ impl Bench {
     }
 
     fn peaks(&self) {
-        let before = tier();
-        for t in [before, Tier::Avx512Bf16] {
-            if !t.is_available() || (t == before && t == Tier::Avx512Bf16) {
-                continue;
+        let units = [(Unit::F32, "f32 multiply-adds"), (Unit::Bf16Pairs, "bf16 pairs")];
+        for (unit, what) in units {
+            let rate = self.peak_of(unit);
+            if !rate.is_nan() {
+                self.line(&format!("registers only: {what}"), None, rate, None, "GFLOP/s");
             }
-            set_tier(Some(t));
-            let unit = if t == Tier::Avx512Bf16 { Unit::Bf16Pairs } else { Unit::F32 };
-            let what = if unit == Unit::F32 { "f32 multiply-adds" } else { "bf16 pairs" };
-            self.line(
-                &format!("registers only: {what}"),
-                None,
-                self.peak_of(unit),
-                None,
-                "GFLOP/s",
-            );
         }
-        set_tier(Some(before));
     }
 
     /// Prints one result; `of` is the rate that it is a share of.
@@ -275,8 +265,7 @@ impl Bench {
         }
         for (kind, float_type, tier) in kinds {
             set_tier(Some(tier));
-            let pairs = tier == Tier::Avx512Bf16 && float_type == FloatType::Bf16;
-            let unit = if pairs { Unit::Bf16Pairs } else { Unit::F32 };
+            let unit = unit_of(float_type);
             let (mut flop, mut seconds, mut possible) = (0.0, 0.0, 0.0);
             let mut add = |p: &Product, calls: [(&str, Call); 3], count: f64| {
                 for (pass, call) in calls {
@@ -449,10 +438,11 @@ impl Bench {
         let (mut loss, mut dw) = (zeros(n), zeros(v * c));
         let mut scratch = zeros(head_scratch_elems(chunk, v, c, float_type, self.pool.n_threads()));
         let product = 2.0 * (n * v * c) as f64;
-        self.compute(&format!("{name}: forward"), product, |pool| {
+        let unit = unit_of(float_type);
+        self.compute_on(&format!("{name}: forward"), product, unit, |pool| {
             head_forward(pool, &mut loss, x, w, &targets, None, chunk, &mut scratch);
         });
-        self.compute(&format!("{name}: train"), 3.0 * product, |pool| {
+        self.compute_on(&format!("{name}: train"), 3.0 * product, unit, |pool| {
             let (dx, dw) = (dx.view_mut(), Some(&mut dw[..]));
             head_train(pool, &mut loss, dx, dw, x, w, &targets, None, 1e-3, chunk, &mut scratch);
         });
@@ -525,6 +515,12 @@ impl Bench {
             std::hint::black_box(sum_squares(pool, &x, &mut sums));
         });
     }
+}
+
+/// What products of such operands run on in the tier in use.
+fn unit_of(float_type: FloatType) -> Unit {
+    let is_pairs = tier() == Tier::Avx512Bf16 && float_type == FloatType::Bf16;
+    if is_pairs { Unit::Bf16Pairs } else { Unit::F32 }
 }
 
 /// Numbers in f32 or bf16.

@@ -52,6 +52,9 @@ pub struct BenchSettings {
     pub max_grad_norm: f64,
     /// Whether to time every class of op.
     pub profile: bool,
+    /// Whether to take the fastest plan that fits, which keeps everything where there is room for it,
+    /// instead of the one that gives up the last per cent of speed for memory.
+    pub fastest: bool,
 }
 
 /// What was measured. Sizes in MiB, times in seconds.
@@ -113,6 +116,8 @@ pub struct KindTime {
     pub runs_per_step: u64,
     /// Milliseconds per step.
     pub ms_per_step: f64,
+    /// What the plan predicted of them.
+    pub predicted_ms_per_step: f64,
 }
 
 /// The command: plans, runs and times the steps.
@@ -135,7 +140,7 @@ pub fn bench_step(
     }
     let shape = StepShape::new(wanted.n_rows, wanted.max_length);
     let plans = Wanted {
-        train: Some(TrainWanted::of(&settings, shape)),
+        train: Some(TrainWanted { fastest: wanted.fastest, ..TrainWanted::of(&settings, shape) }),
         eval: None,
         sample_tokens: None,
         stream: None,
@@ -285,7 +290,8 @@ fn median(times: &[f64]) -> f64 {
 
 /// Time by class of op over the measured steps, which took `step_s`.
 fn profile(session: &crate::session::Session, step_s: &[f64]) -> BenchProfile {
-    let times = session.train.as_ref().map_or_else(Vec::new, |p| p.executor.profile());
+    let train = session.train.as_ref().expect("a bench has a training plan");
+    let times = train.executor.profile();
     let (n_steps, step_ms) = (step_s.len() as f64, 1e3 * step_s.iter().sum::<f64>());
     let step_ms = step_ms / n_steps;
     let mut classes = Vec::new();
@@ -294,6 +300,7 @@ fn profile(session: &crate::session::Session, step_s: &[f64]) -> BenchProfile {
             op: t.op,
             runs_per_step: t.n_runs / step_s.len() as u64,
             ms_per_step: 1e3 * t.total.as_secs_f64() / n_steps,
+            predicted_ms_per_step: 1e3 * train.predicted_s.get(t.op).copied().unwrap_or(0.0),
         });
         let ops: Vec<KindTime> = kinds.collect();
         let ms_per_step = ops.iter().map(|t| t.ms_per_step).sum::<f64>();
@@ -321,7 +328,8 @@ impl BenchProfile {
             line(format!("{:<26} {:>10.3} ms/step {share:>5.1} %", c.class, c.ms_per_step));
             for t in &c.ops {
                 let runs = format!("{:>6} runs", t.runs_per_step);
-                line(format!("  {:<24} {:>10.3} ms/step {runs}", t.op, t.ms_per_step));
+                let predicted = format!("{:>10.3} predicted", t.predicted_ms_per_step);
+                line(format!("  {:<24} {:>10.3} ms/step {runs} {predicted}", t.op, t.ms_per_step));
             }
         }
         let outside = 100.0 * self.outside_products_share;

@@ -37,6 +37,8 @@ pub(crate) struct TrainWanted {
     pub(crate) dropout: f32,
     /// Whether classes of ops may be taken out of f16 while the run goes on.
     pub(crate) demote: bool,
+    /// Whether the fastest plan that fits is wanted, whatever the last per cent of speed takes.
+    pub(crate) fastest: bool,
 }
 
 impl TrainWanted {
@@ -54,6 +56,7 @@ impl TrainWanted {
             clip: settings.max_grad_norm > 0.0 || skips,
             dropout: settings.dropout as f32,
             demote: settings.f16_demote,
+            fastest: false,
         }
     }
 }

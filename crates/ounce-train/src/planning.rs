@@ -64,7 +64,10 @@ impl Planner<'_> {
         shape: StepShape,
         reserved_bytes: u64,
     ) -> Option<Plan> {
-        let options = PlanOptions { reserved_bytes, ..PlanOptions::default() };
+        let mut options = PlanOptions { reserved_bytes, ..PlanOptions::default() };
+        if self.wanted.train.is_some_and(|train| train.fastest) {
+            options.unconstrained_permille = 0;
+        }
         let declared = Declared(self.machine);
         let least = Frontier::solve(graph, &shape, &declared, &low_end(reserved_bytes));
         if least.smallest_bytes().max(self.baseline.tokenizing_peak_bytes()) > self.budget_bytes {

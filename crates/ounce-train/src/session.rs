@@ -4,6 +4,7 @@
 //! the training, the evaluation and the sampling plan find the parameters in the same place; the two
 //! forward plans leave the bytes of the states alone. The peak is the largest of the plans'.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ounce_exec::heap::release_free_heap;
@@ -12,7 +13,7 @@ use ounce_io::checkpoint::Checkpoint;
 use ounce_ir::{DType, Graph, OpId, ParamId, ValueId, ValueKind};
 use ounce_kernels::pool::Pool;
 use ounce_passes::OpClass;
-use ounce_program::{Buffer, BufferRole, Certificate, Choice, Plan, StepShape};
+use ounce_program::{Buffer, BufferRole, Certificate, Choice, Instr, Machine, Plan, StepShape};
 
 use crate::baseline::{Baseline, Sizes};
 use crate::batch::DataInputs;
@@ -46,6 +47,8 @@ pub(crate) struct Program {
     /// Ids are below it.
     pub(crate) vocab_size: u64,
     pub(crate) certificate: Certificate,
+    /// Predicted seconds of a step by kind of op, by the op's name.
+    pub(crate) predicted_s: BTreeMap<&'static str, f64>,
     choice: Choice,
     table: String,
     /// `plan.html` of a training step.
@@ -255,6 +258,7 @@ fn resolve(
         executor,
         vocab_size: model.config.vocab_size(),
         certificate: plan.certificate,
+        predicted_s: predicted_s(graph, plan, machine),
         choice: plan.choice.clone(),
         table: ounce_plan::explain(plan),
         picture: trains.then(|| plan_html(graph, plan, &title)),
@@ -262,6 +266,27 @@ fn resolve(
         stored_bytes: plan.buffers.values().filter(is_stored).map(|b| b.bytes).sum(),
         graph: graph.clone(),
     })
+}
+
+/// Predicted seconds of a step by kind of op.
+fn predicted_s(
+    graph: &Graph,
+    plan: &Plan,
+    machine: &MeasuredMachine,
+) -> BTreeMap<&'static str, f64> {
+    // A cost is looked up once for all runs on as many tokens.
+    let mut n_runs: BTreeMap<(OpId, u64), u64> = BTreeMap::new();
+    for instr in &plan.instrs {
+        if let Instr::Run { op, tokens, .. } = instr {
+            *n_runs.entry((*op, tokens.end - tokens.start)).or_default() += 1;
+        }
+    }
+    let mut predicted_s = BTreeMap::new();
+    for ((op, n_tokens), n_runs) in n_runs {
+        let cost_s = machine.cost_s(graph, op, &plan.shape, n_tokens);
+        *predicted_s.entry(graph.ops[op].kind.name()).or_default() += n_runs as f64 * cost_s;
+    }
+    predicted_s
 }
 
 /// The phases for people.

@@ -201,6 +201,7 @@ fn bench_step(flags: BenchStepFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
         learning_rate: flags.learning_rate,
         max_grad_norm: flags.max_grad_norm,
         profile: flags.profile,
+        fastest: flags.fastest,
     };
     let mut console = Console::new(flags.json, Some(1), signal.clone());
     let record = ounce_train::bench_step(&wanted, &environment()?, &mut console)?;

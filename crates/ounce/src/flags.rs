@@ -421,6 +421,9 @@ pub(crate) struct BenchStepFlags {
     /// Time by class of op, on stderr
     #[arg(long)]
     pub(crate) profile: bool,
+    /// The fastest plan that fits: keeps everything where there is room, for the last per cent of speed
+    #[arg(long)]
+    pub(crate) fastest: bool,
     /// Print one JSON line on stdout
     #[arg(long)]
     pub(crate) json: bool,
