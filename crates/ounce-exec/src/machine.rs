@@ -69,7 +69,7 @@ const MAX_VOCAB: u64 = 8192;
 const MAX_WEIGHT_ELEMS: u64 = 8 << 20;
 const MAX_UPDATED_ELEMS: u64 = 2 << 20;
 /// Time that the runs of one measurement should take together, and a run that is not repeated often.
-const TARGET: Duration = Duration::from_millis(6);
+const TARGET: Duration = Duration::from_millis(16);
 const LONG_RUN: Duration = Duration::from_millis(150);
 /// So many sets of operands one after another do not meet their own traces in the caches.
 const SETS_BEYOND_CACHES: u64 = 8;
@@ -628,7 +628,7 @@ fn measure(
     let warm_up = run(0);
     let n_runs = match TARGET.as_nanos() / warm_up.as_nanos().max(1) {
         _ if warm_up > LONG_RUN => 1,
-        n => n.clamp(4, MAX_RUNS as u128) as u64,
+        n => n.clamp(6, MAX_RUNS as u128) as u64,
     };
     let mut times: Vec<Duration> = (1..=n_runs).map(&mut run).collect();
     times.sort_unstable();
