@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use serde_json::{Value, json};
 
-use crate::lab::{Lab, smallest_budget, words};
+use crate::lab::{Lab, SHAKESPEARE, smallest_budget, words};
 
 /// A model, a text, and questions with answers.
 fn lab() -> Lab {
@@ -172,6 +172,46 @@ fn the_plan_counts_what_streaming_takes_and_the_smallest_budget_holds_it() {
     let smallest = smallest_budget(&error);
     let tight = train(&lab, "tight", &format!("{run} --memory {smallest}"));
     assert!(tight == train(&lab, "free", &run));
+}
+
+/// Goal: what the plan declares for the process that tokenizes beside the steps holds. Method: that process
+/// is looked at all the while that it lives, in a run over windows of a long text.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_process_beside_the_steps_takes_no_more_than_is_declared() {
+    let lab = lab();
+    std::fs::copy(SHAKESPEARE, lab.path("long.txt")).unwrap();
+    let flags = "--data long.txt --streaming --shuffle-buffer-size 600 --max-steps 200 --threads 2";
+    let plan = lab.json(&words(&format!("plan --model model {flags}"))).remove(0);
+    let declared = plan["streaming_bytes"].as_u64().unwrap();
+    let mut run = lab.command(&words(&format!("{RUN} {flags} --output-dir out --json")));
+    let mut run = run.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut most = 0;
+    let status = loop {
+        if let Some(status) = run.try_wait().unwrap() {
+            break status;
+        }
+        most = most.max(peak_of_children(run.id()));
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    };
+    assert!(status.success());
+    assert!(most > 1 << 20, "the process was seen: {most} bytes");
+    assert!(most <= declared, "{most} bytes of {declared} declared");
+}
+
+/// The largest `VmHWM` in bytes of the processes that `parent` has started to tokenize.
+#[cfg(target_os = "linux")]
+fn peak_of_children(parent: u32) -> u64 {
+    let parent = format!("PPid:\t{parent}\n");
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let of = |process: std::fs::DirEntry| -> Option<u64> {
+        let status = std::fs::read_to_string(process.path().join("status")).ok()?;
+        // Until it runs the program anew, a child is a copy of its parent in every respect.
+        let line = std::fs::read_to_string(process.path().join("cmdline")).ok()?;
+        let peak = status.split_once("VmHWM:")?.1.split_whitespace().next()?;
+        (status.contains(&parent) && line.contains("\0__")).then(|| peak.parse().ok()).flatten()
+    };
+    processes.filter_map(of).max().unwrap_or(0) * 1024
 }
 
 #[test]
