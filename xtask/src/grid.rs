@@ -1,5 +1,6 @@
 //! Precision and budget together: GPT-2 124M, 4 x 1,024, in f32 and bf16, each with everything kept, in
-//! three quarters and in half of what f32 takes with everything kept, and in its smallest budget.
+//! three quarters and in half of what f32 takes with everything kept (bf16 also in 45 %), and in its
+//! smallest budget.
 
 use serde_json::{Value, json};
 
@@ -32,23 +33,26 @@ pub(crate) fn grid(s: &Setting<'_>) -> Result<Outcome> {
         } else {
             measure(s, &run, &mut outcome, PLENTY, true)?
         };
-        for budget in [share(0.75), share(0.5), run.smallest(s)?] {
+        // Below half of it lies what is claimed of both together.
+        let below_half = (precision == "bf16").then(|| share(0.45));
+        let budgets = [share(0.75), share(0.5)].into_iter().chain(below_half.clone());
+        for budget in budgets.chain([run.smallest(s)?]) {
             let result = measure(s, &run, &mut outcome, &budget, false)?;
             let same = result["losses"] == first["losses"];
             outcome.claim(same, format!("{precision} in {budget}: losses are those of keep-all"));
             let peak = number(&result, "peak_rss_mib")?;
             let fits = peak <= mib(&budget)?;
             outcome.claim(fits, format!("{precision} in {budget}: peak {peak:.1} MiB"));
-            if precision == "bf16" && budget == share(0.5) {
+            if below_half.as_ref() == Some(&budget) {
                 halved = Some(result);
             }
         }
     }
-    let halved = halved.expect("the budgets of bf16 have half of f32's among them");
+    let halved = halved.expect("the budgets of bf16 have one below half of f32's among them");
     let (fast, peak) = (number(&halved, "tok_per_s")?, number(&halved, "peak_rss_mib")?);
     let (slow, full) = (number(&all, "tok_per_s")?, number(&all, "peak_rss_mib")?);
     let what = format!(
-        "bf16 in half of it: {fast:.1} tok/s in {peak:.0} MiB; f32 with everything kept: {slow:.1} in \
+        "bf16 in 45 % of it: {fast:.1} tok/s in {peak:.0} MiB; f32 with everything kept: {slow:.1} in \
          {full:.0}: more than 50 % less at no loss of speed"
     );
     outcome.claim(fast >= slow && peak < 0.5 * full, what);
