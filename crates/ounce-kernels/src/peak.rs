@@ -1,7 +1,7 @@
 //! What no kernel can exceed: multiply-adds that never leave registers.
 //!
 //! Idea: independent sums, as many as there are registers for, hide the latency of one multiply-add
-//! behind the others, and nothing is loaded or stored. Complexity: `n_steps` times [`N_SUMS`] vector
+//! behind the others, and nothing is loaded or stored. Complexity: `n_steps` times as many vector
 //! instructions.
 
 use crate::tier::{Tier, tier};
