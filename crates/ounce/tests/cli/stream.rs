@@ -199,7 +199,8 @@ fn the_process_beside_the_steps_takes_no_more_than_is_declared() {
     assert!(most <= declared, "{most} bytes of {declared} declared");
 }
 
-/// The largest `VmHWM` in bytes of the processes that `parent` has started to tokenize.
+/// The most bytes that a process which `parent` has started to tokenize holds by itself. Its program is
+/// that of `parent`, whose baseline has those pages.
 #[cfg(target_os = "linux")]
 fn peak_of_children(parent: u32) -> u64 {
     let parent = format!("PPid:\t{parent}\n");
@@ -208,7 +209,7 @@ fn peak_of_children(parent: u32) -> u64 {
         let status = std::fs::read_to_string(process.path().join("status")).ok()?;
         // Until it runs the program anew, a child is a copy of its parent in every respect.
         let line = std::fs::read_to_string(process.path().join("cmdline")).ok()?;
-        let peak = status.split_once("VmHWM:")?.1.split_whitespace().next()?;
+        let peak = status.split_once("RssAnon:")?.1.split_whitespace().next()?;
         (status.contains(&parent) && line.contains("\0__")).then(|| peak.parse().ok()).flatten()
     };
     processes.filter_map(of).max().unwrap_or(0) * 1024
