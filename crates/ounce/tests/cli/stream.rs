@@ -191,7 +191,7 @@ fn the_process_beside_the_steps_takes_no_more_than_is_declared() {
         if let Some(status) = run.try_wait().unwrap() {
             break status;
         }
-        most = most.max(peak_of_children(run.id()));
+        most = most.max(held_by_children(run.id()));
         std::thread::sleep(std::time::Duration::from_millis(1));
     };
     assert!(status.success());
@@ -202,7 +202,7 @@ fn the_process_beside_the_steps_takes_no_more_than_is_declared() {
 /// The most bytes that a process which `parent` has started to tokenize holds by itself. Its program is
 /// that of `parent`, whose baseline has those pages.
 #[cfg(target_os = "linux")]
-fn peak_of_children(parent: u32) -> u64 {
+fn held_by_children(parent: u32) -> u64 {
     let parent = format!("PPid:\t{parent}\n");
     let processes = std::fs::read_dir("/proc").unwrap().flatten();
     let of = |process: std::fs::DirEntry| -> Option<u64> {
