@@ -2,9 +2,9 @@
 //!
 //! Idea: the time of an op is close to linear in its tokens, so it is measured at two numbers of
 //! tokens and drawn through both. That of a product with weights is not where tokens are few (it waits
-//! for the weights, whatever it computes meanwhile), so it has two more points. A large problem
-//! is measured in part (fewer vocabulary rows, output
-//! columns, elements, shorter rows) and scaled by its work. What was measured once is kept in memory
+//! for the weights, whatever it computes meanwhile), so it has two more points. A large problem is
+//! measured in part (fewer vocabulary rows, output columns, elements, shorter rows) and scaled by its
+//! work. What was measured once is kept in memory
 //! and in a file that belongs to this machine. Measuring uses the executor's own dispatch.
 //!
 //! In a step an op finds its weights and saved values where they were left long ago: in memory, not in
@@ -24,8 +24,8 @@
 //!
 //! Disturbances only ever add time, so the lower quartile of the runs counts.
 //!
-//! Complexity: two to four measurements per distinct op, each a few runs of at most about 6 GFLOP and one pass
-//! over the arena.
+//! Complexity: two to four measurements per distinct op, each a few runs of at most about
+//! 6 GFLOP (the head 24) and a pass or more over the arena.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -57,7 +57,7 @@ use crate::{Arena, OptimizerHyper, StepInputs, TimeClass};
 const MAX_TOUCHED_BYTES: u64 = 64 << 20;
 /// Work of one measured run at most.
 const MAX_FLOP: f64 = 6e9;
-/// Tokens of the larger of the two points, unless the step is shorter.
+/// Tokens of the largest of the points, unless the step is shorter.
 const MAX_TOKENS: u64 = 512;
 /// The same for the head, which reads and writes as many bytes for a chunk of few tokens as of many,
 /// and has only a few runs per step.

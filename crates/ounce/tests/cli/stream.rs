@@ -174,8 +174,9 @@ fn the_plan_counts_what_streaming_takes_and_the_smallest_budget_holds_it() {
     assert!(tight == train(&lab, "free", &run));
 }
 
-/// Goal: what the plan declares for the process that tokenizes beside the steps holds. Method: that process
-/// is looked at all the while that it lives, in a run over windows of a long text.
+/// Goal: what the plan declares for the process that tokenizes beside the steps holds, and both together
+/// keep the budget. Method: both are looked at all the while that they live, in a run over windows of a
+/// long text in its smallest budget. The program's pages are the same in both and counted once.
 #[cfg(target_os = "linux")]
 #[test]
 fn the_process_beside_the_steps_takes_no_more_than_is_declared() {
@@ -184,23 +185,36 @@ fn the_process_beside_the_steps_takes_no_more_than_is_declared() {
     let flags = "--data long.txt --streaming --shuffle-buffer-size 600 --max-steps 200 --threads 2";
     let plan = lab.json(&words(&format!("plan --model model {flags}"))).remove(0);
     let declared = plan["streaming_bytes"].as_u64().unwrap();
-    let mut run = lab.command(&words(&format!("{RUN} {flags} --output-dir out --json")));
+    let tiny = lab.fail(3, &words(&format!("{RUN} {flags} --output-dir out --memory 1MiB")));
+    let smallest = smallest_budget(&tiny);
+    let mib: f64 = smallest.strip_suffix("MiB").unwrap().parse().unwrap();
+    let args = format!("{RUN} {flags} --output-dir out --json --memory {smallest}");
+    let mut run = lab.command(&words(&args));
     let mut run = run.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let mut most = 0;
+    let (mut most, mut together) = (0, 0);
     let status = loop {
         if let Some(status) = run.try_wait().unwrap() {
             break status;
         }
-        most = most.max(held_by_children(run.id()));
+        let child = held_by_children(run.id());
+        let own = std::fs::read_to_string(format!("/proc/{}/status", run.id()));
+        let own = own.ok().and_then(|status| kib(&status, "VmHWM:")).unwrap_or(0) * 1024;
+        (most, together) = (most.max(child), together.max(own + child));
         std::thread::sleep(std::time::Duration::from_millis(1));
     };
     assert!(status.success());
     assert!(most > 1 << 20, "the process was seen: {most} bytes");
     assert!(most <= declared, "{most} bytes of {declared} declared");
+    assert!(together as f64 <= mib * 1048576.0, "{together} bytes in a budget of {smallest}");
 }
 
-/// The most bytes that a process which `parent` has started to tokenize holds by itself. Its program is
-/// that of `parent`, whose baseline has those pages.
+/// The number after `key` in a file of `/proc`.
+#[cfg(target_os = "linux")]
+fn kib(status: &str, key: &str) -> Option<u64> {
+    status.split_once(key)?.1.split_whitespace().next()?.parse().ok()
+}
+
+/// The bytes that a process which `parent` has started to tokenize holds by itself now.
 #[cfg(target_os = "linux")]
 fn held_by_children(parent: u32) -> u64 {
     let parent = format!("PPid:\t{parent}\n");
@@ -209,8 +223,8 @@ fn held_by_children(parent: u32) -> u64 {
         let status = std::fs::read_to_string(process.path().join("status")).ok()?;
         // Until it runs the program anew, a child is a copy of its parent in every respect.
         let line = std::fs::read_to_string(process.path().join("cmdline")).ok()?;
-        let peak = status.split_once("RssAnon:")?.1.split_whitespace().next()?;
-        (status.contains(&parent) && line.contains("\0__")).then(|| peak.parse().ok()).flatten()
+        let is_child = status.contains(&parent) && line.contains("\0__");
+        kib(&status, "RssAnon:").filter(|_| is_child)
     };
     processes.filter_map(of).max().unwrap_or(0) * 1024
 }
