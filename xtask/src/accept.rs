@@ -12,6 +12,7 @@ use crate::bench::last_object;
 use crate::budgets::gpt2_budgets;
 use crate::cgroup_runs::cgroup_runs;
 use crate::finetuning::finetuning;
+use crate::fuzzing::fuzzing;
 use crate::grid::grid;
 use crate::killed::killed;
 use crate::plan_times::plan_times;
@@ -57,6 +58,7 @@ const DEMONSTRATIONS: &[Demonstration] = &[
     ("smollm2", "SmolLM2-135M-Instruct as GGUF: loss and tokens as in other engines", smollm2),
     ("finetuning", "SmolLM2-135M on GSM8K in bf16, in 2 GiB, and the result elsewhere", finetuning),
     ("tokenising", "JSONL of growing length: peak, throughput, ids of the peer", tokenising),
+    ("fuzzing", "every parser on damaged files, an hour of processor time each", fuzzing),
     ("cgroup-runs", "random models in memory cgroups of their budgets' sizes", cgroup_runs),
 ];
 

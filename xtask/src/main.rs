@@ -14,6 +14,7 @@ mod ci;
 mod tidy;
 
 mod finetuning;
+mod fuzzing;
 mod golden;
 
 mod record;

@@ -34,6 +34,8 @@ const COLUMNS: &[(&str, &str)] = &[
     ("budget_mib", "budget MiB"),
     ("eval_loss", "eval loss"),
     ("verdict", "verdict"),
+    ("n_files", "files"),
+    ("processor_s", "processor s"),
     ("kernel", "kernel"),
     ("gflop_per_s", "GFLOP/s"),
     ("gb_per_s", "GB/s"),
@@ -64,6 +66,13 @@ pub(crate) fn keep(records: &[Record<'_>]) -> Result<PathBuf> {
     write(folder.join("summary.md"), &summary(&json_lines(&all)))?;
     println!("kept in {}", folder.strip_prefix(root()).unwrap_or(&folder).display());
     Ok(folder)
+}
+
+/// The records of a chore on all days and machines, in no order.
+pub(crate) fn kept(what: &str) -> Vec<Value> {
+    let folders = std::fs::read_dir(root().join("bench/runs")).into_iter().flatten().flatten();
+    let texts = folders.filter_map(|f| std::fs::read_to_string(f.path().join("raw.jsonl")).ok());
+    texts.flat_map(|text| json_lines(&text)).filter(|record| record["what"] == what).collect()
 }
 
 fn summary(records: &[Value]) -> String {
