@@ -1,7 +1,7 @@
 //! The file that keeps measured costs: one line per measurement, for one machine.
 //!
 //! ```text
-//! ounce costs 4
+//! ounce costs 5
 //! machine Intel(R) Xeon(R) Processor, avx512, 2 threads, 0.1.0
 //! linear 0 1 0 0 0 0 768 589824 768 768 0 0 0 0 0 0 64 = 4.1e-4
 //! ```
@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-const HEADER: &str = "ounce costs 4";
+const HEADER: &str = "ounce costs 5";
 
 /// Seconds by what was measured.
 pub(crate) type Costs = BTreeMap<String, f64>;

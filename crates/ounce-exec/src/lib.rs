@@ -10,7 +10,8 @@
 //! every op), `resolve` (plan and graph to tasks), `gate` (where a step stops before its updates),
 //! `dispatch` (a task to its kernel), [`step`] (the executor), [`buffers`] (what the session reads
 //! and writes between steps), [`profile`] (time per op), [`machine`] (costs measured on this
-//! machine), `cost_file` (where they are kept), [`heap`] (freed memory given back).
+//! machine), `problem` (what is measured of an op), `measure` (how), `cost_file` (where costs are
+//! kept), [`heap`] (freed memory given back).
 //!
 //! ```
 //! use std::sync::Arc;
@@ -50,6 +51,10 @@ pub mod buffers;
 pub mod profile;
 
 pub mod machine;
+
+mod problem;
+
+mod measure;
 
 mod cost_file;
 
