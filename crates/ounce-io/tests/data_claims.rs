@@ -15,7 +15,7 @@ use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::metadata::{
     ParquetMetaData, ParquetMetaDataReader, ParquetMetaDataWriter, RowGroupMetaData,
 };
-use parquet::file::properties::WriterProperties;
+use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterVersion};
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use peak_alloc::PeakAlloc;
@@ -110,6 +110,104 @@ fn reading_takes_no_more_memory_than_the_file_declares() {
         assert!(taken <= declared, "{what}: {taken} bytes, declared {declared}");
         // A bound that says nothing would hold, too.
         assert!(declared <= 20 * page_bytes.max(text_bytes), "{what}: declared {declared}");
+    }
+}
+
+/// Rows of `message m { list<optional text> }`: how often each holds which text; no text is null.
+fn write_lists(path: &Path, rows: &[&[(usize, Option<&str>)]], layout: Layout) {
+    let list =
+        "required group texts (LIST) { repeated group list { optional binary element (UTF8); } }";
+    let schema = Arc::new(parse_message_type(&format!("message m {{ {list} }}")).unwrap());
+    let version = if layout.rows_per_group == 1 {
+        WriterVersion::PARQUET_2_0
+    } else {
+        WriterVersion::PARQUET_1_0
+    };
+    let properties = WriterProperties::builder()
+        .set_compression(layout.compression)
+        .set_dictionary_enabled(layout.plain.is_none())
+        .set_encoding(layout.plain.unwrap_or(Encoding::PLAIN))
+        .set_data_page_size_limit(layout.page_bytes)
+        .set_dictionary_page_size_limit(layout.page_bytes)
+        .set_statistics_enabled(EnabledStatistics::None)
+        .set_writer_version(version)
+        .build();
+    let file = std::fs::File::create(path).unwrap();
+    let mut writer = SerializedFileWriter::new(file, schema, Arc::new(properties)).unwrap();
+    for group in rows.chunks(layout.rows_per_group) {
+        let mut out = writer.next_row_group().unwrap();
+        let mut column = out.next_column().unwrap().unwrap();
+        let (mut values, mut definition, mut repetition) = (vec![], vec![], vec![]);
+        for row in group {
+            let first = repetition.len();
+            for &(n, text) in *row {
+                definition.resize(definition.len() + n, if text.is_some() { 2 } else { 1 });
+                repetition.resize(repetition.len() + n, 1);
+                let text = text.map(|text| ByteArray::from(text.as_bytes().to_vec()));
+                values.extend(text.into_iter().flat_map(|text| vec![text; n]));
+            }
+            repetition[first] = 0;
+        }
+        let writer = column.typed::<ByteArrayType>();
+        writer.write_batch(&values, Some(&definition), Some(&repetition)).unwrap();
+        column.close().unwrap();
+        out.close().unwrap();
+    }
+    writer.close().unwrap();
+}
+
+#[test]
+fn lists_that_repeat_a_text_are_declared_or_refused() {
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("lists.parquet");
+    let zstd = Compression::ZSTD(ZstdLevel::default());
+    let by_dictionary = Layout { compression: zstd, plain: None, ..SMALL };
+    let (long, role, other) = ("abcdefgh".repeat(10_000), Some("user"), Some("assistant"));
+    let long = Some(long.as_str());
+    let chat: &[(usize, Option<&str>)] = &[(1, role), (1, other), (1, role), (1, other)];
+    let many = vec![chat; 5000];
+    let folded: &[(usize, Option<&str>)] = &[(300, long)];
+    let nulls: &[(usize, Option<&str>)] = &[(100_000, None)];
+    let single: &[(usize, Option<&str>)] = &[(1, long)];
+    // What, the rows, and the most that may be declared.
+    let accepted: [(&str, Vec<&[_]>, usize); 4] = [
+        ("roles", many, 1 << 20),
+        ("a text 300 times", vec![chat, folded, chat], 200 << 20),
+        ("nulls", vec![nulls, chat], 60 << 20),
+        ("single texts", vec![single; 300], 3 << 20),
+    ];
+    for (what, rows, most) in accepted {
+        for (rows_per_group, plain) in [(1, None), (5000, None), (5000, Some(Encoding::PLAIN))] {
+            // Plain pages hold every text, so that there the page is what counts.
+            let most = if plain.is_some() { 400 << 20 } else { most };
+            let rows = if rows_per_group == 1 { &rows[..rows.len().min(20)] } else { &rows[..] };
+            write_lists(&path, rows, Layout { rows_per_group, plain, ..by_dictionary });
+            let declared = data_bytes([path.as_path()]) as usize;
+            let before = ALLOCATOR.current_usage();
+            ALLOCATOR.reset_peak_usage();
+            assert_eq!(count_rows(&path).unwrap(), rows.len(), "{what}");
+            let taken = ALLOCATOR.peak_usage() - before;
+            assert!(taken <= declared, "{what}: {taken} bytes, declared {declared}");
+            assert!(declared <= most, "{what}: {declared} bytes declared");
+        }
+    }
+    let bomb: &[(usize, Option<&str>)] = &[(500_000, long)];
+    let nothing: &[(usize, Option<&str>)] = &[(1_000_000, None)];
+    for rows_per_group in [1, 2] {
+        for rows in [[chat, bomb], [chat, nothing]] {
+            write_lists(&path, &rows, Layout { rows_per_group, ..by_dictionary });
+            assert!(std::fs::metadata(&path).unwrap().len() < 50_000, "the file is small");
+            let before = ALLOCATOR.current_usage();
+            ALLOCATOR.reset_peak_usage();
+            let error = count_rows(&path).unwrap_err();
+            let taken = ALLOCATOR.peak_usage() - before;
+            assert_eq!(error.kind(), ErrorKind::BadInput);
+            let message = error.to_string();
+            let what = "column `texts.list.element`: a row unfolds to more than 256 MiB";
+            assert!(message.contains("lists.parquet: ") && message.contains(what), "{message}");
+            assert!(taken <= 2 << 20, "{taken} bytes");
+        }
     }
 }
 

@@ -497,16 +497,7 @@ impl Bench {
             rope(pool, InOut::separate(&mut y, &x), &positions, &freqs, 1.0, c / 64, 64, false);
         });
         let (mut m, mut v) = (zeros(n * c), zeros(n * c));
-        let hyper = AdamwHyper {
-            lr: 1e-4,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            bias_correction1: 0.1,
-            bias_correction2: 0.05,
-            grad_scale: 1.0,
-        };
+        let hyper = AdamwHyper::default();
         self.stream("adamw", 7 * bytes, |pool| {
             adamw(pool, MasterMut::F32(&mut y), &x, &mut m, &mut v, &hyper);
         });

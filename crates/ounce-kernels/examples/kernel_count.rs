@@ -243,16 +243,7 @@ fn embed() {
 fn update() {
     let (mut w, gradient) = (numbers(N * C), numbers(N * C));
     let (mut m, mut v) = (vec![0.0; N * C], vec![0.0; N * C]);
-    let hyper = AdamwHyper {
-        lr: 1e-4,
-        beta1: 0.9,
-        beta2: 0.95,
-        eps: 1e-8,
-        weight_decay: 0.1,
-        bias_correction1: 0.1,
-        bias_correction2: 0.05,
-        grad_scale: 1.0,
-    };
+    let hyper = AdamwHyper::default();
     count(|pool| adamw(pool, MasterMut::F32(&mut w), &gradient, &mut m, &mut v, &hyper));
 }
 

@@ -36,6 +36,22 @@ pub struct AdamwHyper {
     pub grad_scale: f32,
 }
 
+impl Default for AdamwHyper {
+    /// The first step with the defaults of `torch.optim.AdamW`.
+    fn default() -> Self {
+        Self {
+            lr: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 1e-2,
+            bias_correction1: 1.0 - 0.9,
+            bias_correction2: 1.0 - 0.999,
+            grad_scale: 1.0,
+        }
+    }
+}
+
 /// One step of AdamW with the semantics of `torch.optim.AdamW`: decay, moments, then
 /// `w -= lr / bc1 * m / (sqrt(v) / sqrt(bc2) + eps)`.
 ///
@@ -228,16 +244,7 @@ mod tests {
     #[test]
     fn updates_of_split_parameters_are_those_of_f32_to_the_bit_on_every_tier() {
         let (start, g) = (noise(N, 1), noise(N, 2));
-        let hyper = AdamwHyper {
-            lr: 1e-2,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            bias_correction1: 0.1,
-            bias_correction2: 0.05,
-            grad_scale: 0.5,
-        };
+        let hyper = AdamwHyper { lr: 1e-2, grad_scale: 0.5, ..AdamwHyper::default() };
         for tier in Tier::available() {
             set_tier(Some(tier));
             let (mut w, (mut hi, mut lo)) = (start.clone(), split(&start));

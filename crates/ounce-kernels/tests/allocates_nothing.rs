@@ -207,16 +207,7 @@ fn optimizers_allocate_nothing(pool: &Pool) {
     let (mut hi, mut lo) = (vec![bf16::ONE; N * C], vec![0; N * C]);
     let (mut m, mut v) = (vec![0.0; N * C], vec![0.0; N * C]);
     let mut sums = vec![0.0; sum_squares_scratch_f64(N * C)];
-    let hyper = AdamwHyper {
-        lr: 0.1,
-        beta1: 0.9,
-        beta2: 0.9,
-        eps: 1e-8,
-        weight_decay: 0.0,
-        bias_correction1: 0.1,
-        bias_correction2: 0.1,
-        grad_scale: 1.0,
-    };
+    let hyper = AdamwHyper::default();
     quiet("optim", || {
         adamw(pool, MasterMut::F32(&mut y), &x, &mut m, &mut v, &hyper);
         let split = MasterMut::Split { hi: &mut hi, lo: &mut lo };

@@ -1,10 +1,12 @@
 //! The frontier on real models with a fixed machine.
+use std::collections::BTreeMap;
+
 use expect_test::expect;
 use ounce_check::check;
-use ounce_ir::{Graph, OptimizerKind};
+use ounce_ir::{Graph, OpId, OptimizerKind};
 use ounce_models::Purpose;
 use ounce_plan::{Frontier, PlanOptions, explain};
-use ounce_program::{FixedMachine, LoopOrder, StepShape};
+use ounce_program::{FixedMachine, Instr, LoopOrder, Plan, StepShape};
 
 fn training_graph(model: &str, clip: bool) -> Graph {
     let config = ounce_models::preset(model).expect("a preset trains");
@@ -32,6 +34,33 @@ fn gpt2_fits_in_a_third_of_what_keeping_everything_takes() {
     }
     let roomy = frontier.plan(2500 << 20).expect("fits").certificate;
     assert!(roomy.step_s < 1.02 * roomy.step_bound_s, "within 2 % of the bound");
+}
+
+/// How many tokens each op runs on, all its runs together.
+fn tokens_run(plan: &Plan) -> BTreeMap<OpId, u64> {
+    let mut tokens_of = BTreeMap::new();
+    for instr in &plan.instrs {
+        if let Instr::Run { op, tokens, .. } = instr {
+            *tokens_of.entry(*op).or_insert(0) += tokens.end - tokens.start;
+        }
+    }
+    tokens_of
+}
+
+#[test]
+fn the_fastest_plan_runs_nothing_again() {
+    let graph = training_graph("gpt2", false);
+    let machine = FixedMachine::default();
+    let shape = StepShape::new(4, 1024);
+    let n_again = |unconstrained_permille| {
+        let options = PlanOptions { unconstrained_permille, ..PlanOptions::default() };
+        let plan = Frontier::solve(&graph, &shape, &machine, &options).plan(u64::MAX);
+        let ran = tokens_run(&plan.expect("there is no budget"));
+        assert_eq!(ran.len(), graph.ops.len(), "every op runs");
+        ran.values().filter(|&&n_tokens| n_tokens > shape.n_tokens()).count()
+    };
+    assert_eq!(n_again(0), 0);
+    assert!(n_again(20) > 0, "two per cent of time are worth bytes");
 }
 
 #[test]

@@ -12,6 +12,8 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use super::row_sizes::VALUE_BYTES;
+
 /// Largest page that is unpacked. Writers aim at 1 MiB, but some put a thousand rows into one however long they are.
 const MAX_PAGE_BYTES: i64 = 512 << 20;
 /// A page above this size must be packed to more than a hundredth, which texts are: otherwise it is a bomb.
@@ -27,24 +29,50 @@ const MAX_DEPTH: u32 = 8;
 const ENTRY_BYTES: u64 = 40;
 /// A page unpacked, the one before it as far as a row reaches back, and the row that is made of them, as the library's,
 /// as ours, as messages and as text.
-const COPIES: u64 = 6;
+pub(super) const COPIES: u64 = 6;
+/// What a reader of a column takes beside pages and values.
+const READER_BYTES: u64 = 32 << 10;
+/// Encodings as indices of the dictionary's entries.
+const BY_DICTIONARY: [i64; 2] = [2, 8];
 /// Encodings of lengths, and of lengths and common starts, as differences.
 const DELTA_TEXT: [i64; 2] = [6, 7];
 
-/// Checks the pages in `start..start + n_bytes` of a file, which must claim `n_claimed` values together. Returns how
-/// many bytes of memory it takes to read them one after the other, or what is wrong with them.
+/// Pages of a chunk that hold at most so many packed bytes for an unpacked one are ordinary texts.
+const ORDINARY_RATIO: u64 = 20;
+
+/// What the pages of a column chunk claim.
+pub(super) struct ChunkClaims {
+    /// Bytes of memory that it takes to read them one after the other.
+    pub(super) memory_bytes: u64,
+    pub(super) pages: Vec<PageKind>,
+}
+
+/// How the values of a page lie on it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum PageKind {
+    /// Entries of a dictionary.
+    Dictionary,
+    /// So that a row may be larger than the page: repeated, as indices, or packed a lot.
+    Folded,
+    /// One by one.
+    Dense,
+}
+
+/// Checks the pages in `start..start + n_bytes` of a file, which must claim `n_claimed` values together; says what is
+/// wrong with them.
 pub(super) fn check_chunk(
     file: &File,
     start: u64,
     n_bytes: u64,
     n_claimed: i64,
-) -> Result<u64, String> {
+) -> Result<ChunkClaims, String> {
     let file_bytes = file.metadata().map_err(|e| e.to_string())?.len();
     let end = start.checked_add(n_bytes).filter(|&end| end <= file_bytes);
     let end = end.ok_or("a column reaches beyond the end of the file")?;
     let mut at = start;
     let mut buffer = Vec::new();
     let (mut dictionary_bytes, mut page_bytes, mut n_found) = (0, 0, 0_u64);
+    let mut pages = Vec::new();
     while at < end {
         let (header_bytes, page) = read_header(file, at, end, &mut buffer)?;
         if !(0..=MAX_PAGE_BYTES).contains(&page.unpacked_bytes) {
@@ -66,9 +94,14 @@ pub(super) fn check_chunk(
                 return Err(format!("a dictionary claims {n_values} entries in {unpacked} bytes"));
             }
             dictionary_bytes += unpacked + ENTRY_BYTES * n_values;
-        } else {
+            pages.push(PageKind::Dictionary);
+        } else if !page.is_index {
             page_bytes = page_bytes.max(COPIES * unpacked);
             n_found = n_found.saturating_add(n_values);
+            let is_dense = n_values.saturating_mul(VALUE_BYTES) <= COPIES * unpacked
+                && !BY_DICTIONARY.contains(&page.encoding)
+                && unpacked <= ORDINARY_RATIO * packed;
+            pages.push(if is_dense { PageKind::Dense } else { PageKind::Folded });
         }
         page_bytes = page_bytes.max(packed + unpacked);
         at = (at + header_bytes as u64)
@@ -79,7 +112,7 @@ pub(super) fn check_chunk(
     if u64::try_from(n_claimed) != Ok(n_found) {
         return Err(format!("the footer says {n_claimed} values, the pages {n_found}"));
     }
-    Ok(dictionary_bytes + page_bytes)
+    Ok(ChunkClaims { memory_bytes: READER_BYTES + dictionary_bytes + page_bytes, pages })
 }
 
 /// The header at `at` and its length, read in parts that grow until it is whole.
@@ -108,6 +141,8 @@ fn read_header(
 /// What a page's header says.
 #[derive(Default)]
 struct PageClaims {
+    /// A page that readers pass over.
+    is_index: bool,
     is_dictionary: bool,
     unpacked_bytes: i64,
     packed_bytes: i64,
@@ -127,6 +162,7 @@ fn page_header(input: &mut Compact<'_>) -> Option<PageClaims> {
     let mut id = 0;
     while let Some(kind) = input.field(&mut id)? {
         match (id, kind) {
+            (1, I32) => page.is_index = input.number()? == 1,
             (2, I32) => page.unpacked_bytes = input.number()?,
             (3, I32) => page.packed_bytes = input.number()?,
             (DATA | DICTIONARY | DATA_2, STRUCT) => {

@@ -1,7 +1,7 @@
 //! Rows of a Parquet file, nested lists and structures included, one at a time.
 //!
 //! Idea: the `parquet` crate assembles records from pages; around it stand a check of what the pages of a row group
-//! claim before any of them is read (`pages.rs`), a count of the rows against what the footer says, and a guard, since
+//! claim before any of them is read (`pages.rs`), one of what their rows unfold to (`row_sizes.rs`), a count of the rows against what the footer says, and a guard, since
 //! the crate panics on some broken files. Compression: none, snappy, zstd.
 //!
 //! Memory: the footer, and per column its dictionary and a page or two ([`memory_of`]). The crate reads ahead a batch
@@ -19,7 +19,7 @@ use ::parquet::record::reader::{ReaderIter, TreeBuilder};
 use ::parquet::record::{Field, Row};
 use serde_json::{Map, Number, Value};
 
-use super::{Place, RawRow, pages};
+use super::{Place, RawRow, pages, row_sizes};
 use crate::error::IoError;
 use crate::hash::hash_file;
 use crate::json::open_regular;
@@ -192,12 +192,13 @@ fn check_chunks(reader: &SerializedFileReader<File>, file: &File) -> Result<Clai
     let mut n_rows = 0_u64;
     // A group is begun while the one before is still there.
     let (mut before_bytes, mut memory_bytes) = (0_u64, 0_u64);
-    for group in reader.metadata().row_groups() {
+    for (group_index, group) in reader.metadata().row_groups().iter().enumerate() {
         let n = u64::try_from(group.num_rows())
             .map_err(|_| "a row group has a negative count of rows")?;
         n_rows = n_rows.checked_add(n).ok_or("the row groups claim too many rows")?;
         let mut group_bytes = 0_u64;
-        for column in group.columns() {
+        let group_reader = reader.get_row_group(group_index).map_err(|e| e.to_string())?;
+        for (i, column) in group.columns().iter().enumerate() {
             let compression = column.compression();
             if !matches!(
                 compression,
@@ -209,14 +210,17 @@ fn check_chunks(reader: &SerializedFileReader<File>, file: &File) -> Result<Clai
             let in_column =
                 |reason| format!("column `{}`: {reason}", column.column_path().string());
             let n_values = column.num_values();
-            let chunk_bytes =
-                pages::check_chunk(file, start, n_bytes, n_values).map_err(in_column)?;
+            let chunk = pages::check_chunk(file, start, n_bytes, n_values).map_err(in_column)?;
             // Of lists a row may have any number.
             if column.column_descr().max_rep_level() == 0 && n_values != group.num_rows() {
                 let n_rows = group.num_rows();
                 return Err(in_column(format!("{n_values} values in {n_rows} rows")));
             }
-            group_bytes = group_bytes.saturating_add(chunk_bytes);
+            let mut pages = group_reader.get_column_page_reader(i).map_err(|e| e.to_string())?;
+            let row_bytes =
+                row_sizes::largest_row(&mut *pages, column.column_descr(), &chunk.pages)
+                    .map_err(in_column)?;
+            group_bytes = group_bytes.saturating_add(chunk.memory_bytes).saturating_add(row_bytes);
         }
         memory_bytes = memory_bytes.max(before_bytes.saturating_add(group_bytes));
         before_bytes = group_bytes;
