@@ -3,7 +3,8 @@
 //!
 //! In each round a run that saves after every step is killed after a random time. In every other round
 //! the run that goes on from there (`--resume-from-checkpoint auto`) is killed as well. Then it is left
-//! alone, and its weights must be, byte for byte, those of the run without interruption.
+//! alone, and its weights must be, byte for byte, those of the run without interruption. Rounds go on until so
+//! many runs were killed alive.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -16,12 +17,14 @@ use crate::accept::{Outcome, Setting, fresh_model, path, shakespeare};
 use crate::random::Random;
 use crate::shell::scratch_folder;
 
-/// Rounds of the whole demonstration.
-const N_ROUNDS: u64 = 300;
+/// Kills of the whole demonstration.
+const N_KILLS: u64 = 300;
 
 /// What the rounds saw.
 #[derive(Default)]
 struct Seen {
+    rounds: u64,
+    /// Of living runs.
     kills: u64,
     /// The run was done before it could be killed.
     late: u64,
@@ -44,18 +47,18 @@ pub(crate) fn killed(s: &Setting<'_>) -> Result<Outcome> {
         ["--per-device-train-batch-size", "4", "--learning-rate", "1e-2", "--dropout", "0.1"];
     let saves = ["--save-steps", "1", "--save-total-limit", "2"];
     let run = [&files[..], &steps, &rest, &saves, &s.thread_args()].concat();
-    let n_rounds = s.times.unwrap_or(N_ROUNDS);
+    let n_kills = s.times.unwrap_or(N_KILLS);
     let begin = Instant::now();
-    let seen = rounds(&s.binary, &run, &folder, n_rounds, &mut Random::new(s.seed))?;
+    let seen = rounds(&s.binary, &run, &folder, n_kills, &mut Random::new(s.seed))?;
     outcome.claim(
         seen.different == 0,
         format!(
-            "{n_rounds} rounds, {} kills of a living run: {} ended with other weights",
-            seen.kills, seen.different
+            "{} kills of a living run in {} rounds: {} ended with other weights",
+            seen.kills, seen.rounds, seen.different
         ),
     );
     let result = json!({
-        "rounds": n_rounds, "kills": seen.kills, "done_before_the_kill": seen.late,
+        "rounds": seen.rounds, "kills": seen.kills, "done_before_the_kill": seen.late,
         "killed_before_the_first_checkpoint": seen.before_any,
         "killed_while_saving": seen.in_save, "seconds": begin.elapsed().as_secs(),
     });
@@ -68,7 +71,7 @@ fn rounds(
     binary: &str,
     run: &[&str],
     folder: &Path,
-    n_rounds: u64,
+    n_kills: u64,
     random: &mut Random,
 ) -> Result<Seen> {
     let (whole, out) = (folder.join("whole"), folder.join("out"));
@@ -84,9 +87,9 @@ fn rounds(
     let expected = weights(&whole)?;
     let resumed = [run, &["--output-dir", path(&out), "--resume-from-checkpoint", "auto"]].concat();
     let mut seen = Seen::default();
-    for round in 0..n_rounds {
+    while seen.kills < n_kills {
         clear(&out)?;
-        for _ in 0..=round % 2 {
+        for _ in 0..=seen.rounds % 2 {
             let mut child = spawn(binary, &resumed)?;
             std::thread::sleep(whole_time.mul_f64(random.share()));
             let is_done = child.try_wait().map_err(|e| e.to_string())?.is_some();
@@ -100,6 +103,7 @@ fn rounds(
         }
         wait(spawn(binary, &resumed)?)?;
         seen.different += u64::from(weights(&out)? != expected);
+        seen.rounds += 1;
     }
     Ok(seen)
 }

@@ -22,10 +22,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("{difference}");
     }
     println!(
-        "{} templates: {} cases equal, {} completed, {} refused by both, {} different",
+        "{} templates: {} cases equal, {} refused by both, {} different",
         found.n_templates,
         found.n_equal,
-        found.n_completed,
         found.n_refused,
         found.differences.len()
     );

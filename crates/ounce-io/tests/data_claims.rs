@@ -182,7 +182,7 @@ fn lists_that_repeat_a_text_are_declared_or_refused() {
             // Plain pages hold every text, so that there the page is what counts.
             let most = if plain.is_some() { 400 << 20 } else { most };
             let rows = if rows_per_group == 1 { &rows[..rows.len().min(20)] } else { &rows[..] };
-            write_lists(&path, rows, Layout { rows_per_group, plain, ..by_dictionary });
+            write_lists(&path, rows, Layout { plain, rows_per_group, ..by_dictionary });
             let declared = data_bytes([path.as_path()]) as usize;
             let before = ALLOCATOR.current_usage();
             ALLOCATOR.reset_peak_usage();

@@ -520,7 +520,7 @@ fn templates_are_rendered_as_python_renders_them() {
     let goldens = parse_json(&path, &std::fs::read(&path).unwrap()).unwrap();
     let found = ounce_io::testing::compare_templates(&goldens);
     assert_eq!(found.differences, Vec::<String>::new());
-    assert_eq!((found.n_templates, found.n_equal, found.n_refused), (7, 82, 2));
+    assert_eq!((found.n_templates, found.n_equal, found.n_refused), (8, 94, 2));
 }
 
 #[test]
@@ -529,6 +529,5 @@ fn ids_and_masks_are_those_that_trl_trains_with() {
     let goldens = parse_json(&path, &std::fs::read(&path).unwrap()).unwrap();
     let found = ounce_io::testing::compare_masks(&goldens, path.parent().unwrap());
     assert_eq!(found.differences, Vec::<String>::new());
-    // Tokenizers of the metaspace kind spell the line feed that ends a block of `generation.jinja` in two tokens.
-    assert_eq!((found.n_templates, found.n_equal, found.n_completed), (3, 160, 32));
+    assert_eq!((found.n_templates, found.n_equal), (3, 192));
 }

@@ -75,9 +75,10 @@ fn to_json(value: Value, kwargs: Kwargs) -> Result<String, Error> {
     Ok(python::json(&value, &style))
 }
 
-/// The template with `{% generation %}` blocks written as blocks of a filter, which mark their output. White space
-/// control and line numbers stay as they are.
-pub(super) fn generation_to_filter(source: &str) -> String {
+/// The template as it is compiled: `{% generation %}` blocks are blocks of a filter, which mark their output, and the
+/// line feed behind `{% raw %}` is kept, which Python's jinja2 does not take for one that `trim_blocks` removes. White
+/// space control and line numbers stay as they are.
+pub(super) fn adapt(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(at) = rest.find("{%") {
@@ -87,17 +88,27 @@ pub(super) fn generation_to_filter(source: &str) -> String {
         let (space, word) = tag.split_at(sign.unwrap_or(tag.len()));
         out.push_str(space);
         rest = word;
-        for (from, to) in
-            [("generation", format!("filter {GENERATION}")), ("endgeneration", "endfilter".into())]
-        {
-            if let Some(after) = word.strip_prefix(from)
-                && after.trim_start().trim_start_matches(['-', '+']).starts_with("%}")
-            {
-                out.push_str(&to);
-                rest = after;
-            }
+        let behind = |from: &str| {
+            let after = word.strip_prefix(from)?;
+            after.trim_start().trim_start_matches(['-', '+']).starts_with("%}").then_some(after)
+        };
+        if let Some(after) = behind("generation") {
+            out.push_str("filter ");
+            out.push_str(GENERATION);
+            rest = after;
+        } else if let Some(after) = behind("endgeneration") {
+            out.push_str("endfilter");
+            rest = after;
+        } else if let Some(after) = behind("raw").filter(|a| a.trim_start().starts_with('%')) {
+            out.push_str("raw +");
+            rest = after.trim_start();
         }
     }
     out.push_str(rest);
     out
+}
+
+/// Whether the template says itself what the assistant wrote.
+pub(super) fn has_generation(source: &str) -> bool {
+    adapt(source).contains(GENERATION)
 }

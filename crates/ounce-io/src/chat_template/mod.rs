@@ -162,7 +162,7 @@ impl ChatTemplate {
         let mut environment = environment::environment(now_s);
         let add = |environment: &mut Environment<'static>, name: &'static str, source: &str| {
             tag_length::check(source)?;
-            let source = environment::generation_to_filter(source);
+            let source = environment::adapt(source);
             guard(|| environment.add_template_owned(name, source))
         };
         add(&mut environment, "chat", &source)?;
@@ -190,7 +190,7 @@ impl ChatTemplate {
 
     /// Whether the template says itself what the assistant wrote.
     pub fn has_generation(&self) -> bool {
-        environment::generation_to_filter(&self.source) != self.source
+        environment::has_generation(&self.source)
     }
 
     /// Whether the template knows `tool_calls`, and whether it knows `tools`.

@@ -11,8 +11,6 @@ pub struct Comparison {
     pub n_templates: usize,
     /// Renderings that are equal byte by byte, with equal `{% generation %}` spans.
     pub n_equal: usize,
-    /// Masks that hold more of a character than TRL's: the tokens after its first.
-    pub n_completed: usize,
     /// Renderings that both refuse.
     pub n_refused: usize,
     /// Those that differ, in words.

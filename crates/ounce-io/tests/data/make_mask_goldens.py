@@ -7,7 +7,8 @@ installed TRL trains with. Every tokenizer encodes every conversation below thro
 function, which asks transformers' `apply_chat_template` for the ids and for the mask of what the assistant says.
 With --add-tokens each tokenizer is written beside OUT.json once more, with all that looks like a special token in any
 of the templates as one token, and compared in both forms. Folders of tokenizers are named relative to OUT.json.
-Needs `trl`, `transformers` and `jinja2`; made with trl 1.16.0, transformers 5.23.0, tokenizers 0.23.3.
+Needs `trl`, `transformers` and `jinja2`; made with trl 1.16.0, transformers 5.24.0, tokenizers 0.23.3. (Before 5.24 a mask
+ended after the first token of a block's last character.)
 """
 
 import argparse
@@ -112,15 +113,8 @@ def case(tokenizer, source, name):
         out = trl_tokenize(tokenizer, messages, return_assistant_tokens_mask=True, chat_template=source, tools=tools)
     except Exception as e:  # whatever a template does not take
         return {"conversation": name, "error": f"{type(e).__name__}: {e}"}
-    text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=source, tools=tools)
-    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    mask = out["assistant_masks"]
-    whole = list(mask)
-    for i in range(1, len(places)):
-        if whole[i - 1] and places[i][0] < places[i - 1][1]:
-            whole[i] = 1
-    found = {"conversation": name, "ids": " ".join(map(str, out["input_ids"])), "mask": "".join(map(str, mask))}
-    return found if whole == mask else found | {"whole": "".join(map(str, whole))}
+    ids, mask = out["input_ids"], out["assistant_masks"]
+    return {"conversation": name, "ids": " ".join(map(str, ids)), "mask": "".join(map(str, mask))}
 
 
 def main():
