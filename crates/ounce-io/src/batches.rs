@@ -57,12 +57,15 @@ impl BlockSampler {
         }
         let mixture = Mixture::new(&blocks, seed);
         if mixture.n_per_epoch() == 0 {
+            let hint = match cache.n_tokens() {
+                0 => "the file is empty: give one with text".into(),
+                n => format!("give more text, or `--max-length` of at most {n}").into(),
+            };
             return Err(IoError::TooFewTokens {
                 path: cache.source_path().into(),
                 n_tokens: cache.n_tokens(),
                 n_needed: max_length as u64,
-                hint: format!("give more text, or `--max-length` of at most {}", cache.n_tokens())
-                    .into(),
+                hint,
             });
         }
         Ok(Self { cache, max_length, parts: starts, mixture })

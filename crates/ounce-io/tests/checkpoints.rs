@@ -191,9 +191,10 @@ fn the_one_resumed_from_and_the_one_just_saved_are_spared() {
     // Resumed from 10 and saved 15 while 20 and 30 of another course are there.
     let saved = s.run.save(disk(&s), &s.out, 15).unwrap();
     let resumed = s.out.join("./checkpoint-10");
-    let removed = rotate(&s.out, 1, [&*resumed, &*saved]).unwrap();
-    assert_eq!(removed, [checkpoint_path(&s.out, 20)]);
-    assert_eq!(names(&s.out), ["checkpoint-10", "checkpoint-15", "checkpoint-30"]);
-    assert!(rotate(&s.out, 3, None).unwrap().is_empty());
-    assert_eq!(rotate(&s.out, 0, None).unwrap().len(), 2, "the newest that is whole stays");
+    let removed = rotate(&s.out, 15, 1, [&*resumed, &*saved]).unwrap();
+    assert_eq!(removed, [30, 20].map(|step| checkpoint_path(&s.out, step)));
+    assert_eq!(names(&s.out), ["checkpoint-10", "checkpoint-15"]);
+    assert!(rotate(&s.out, 15, 2, None).unwrap().is_empty());
+    let removed = rotate(&s.out, 15, 0, None).unwrap();
+    assert_eq!(removed, [checkpoint_path(&s.out, 10)], "the newest that is whole stays");
 }

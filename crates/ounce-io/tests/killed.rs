@@ -64,6 +64,6 @@ fn save_for_ever(dir: &Path) -> ! {
         // The kernel keeps what a killed process wrote, so syncing would only cost time.
         let disk = FaultyDisk::new(dir, Fault::None, 0).unwrap();
         run.save(Arc::new(disk), &out, step).unwrap();
-        rotate(&out, 2, None).unwrap();
+        rotate(&out, step, 2, None).unwrap();
     }
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ounce_io::checkpoint::{
-    Checkpoint, CheckpointWriter, DataCursor, ScalerState, TrainerState, checkpoint_bytes,
+    Checkpoint, CheckpointWriter, DataCursor, ScalerState, TrainerState, checkpoint_bytes, list,
     newest_valid, open, rotate, state_name,
 };
 use ounce_io::{Disk, StreamCursor, TensorSpec, check_room};
@@ -64,7 +64,10 @@ pub(crate) fn find(
 ) -> Result<Option<Checkpoint>> {
     match settings.resume_from_checkpoint.as_deref() {
         None if settings.override_begun => Err(missing("--resume-from-checkpoint auto|PATH")),
-        None => Ok(None),
+        None => {
+            note_earlier_run(output_dir, observer);
+            Ok(None)
+        }
         Some("auto") => {
             let newest = newest_valid(output_dir)?;
             for skipped in &newest.skipped {
@@ -74,6 +77,17 @@ pub(crate) fn find(
             Ok(newest.checkpoint)
         }
         Some(path) => Ok(Some(open(Path::new(path))?)),
+    }
+}
+
+/// Says of a run that starts afresh that its output directory holds the checkpoints of another.
+fn note_earlier_run(output_dir: &Path, observer: &mut dyn Observer) {
+    if let Some((_, newest)) = list(output_dir).unwrap_or_default().first() {
+        let path = newest.display();
+        observer.note(&format!(
+            "warning: this run starts afresh, but {path} of an earlier run is there\n\
+             hint: `--resume-from-checkpoint auto` goes on from it; another `--output-dir` keeps both"
+        ));
     }
 }
 
@@ -286,7 +300,7 @@ impl Saver {
         let path = writer.publish(state)?;
         if let Some(n_keep) = self.n_keep {
             let never = self.resumed_from.iter().map(PathBuf::as_path).chain([path.as_path()]);
-            rotate(&self.output_dir, n_keep, never)?;
+            rotate(&self.output_dir, step, n_keep, never)?;
         }
         Ok(path)
     }

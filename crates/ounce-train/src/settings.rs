@@ -487,13 +487,17 @@ fn read_yaml(path: &Path) -> Result<Map<String, Value>> {
     if text.trim().is_empty() {
         return Ok(Map::new());
     }
-    let map: Map<String, Value> = serde_yaml_ng::from_str(&text).map_err(|e| {
+    let mut map: Map<String, Value> = serde_yaml_ng::from_str(&text).map_err(|e| {
         let line = e.location().map_or(1, |l| l.line());
         usage(format!("{file}:{line}: {e}"), "the file is a mapping of settings, `key: value`")
     })?;
     let known = Settings::default().to_map();
-    for (key, value) in &map {
+    for (key, value) in &mut map {
         let line = line_of(&text, key);
+        // One file needs no list.
+        if known.get(key).is_some_and(Value::is_array) && !value.is_array() {
+            *value = Value::Array(vec![value.take()]);
+        }
         if !known.contains_key(key) {
             let hint = nearest(key, known.keys().map(String::as_str)).map_or_else(
                 || "see `ounce train --help` for the settings".to_owned(),

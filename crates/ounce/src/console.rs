@@ -43,6 +43,10 @@ pub(crate) struct Console {
     budget_bytes: u64,
     start: Option<Instant>,
     last_line: Option<Instant>,
+    /// Tokens and seconds of the steps since the last line.
+    since: (f64, f64),
+    /// Tokens per second up to the last line.
+    rate: f64,
 }
 
 impl Console {
@@ -58,6 +62,8 @@ impl Console {
             budget_bytes: 0,
             start: None,
             last_line: None,
+            since: (0.0, 0.0),
+            rate: 0.0,
         }
     }
 
@@ -91,7 +97,7 @@ impl Console {
             r.step,
             self.n_steps,
             r.loss,
-            thousands(r.tokens_per_s),
+            thousands(self.rate),
             duration(left_s),
             format_bytes(r.rss_peak_bytes),
             format_bytes(self.budget_bytes),
@@ -118,9 +124,15 @@ impl Observer for Console {
             print_json(r);
             return;
         }
-        if self.is_due(r.step) && (!self.bar || self.logging_steps.is_some()) {
+        self.since.0 += r.tokens_per_s * r.step_s;
+        self.since.1 += r.step_s;
+        if self.is_due(r.step) {
             self.last_line = Some(Instant::now());
-            self.line(&self.text(r));
+            self.rate = self.since.0 / self.since.1;
+            self.since = (0.0, 0.0);
+            if !self.bar || self.logging_steps.is_some() {
+                self.line(&self.text(r));
+            }
         }
         if self.bar {
             let n_full = (r.step as usize * BAR_CELLS) / self.n_steps.max(1) as usize;

@@ -64,8 +64,12 @@ fn step_of(name: &str) -> Option<u64> {
     (dir_name(step) == name).then_some(step)
 }
 
-/// Whatever is called like a checkpoint in `output_dir`, newest first; nothing where there is no such directory.
-fn list(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>, IoError> {
+/// Whatever is called like a checkpoint in `output_dir`, with its step, newest first; nothing where there is no such
+/// directory.
+///
+/// # Errors
+/// `Read` where the directory cannot be read.
+pub fn list(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>, IoError> {
     let failed = |e| IoError::reading(output_dir, e);
     let entries = match fs::read_dir(output_dir) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),

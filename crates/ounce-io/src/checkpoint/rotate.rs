@@ -1,7 +1,8 @@
 //! Removing old checkpoints.
 //!
 //! Invariants: the `n_keep` newest by step stay, and so do those that the caller names and the newest one that is
-//! whole, however old it is. What goes is first renamed to a temporary, so that no half of it is ever called a
+//! whole, however old it is. Those of later steps than the run has reached are of another course and count as older
+//! than all of its own. What goes is first renamed to a temporary, so that no half of it is ever called a
 //! checkpoint, and a process killed meanwhile leaves something that the next save removes.
 //!
 //! Complexity: reads the newest checkpoint once, where there is anything to remove: an old one goes only after a newer
@@ -16,27 +17,30 @@ use crate::disk::{Disk, RealDisk};
 use crate::error::IoError;
 use crate::temp::temp_path;
 
-/// Removes all checkpoints of `output_dir` but the `n_keep` newest, those in `never` (the one resumed
-/// from, the one just saved) and the newest that is whole. Returns what it removed, oldest last.
+/// Removes all checkpoints of `output_dir` but the `n_keep` newest of a run that has reached `step`, those in `never`
+/// (the one resumed from, the one just saved) and the newest that is whole. Returns what it removed, oldest last.
 ///
 /// # Errors
 /// `Read`, `Write`; what was to be removed may then still be there.
 pub fn rotate<'a>(
     output_dir: &Path,
+    step: u64,
     n_keep: usize,
     never: impl IntoIterator<Item = &'a Path>,
 ) -> Result<Vec<PathBuf>, IoError> {
     let never: Vec<PathBuf> = never.into_iter().map(real_path).collect();
-    rotate_on(&RealDisk, output_dir, n_keep, &never)
+    rotate_on(&RealDisk, output_dir, step, n_keep, &never)
 }
 
 pub(crate) fn rotate_on(
     disk: &dyn Disk,
     output_dir: &Path,
+    step: u64,
     n_keep: usize,
     never: &[PathBuf],
 ) -> Result<Vec<PathBuf>, IoError> {
-    let all = list(output_dir)?;
+    let mut all = list(output_dir)?;
+    all.sort_by_key(|&(saved, _)| saved > step);
     let is_old = |at: usize, path: &Path| at >= n_keep && !never.contains(&real_path(path));
     if !all.iter().enumerate().any(|(at, (_, path))| is_old(at, path)) {
         return Ok(Vec::new());
@@ -99,20 +103,26 @@ mod tests {
             }
             let never = if steps.is_empty() { 7 } else { *u.choose_iter(&steps)? };
             let never_path = checkpoint_path(dir.path(), never);
-            rotate(dir.path(), n_keep, Some(&*never_path)).unwrap();
+            let reached = u.int_in_range(0..=30)?;
+            rotate(dir.path(), reached, n_keep, Some(&*never_path)).unwrap();
 
             let left: BTreeSet<u64> =
                 list(dir.path()).unwrap().iter().map(|(step, _)| *step).collect();
-            let newest_whole = steps.iter().rev().find(|step| !broken.contains(step));
-            let expected: BTreeSet<u64> = steps
+            let (own, other): (Vec<u64>, Vec<u64>) =
+                steps.iter().rev().partition(|&&step| step <= reached);
+            let by_age = [own, other].concat();
+            let newest_whole = by_age.iter().find(|step| !broken.contains(step));
+            let expected: BTreeSet<u64> = by_age
                 .iter()
-                .rev()
                 .take(n_keep)
                 .chain(newest_whole)
                 .chain(steps.get(&never))
                 .copied()
                 .collect();
-            assert_eq!(left, expected, "of {steps:?}, broken {broken:?}, keeping {n_keep}");
+            assert_eq!(
+                left, expected,
+                "of {steps:?}, broken {broken:?}, keeping {n_keep} at {reached}"
+            );
             Ok(())
         })
         .budget_ms(500);
@@ -133,7 +143,7 @@ mod tests {
                     run.save(real_disk(), dir.path(), step).unwrap();
                 }
                 let disk = Arc::new(FaultyDisk::new(dir.path(), fault, at).unwrap());
-                rotate_on(&*disk, dir.path(), 1, &[]).unwrap_err();
+                rotate_on(&*disk, dir.path(), 3, 1, &[]).unwrap_err();
                 disk.power_cut(survival).unwrap();
                 for (step, path) in list(dir.path()).unwrap() {
                     open_step(&path, step).unwrap();
