@@ -74,11 +74,11 @@ fn main() -> ExitCode {
         ["bench", "kernels", ref rest @ ..] => bench::kernels(rest),
         ["bench", "instructions", ref rest @ ..] => instructions::instructions(rest),
         ["accept", ref rest @ ..] => accept::accept(rest),
-        ["help" | "--help" | "-h"] => {
+        ["help" | "--help" | "-h" | "bench"] => {
             print!("{HELP}");
             Ok(())
         }
-        _ => Err(format!("unknown command {args:?}\nhint: cargo xtask help")),
+        _ => Err(format!("unknown command `{}`\nhint: cargo xtask help", args.join(" "))),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

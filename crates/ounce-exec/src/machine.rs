@@ -108,6 +108,11 @@ impl MeasuredMachine {
         self.state.borrow().n_measured
     }
 
+    /// Bytes of memory that measuring has touched so far.
+    pub fn touched_bytes(&self) -> u64 {
+        if self.n_measured() > 0 { self.limit_bytes() } else { 0 }
+    }
+
     /// Writes the file, if there is one and something new was measured.
     ///
     /// # Errors

@@ -59,6 +59,7 @@ impl BlockSampler {
         if mixture.n_per_epoch() == 0 {
             let hint = match cache.n_tokens() {
                 0 => "the file is empty: give one with text".into(),
+                1 => "give more text".into(),
                 n => format!("give more text, or `--max-length` of at most {n}").into(),
             };
             return Err(IoError::TooFewTokens {

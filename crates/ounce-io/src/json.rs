@@ -88,6 +88,14 @@ pub(crate) fn read_small_file(path: &Path, limit_bytes: u64) -> Result<Vec<u8>, 
     Ok(bytes)
 }
 
+/// Whether `path` is a regular file that can be opened.
+///
+/// # Errors
+/// `Missing`, `Read`, `BadFile`.
+pub fn check_readable(path: &Path) -> Result<(), IoError> {
+    open_regular(path).map(drop)
+}
+
 /// Opens a file after checking that it is a regular one: opening a pipe would wait for ever.
 pub(crate) fn open_regular(path: &Path) -> Result<File, IoError> {
     let metadata = std::fs::metadata(path).map_err(|e| IoError::reading(path, e))?;

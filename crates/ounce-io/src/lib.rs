@@ -74,7 +74,7 @@ pub use hf_dir::{
     MAX_CONFIG_BYTES, copy_side_files, copy_tokenizer_files, read_config, write_json,
 };
 pub use hub_cache::{DEFAULT_REVISION, HubName, cached_snapshot, hub_name, is_commit};
-pub use json::{MAX_DEPTH, parse_json, read_json};
+pub use json::{MAX_DEPTH, check_readable, parse_json, read_json};
 pub use mixture::Mixture;
 pub use packs::{PackNotes, pack_samples};
 pub use publication::complete_publication;

@@ -42,9 +42,14 @@ impl Memory {
             "GiB" => 1024.0 * 1024.0 * 1024.0,
             "TiB" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
             _ => {
+                let meant = unit.chars().next().map(|c| c.to_ascii_uppercase());
+                let meant = meant.filter(|c| "KMGT".contains(*c) && number.parse::<f64>().is_ok());
+                let hint = meant.map_or_else(
+                    || "write it as `64MiB`, `2GiB`, `12345B` or `auto`".to_owned(),
+                    |c| format!("perhaps `{number}{c}iB`"),
+                );
                 return Err(format!(
-                    "`{text}` is no amount of memory: the unit is missing or unknown\n\
-                     hint: write it as `64MiB`, `2GiB`, `12345B` or `auto`"
+                    "`{text}` is no amount of memory: the unit is missing or unknown\nhint: {hint}"
                 ));
             }
         };

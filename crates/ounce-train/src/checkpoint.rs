@@ -74,10 +74,23 @@ pub(crate) fn find(
                 let path = skipped.path.display();
                 observer.note(&format!("warning: {path} is passed over: {}", skipped.reason));
             }
+            if let Some(checkpoint) = &newest.checkpoint {
+                note_going_on(checkpoint, observer);
+            }
             Ok(newest.checkpoint)
         }
-        Some(path) => Ok(Some(open(Path::new(path))?)),
+        Some(path) => {
+            let checkpoint = open(Path::new(path))?;
+            note_going_on(&checkpoint, observer);
+            Ok(Some(checkpoint))
+        }
     }
+}
+
+/// Says where a run goes on.
+fn note_going_on(checkpoint: &Checkpoint, observer: &mut dyn Observer) {
+    let (path, step) = (checkpoint.path().display(), checkpoint.state().step);
+    observer.note(&format!("going on behind step {step}, from {path}"));
 }
 
 /// Says of a run that starts afresh that its output directory holds the checkpoints of another.
@@ -184,9 +197,15 @@ pub(crate) fn check_settings(
             names.join(", ")
         );
         if !settings.override_begun {
-            let hint = "give the same values (its trainer_state.json holds them), or `--override` to \
-                        go on with the new ones";
-            return Err(Error::Usage { message, hint: hint.to_owned() });
+            let value = |name: &&str| {
+                Some(format!("{name} was {} and is {}", then.get(*name)?, now.get(*name)?))
+            };
+            let values: Vec<String> = names.iter().filter_map(value).collect();
+            let same =
+                if values.is_empty() { String::new() } else { format!(" ({})", values.join("; ")) };
+            let hint =
+                format!("give the same values{same}, or `--override` to go on with the new ones");
+            return Err(Error::Usage { message, hint });
         }
         observer.note(&format!("warning: {message}; it goes on with the new ones"));
     }

@@ -115,7 +115,8 @@ impl Staged {
         if holds_model(place) {
             place = self.staging.path();
             observer.note(&format!(
-                "{} holds a model, which stays until this run is done; its metrics are in {}",
+                "{} holds a model, which stays until this run is done and is then replaced; until then its metrics are \
+                 in {}",
                 self.dir.display(),
                 place.join(METRICS).display()
             ));

@@ -104,7 +104,9 @@ impl Planner<'_> {
         let line = |name: &str, bytes| format!("  {name:<16} {:>12}\n", format_bytes(bytes));
         let tokenizing_bytes = self.baseline.tokenizing_peak_bytes();
         let is_above = tokenizing_bytes > self.budget_bytes;
-        let tokenizing = is_above.then(|| line("tokenizing", tokenizing_bytes));
+        let tokenizing = is_above.then(|| {
+            format!("and before the first step\n{}", line("tokenizing", tokenizing_bytes))
+        });
         let streaming_bytes = self.baseline.streaming_bytes();
         let streaming = (streaming_bytes > 0).then(|| line("  for streaming", streaming_bytes));
         let planned = dominating.iter().filter(|(_, bytes)| *bytes > 0);
@@ -133,9 +135,15 @@ impl Planner<'_> {
         (self.baseline.smallest_budget(arena_bytes), worst.1)
     }
 
-    /// The first change, those that cost least first, after which the run fits into the budget.
+    /// The first change, those that cost least first, after which the run fits into the budget; if none is enough by
+    /// itself, together with clipping off.
     fn cheapest_change(&self, smallest_bytes: u64) -> String {
-        for (flags, changed) in changes(self.wanted) {
+        let alone = changes(self.wanted);
+        let both =
+            alone.iter().find(|(flags, _)| flags == NO_CLIPPING).map(|(_, wanted)| changes(wanted));
+        let both = both.unwrap_or_default().into_iter();
+        let both = both.map(|(flags, wanted)| (format!("{NO_CLIPPING} {flags}"), wanted));
+        for (flags, changed) in alone.iter().cloned().chain(both) {
             let Ok(graphs) = build(self.model, &changed) else { continue };
             let (bytes, _) = self.smallest(&graphs, &changed);
             if bytes <= self.budget_bytes {
@@ -147,13 +155,15 @@ impl Planner<'_> {
     }
 }
 
+const NO_CLIPPING: &str = "--max-grad-norm 0";
+
 /// Changes to a run that make it smaller, as flags, those that change the result least first.
 fn changes(wanted: &Wanted) -> Vec<(String, Wanted)> {
     let Some(train) = wanted.train else { return Vec::new() };
     let mut changes = Vec::new();
     let with = |train| Wanted { train: Some(train), ..wanted.clone() };
     if train.clip {
-        changes.push(("--max-grad-norm 0".to_owned(), with(TrainWanted { clip: false, ..train })));
+        changes.push((NO_CLIPPING.to_owned(), with(TrainWanted { clip: false, ..train })));
     }
     let mut max_length = wanted.max_length;
     while max_length >= 2 * GRANULE_TOKENS {

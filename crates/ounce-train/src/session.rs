@@ -88,6 +88,8 @@ pub(crate) struct Session {
     pub(crate) budget_bytes: u64,
     /// Peak of the process over all plans.
     pub(crate) peak_bytes: u64,
+    /// Memory in which kernels were timed, before the arena was there.
+    pub(crate) touched_bytes: u64,
     arena_bytes: u64,
     baseline: Baseline,
     stream: Option<StreamWanted>,
@@ -145,6 +147,7 @@ pub(crate) fn compile(
         let plan = plan.ok_or_else(|| planner.does_not_fit(graphs))?;
         programs.push(resolve(model, graph, shape, &plan, machine, pool)?);
     }
+    let touched_bytes = machine.touched_bytes();
     // Without the file the costs are only measured again.
     let _ = machine.save();
     machine.release_memory();
@@ -166,6 +169,7 @@ pub(crate) fn compile(
         arena,
         budget_bytes: limits.budget_bytes,
         peak_bytes,
+        touched_bytes,
         arena_bytes,
         baseline: prepared.baseline,
         stream: wanted.stream,
@@ -360,9 +364,12 @@ impl Session {
     /// What each phase takes. Saving streams from where training has left the tensors: nothing is added.
     fn phases(&self) -> Vec<PhaseRecord> {
         let peak = |program: &Program| program.certificate.peak_bytes;
+        // Only where kernels were timed, which is once on a machine.
+        let timed = (self.touched_bytes > 0).then(|| self.baseline.bytes() + self.touched_bytes);
         let loaded = self.baseline.bytes() + self.main().stored_bytes;
         [
             ("tokenize", Some(self.baseline.tokenizing_peak_bytes())),
+            ("time kernels", timed),
             ("load", Some(loaded)),
             ("train", self.train.as_ref().map(peak)),
             ("evaluate", self.eval.as_ref().map(peak)),

@@ -53,7 +53,7 @@ pub enum BadRows {
 
 /// A data file: its path, in YAML also `{path, weight}`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a path or {path, weight}")]
 pub enum DataFile {
     /// Passed over once in an epoch.
     Path(PathBuf),
@@ -508,6 +508,10 @@ fn read_yaml(path: &Path) -> Result<Map<String, Value>> {
         let alone = Map::from_iter([(key.clone(), value.clone())]);
         if let Err(e) = serde_json::from_value::<Settings>(Value::Object(alone)) {
             let (default, reason) = (format!("the default is `{}`", known[key]), e.to_string());
+            let reason = reason
+                .replace("expected f64", "expected a number")
+                .replace("expected u64", "expected a whole number")
+                .replace("expected a boolean", "expected `true` or `false`");
             let (reason, hint) = reason.split_once("\nhint: ").unwrap_or((&reason, &default));
             return Err(usage(format!("{file}:{line}: `{key}`: {reason}"), hint));
         }
@@ -517,7 +521,11 @@ fn read_yaml(path: &Path) -> Result<Map<String, Value>> {
 
 /// The line on which a top-level key stands.
 fn line_of(text: &str, key: &str) -> usize {
-    let starts = |l: &str| l.trim_start_matches(['"', '\'']).starts_with(key);
+    let quotes = ['"', '\''];
+    let starts = |l: &str| {
+        let behind = l.trim_start_matches(quotes).strip_prefix(key);
+        behind.is_some_and(|rest| rest.trim_start_matches(quotes).trim_start().starts_with(':'))
+    };
     text.lines().position(starts).map_or(1, |i| i + 1)
 }
 

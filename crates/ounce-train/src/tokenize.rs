@@ -284,10 +284,17 @@ pub(crate) fn file_lines(file: &FileNotes, max_length: usize) -> Vec<String> {
         }
     };
     warn(c.n_bad, "broken rows were passed over");
-    warn(c.n_without_answer, "samples have nothing to learn and are left out");
+    warn(
+        c.n_without_answer,
+        "samples have nothing to learn (no answer, or none before the cut) and are left out",
+    );
     warn(
         c.n_truncated,
-        &format!("samples are cut at {max_length} tokens, {} within an answer", c.n_cut_answers),
+        &format!(
+            "samples, those left out among them, are longer than {max_length} tokens and cut, {} of them before the \
+             end of their answers",
+            c.n_cut_answers
+        ),
     );
     warn(
         c.n_lost_answers,

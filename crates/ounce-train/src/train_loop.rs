@@ -24,6 +24,10 @@ use crate::{DoneRecord, Environment, Error, Observer, PlanRecord, Result, Settin
 /// As [`train`] before its first step.
 pub fn plan(settings: &Settings, env: &Environment) -> Result<PlanRecord> {
     let model = Model::open(settings, env)?;
+    let files = settings.data.iter().map(crate::settings::DataFile::path);
+    for path in files.chain(settings.eval_data.iter().map(PathBuf::as_path)) {
+        ounce_io::check_readable(path)?;
+    }
     let session = compile(&model, &wanted(settings, &model), &limits(settings), env)?;
     Ok(session.record())
 }

@@ -127,40 +127,40 @@ pub(crate) struct RunFlags {
     #[arg(long, value_name = "N", help_heading = "Optimization")]
     max_steps: Option<u64>,
     /// Passes over the data [default: 3]
-    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    #[arg(long, value_parser = number, value_name = "X", help_heading = "Optimization")]
     num_train_epochs: Option<f64>,
     /// Update rule [default: adamw]
     #[arg(long, value_parser = ["adamw", "sgd"], help_heading = "Optimization")]
     optimizer: Option<String>,
     /// Peak learning rate [default: 5e-5]
-    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    #[arg(long, value_parser = number, value_name = "X", help_heading = "Optimization")]
     learning_rate: Option<f64>,
     /// What follows the warm-up [default: linear]
     #[arg(long, value_parser = ["constant", "linear", "cosine"], help_heading = "Optimization")]
     lr_scheduler_type: Option<String>,
     /// Warm-up: steps, or a share of all steps if below 1 [default: 0]
-    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    #[arg(long, value_parser = number, value_name = "X", help_heading = "Optimization")]
     warmup_steps: Option<f64>,
     /// The learning rate falls to this share of the peak [default: 0]
-    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    #[arg(long, value_parser = number, value_name = "X", help_heading = "Optimization")]
     min_lr_ratio: Option<f64>,
     /// Decay of weight matrices; norms and biases never decay [default: 0]
-    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    #[arg(long, value_parser = number, value_name = "X", help_heading = "Optimization")]
     weight_decay: Option<f64>,
     /// AdamW's beta 1 [default: 0.9]
-    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    #[arg(long, value_parser = number, value_name = "X", help_heading = "Optimization")]
     adam_beta1: Option<f64>,
     /// AdamW's beta 2 [default: 0.999]
-    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    #[arg(long, value_parser = number, value_name = "X", help_heading = "Optimization")]
     adam_beta2: Option<f64>,
     /// AdamW's epsilon [default: 1e-8]
-    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    #[arg(long, value_parser = number, value_name = "X", help_heading = "Optimization")]
     adam_epsilon: Option<f64>,
     /// Largest norm of the gradient; 0 is off [default: 1]
-    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    #[arg(long, value_parser = number, value_name = "X", help_heading = "Optimization")]
     max_grad_norm: Option<f64>,
     /// f16: first loss scale, a power of two [default: 65536]
-    #[arg(long, value_name = "X", help_heading = "Optimization")]
+    #[arg(long, value_parser = number, value_name = "X", help_heading = "Optimization")]
     init_loss_scale: Option<f64>,
     /// f16: take a class of ops that overflows three times back to f32
     #[arg(long, help_heading = "Optimization")]
@@ -169,7 +169,7 @@ pub(crate) struct RunFlags {
     #[arg(long, value_parser = ["stop", "skip"], help_heading = "Optimization")]
     on_nonfinite: Option<String>,
     /// Dropout of embedding and residual branches [default: 0]
-    #[arg(long, value_name = "P", help_heading = "Optimization")]
+    #[arg(long, value_parser = number, value_name = "P", help_heading = "Optimization")]
     dropout: Option<f64>,
 
     /// What rows mean: messages, sharegpt, alpaca, prompt-completion, ... [default: found out]
@@ -178,7 +178,7 @@ pub(crate) struct RunFlags {
     /// The file's keys for those of the format: prompt=QUESTION,completion=ANSWER
     #[arg(long, value_name = "PAIRS", help_heading = "Data")]
     column_mapping: Option<String>,
-    /// Rows that cannot be read: stop, or pass them over and count them [default: error]
+    /// Rows that cannot be read: `error` stops, `skip` passes them over and counts them [default: error]
     #[arg(long, value_parser = ["error", "skip"], help_heading = "Data")]
     on_bad_row: Option<String>,
     /// Several samples per row, by best fit
@@ -228,9 +228,9 @@ pub(crate) struct RunFlags {
     use_peft: bool,
     #[arg(long, hide = true)]
     lora_r: Option<u64>,
-    #[arg(long, hide = true)]
+    #[arg(long, value_parser = number, hide = true)]
     lora_alpha: Option<f64>,
-    #[arg(long, hide = true)]
+    #[arg(long, value_parser = number, hide = true)]
     lora_dropout: Option<f64>,
     #[arg(long, hide = true)]
     lora_target_modules: Option<String>,
@@ -238,6 +238,12 @@ pub(crate) struct RunFlags {
     scratch_dir: Option<PathBuf>,
     #[arg(long, hide = true)]
     scratch_limit: Option<String>,
+}
+
+/// A number that is one: neither infinity nor NaN.
+fn number(text: &str) -> Result<f64, String> {
+    let finite = text.parse().ok().filter(|x: &f64| x.is_finite());
+    finite.ok_or_else(|| format!("`{text}` is no finite number"))
 }
 
 /// `class=dtype` as a pair.
@@ -315,7 +321,7 @@ pub(crate) struct GenerateFlags {
     #[arg(long, value_name = "TEXT")]
     pub(crate) prompt: String,
     /// 0 takes the likeliest token, above 0 draws one
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(long, value_parser = number, value_name = "X", default_value_t = 0.0)]
     pub(crate) temperature: f64,
     /// Tokens to add at most
     #[arg(long, value_name = "N", default_value_t = 100)]
@@ -413,10 +419,10 @@ pub(crate) struct BenchStepFlags {
     #[arg(long, value_parser = ["adamw", "sgd"], default_value = "adamw")]
     pub(crate) optimizer: String,
     /// Learning rate
-    #[arg(long, value_name = "X", default_value_t = 3e-4)]
+    #[arg(long, value_parser = number, value_name = "X", default_value_t = 3e-4)]
     pub(crate) learning_rate: f64,
     /// Largest norm of the gradient; 0 is off
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(long, value_parser = number, value_name = "X", default_value_t = 0.0)]
     pub(crate) max_grad_norm: f64,
     /// Time by class of op, on stderr
     #[arg(long)]

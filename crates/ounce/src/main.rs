@@ -96,19 +96,20 @@ fn refuse(e: &clap::Error) -> ExitCode {
         console::print_err(&e.render().to_string());
         return ExitCode::from(USAGE);
     }
-    let suggestion =
+    let usual = match e.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(given)) => usual_name(given).map(str::to_owned),
+        _ => None,
+    };
+    let nearest = || {
         [ContextKind::SuggestedArg, ContextKind::SuggestedSubcommand, ContextKind::SuggestedValue]
             .into_iter()
             .find_map(|kind| match e.get(kind)? {
                 ContextValue::String(s) => Some(s.clone()),
                 ContextValue::Strings(s) => s.first().cloned(),
                 _ => None,
-            });
-    let suggestion = suggestion.or_else(|| match e.get(ContextKind::InvalidArg)? {
-        ContextValue::String(given) => Some(usual_name(given)?.to_owned()),
-        _ => None,
-    });
-    let hint = suggestion.map_or_else(
+            })
+    };
+    let hint = usual.or_else(nearest).map_or_else(
         || "see `ounce --help` and `ounce COMMAND --help`".to_owned(),
         |s| format!("the nearest match is `{s}`"),
     );

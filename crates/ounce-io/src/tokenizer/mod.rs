@@ -308,8 +308,7 @@ impl Tokenizer {
     }
 }
 
-const UNKNOWN_HINT: &str =
-    "remove the character, or make a tokenizer from this text with `ounce init`";
+const UNKNOWN_HINT: &str = "remove the character, or make a model whose tokenizer knows every one: `ounce init --tokenizer bpe`";
 
 /// Text that cannot be encoded: where, in bytes, and why.
 #[derive(Debug)]

@@ -25,9 +25,11 @@ fn wrong_usage_names_the_nearest_match() {
         ("train --lerning-rate 1", "`--learning-rate`"),
         ("trian", "`train`"),
         ("train --batch-size 4", "`--per-device-train-batch-size`"),
+        ("train --lr 1e-3", "`--learning-rate`"),
         ("train --learning-rate -1", "at least 0"),
         ("train --optimizer adam", "`adamw`"),
         ("train --memory 64", "`64MiB`"),
+        ("train --memory 2gb", "`2GiB`"),
         ("train --max-steps 0", "at least 1"),
         ("plan --data x", "`--model DIR`"),
         ("init --output-dir m --arch gpt2 --tokenizer char", "`--data FILE`"),
@@ -37,6 +39,13 @@ fn wrong_usage_names_the_nearest_match() {
         let error = lab.fail(2, &words(line));
         assert!(error.lines().last().unwrap().contains(hint), "{line}: {error}");
     }
+    for number in ["nan", "inf", "fast"] {
+        let error = lab.fail(2, &words(&format!("train --learning-rate {number}")));
+        assert!(error.contains(&format!("`{number}` is no finite number")), "{error}");
+    }
+    std::fs::write(lab.path("run.yaml"), "dataset_format: text\ndata: 5\n").unwrap();
+    let error = lab.fail(2, &words("train --config run.yaml"));
+    assert!(error.contains("run.yaml:2: `data`: expected a path"), "{error}");
     std::fs::write(lab.path("run.yaml"), "max_steps: 3\nlr: 1e-3\n").unwrap();
     let error = lab.fail(2, &words("train --config run.yaml"));
     assert!(error.contains("run.yaml:2: unknown setting `lr`"), "{error}");
@@ -54,6 +63,9 @@ fn wrong_models_and_data_are_named() {
     assert!(file.contains("model.safetensors is a file of weights"), "{file}");
     let missing = lab.fail(4, &words(&format!("train --model model --data nope.txt {run}")));
     assert!(missing.contains("nope.txt"), "{missing}");
+    std::fs::write(lab.path("run.yaml"), "data: nope.txt\nmodel: model\n").unwrap();
+    let planned = lab.fail(4, &words("plan --config run.yaml --max-length 64"));
+    assert!(planned.contains("nope.txt"), "{planned}");
 
     // The last digit does not occur in the tokenizer's text.
     std::fs::write(lab.path("strange.txt"), "to be\nor not 9 to be\n".repeat(50)).unwrap();

@@ -143,19 +143,21 @@ fn settings_that_would_change_the_run_are_refused_by_name() {
     lab.succeed(&words(&format!("{RUN} --output-dir out --save-steps 4")));
     let from = "--output-dir o --resume-from-checkpoint out/checkpoint-4";
     let changes = [
-        ("--seed 7", "seed"),
-        ("--weight-decay 0.1", "weight_decay"),
-        ("--max-steps 9", "max_steps"),
+        ("--seed 7", "seed", "seed was 42 and is 7"),
+        ("--weight-decay 0.1", "weight_decay", "weight_decay was 0.0 and is 0.1"),
+        ("--max-steps 9", "max_steps", " and is 9"),
     ];
-    for (flag, name) in changes {
+    for (flag, name, values) in changes {
         let error = lab.fail(2, &words(&format!("{RUN} {from} {flag}")));
         assert!(error.contains(&format!("other settings: {name}\n")), "{error}");
+        assert!(error.contains(values), "{error}");
     }
     // Who insists goes on, with a warning, and ends elsewhere.
     let on = lab.run(&words(&format!("{RUN} {from} --seed 7 --override --json")));
     assert!(on.status.success());
     let error = String::from_utf8(on.stderr).unwrap();
     assert!(error.contains("other settings: seed; it goes on with the new ones"), "{error}");
+    assert!(error.contains("going on behind step 4, from out/checkpoint-4"), "{error}");
     assert!(weights(&lab, "o") != weights(&lab, "out"));
     // Another rate, and another optimizer, whose states begin at zero.
     for (flags, note) in [

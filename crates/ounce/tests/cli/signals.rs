@@ -114,7 +114,7 @@ fn a_second_signal_ends_the_run_at_once() {
     let lab = Lab::with_model(&words("--arch gpt2 --n-layers 2 --hidden-size 128"));
     // One step takes a while, and so does what the first signal asks for.
     let run = "train --model model --data train.txt --max-length 256 --max-steps 2 \
-        --per-device-train-batch-size 256 --sample-steps 0 --output-dir out";
+        --per-device-train-batch-size 1024 --sample-steps 0 --output-dir out";
     let mut child = lab.command(&words(run)).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let is_planned = |line: String| line.starts_with("peak of the whole process");
