@@ -520,7 +520,7 @@ fn templates_are_rendered_as_python_renders_them() {
     let goldens = parse_json(&path, &std::fs::read(&path).unwrap()).unwrap();
     let found = ounce_io::testing::compare_templates(&goldens);
     assert_eq!(found.differences, Vec::<String>::new());
-    assert_eq!((found.n_templates, found.n_equal, found.n_refused), (8, 94, 2));
+    assert_eq!((found.n_templates, found.n_equal, found.n_refused), (9, 106, 2));
 }
 
 #[test]

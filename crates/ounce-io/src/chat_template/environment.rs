@@ -8,7 +8,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value};
 
-use super::{Bounded, MARKS, python, strftime};
+use super::{Bounded, MARKS, markup, python, strftime};
 
 /// The filter that marks what stands in a `{% generation %}` block.
 const GENERATION: &str = "ounce_generation";
@@ -34,6 +34,7 @@ pub(super) fn environment(now_s: u64) -> Environment<'static> {
     env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
+    env.add_function(markup::ADD, markup::add);
     env.add_function("strftime_now", move |format: String| strftime::format(now_s, &format));
     // In Python nothing at all is no iterable, and what is undefined is an empty one.
     env.add_test("iterable", |value: &Value| {
@@ -76,9 +77,10 @@ fn to_json(value: Value, kwargs: Kwargs) -> Result<String, Error> {
 }
 
 /// The template as it is compiled: `{% generation %}` blocks are blocks of a filter, which mark their output, and the
-/// line feed behind `{% raw %}` is kept, which Python's jinja2 does not take for one that `trim_blocks` removes. White
-/// space control and line numbers stay as they are.
+/// line feed behind `{% raw %}` is kept, which Python's jinja2 does not take for one that `trim_blocks` removes, and
+/// sums of safe text are Python's. White space control and line numbers stay as they are.
 pub(super) fn adapt(source: &str) -> String {
+    let source = &*markup::sums_to_calls(source);
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(at) = rest.find("{%") {

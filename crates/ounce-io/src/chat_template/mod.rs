@@ -9,9 +9,11 @@
 //! a bounded number of instructions, with bounded memory and output, whatever the template says.
 //!
 //! Files in reading order: this one (load, render), `environment.rs`, `python.rs` (values in Python's spelling),
-//! `strftime.rs`, `supervised.rs` (which part of the text is supervised), `tag_length.rs` (what is not compiled).
+//! `strftime.rs`, `markup.rs` (text marked safe), `supervised.rs` (which part of the text is supervised),
+//! `tag_length.rs` (what is not compiled).
 
 mod environment;
+mod markup;
 mod python;
 mod strftime;
 mod supervised;

@@ -34,7 +34,7 @@ pub(super) fn check(source: &str) -> Result<(), String> {
 }
 
 /// The counted characters of the tag that `text` begins in, and what stands behind it.
-fn measure(text: &str) -> (usize, &str) {
+pub(super) fn measure(text: &str) -> (usize, &str) {
     let (mut n_chars, mut depth) = (0, 0_usize);
     let mut chars = text.char_indices();
     while let Some((at, c)) = chars.next() {

@@ -1,12 +1,13 @@
 //! Rows of a Parquet file, nested lists and structures included, one at a time.
 //!
 //! Idea: the `parquet` crate assembles records from pages; around it stand a check of what the pages of a row group
-//! claim before any of them is read (`pages.rs`), one of what their rows unfold to (`row_sizes.rs`), a count of the rows against what the footer says, and a guard, since
-//! the crate panics on some broken files. Compression: none, snappy, zstd.
+//! claim before any of them is read (`pages.rs`), one of what their rows unfold to (`row_sizes.rs`), a count of the
+//! rows against what the footer says, and a guard, since the crate panics on some broken files. Compression: none,
+//! snappy, zstd.
 //!
-//! Memory: the footer, and per column its dictionary and a page or two ([`memory_of`]). The crate reads ahead a batch
-//! of rows of each column, whose pages stay; so a batch is one row. Complexity: to go on from a row takes reading its
-//! row group up to there.
+//! Memory: the footer, and per column its dictionary, a page or two and the largest row ([`memory_of`]). The crate reads
+//! ahead a batch of rows of each column, whose pages stay; so a batch is one row. Complexity: to go on from a row takes
+//! reading its row group up to there.
 
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -308,7 +308,8 @@ impl Tokenizer {
     }
 }
 
-const UNKNOWN_HINT: &str = "remove the character, or make a model whose tokenizer knows every one: `ounce init --tokenizer bpe`";
+const UNKNOWN_HINT: &str =
+    "remove the character, or make a model that knows all of them: `ounce init --tokenizer bpe`";
 
 /// Text that cannot be encoded: where, in bytes, and why.
 #[derive(Debug)]
