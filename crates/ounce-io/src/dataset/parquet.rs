@@ -5,9 +5,9 @@
 //! rows against what the footer says, and a guard, since the crate panics on some broken files. Compression: none,
 //! snappy, zstd.
 //!
-//! Memory: the footer, and per column its dictionary, a page or two and the largest row ([`memory_of`]). The crate reads
-//! ahead a batch of rows of each column, whose pages stay; so a batch is one row. Complexity: to go on from a row takes
-//! reading its row group up to there.
+//! Memory: the footer, and per column its dictionary, a page or two and the largest row ([`memory_of`]). The crate
+//! reads ahead a batch of rows of each column, whose pages stay; so a batch is one row. Complexity: to go on from a row
+//! takes reading its row group up to there.
 
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
