@@ -199,7 +199,7 @@ impl FuzzCase {
             }
             Target::Template => {
                 let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/chat_templates");
-                for name in ["chatml", "generation", "reasoning", "strict"] {
+                for name in ["chatml", "generation", "markup", "raw", "reasoning", "strict"] {
                     case.add_valid(&read(&data.join(name).with_extension("jinja")));
                 }
                 case.write(&read(&data.join("tools.jinja")));
