@@ -61,7 +61,10 @@ pub(crate) fn fuzzing(s: &Setting<'_>) -> Result<Outcome> {
     std::thread::scope(|scope| {
         for _ in 0..n_threads {
             scope.spawn(|| {
-                while let Some(target) = lock(&waiting).pop() {
+                loop {
+                    // In the head of the loop the lock would be held while the parser runs.
+                    let next = lock(&waiting).pop();
+                    let Some(target) = next else { break };
                     let seed = totals.get(target).map_or(0, |t: &Total| t.next_seed).to_string();
                     let args = [target, "--seconds", &seconds, "--seed", &seed];
                     let result = capture(&fuzz.to_string_lossy(), &args);
