@@ -149,13 +149,7 @@ impl IoError {
     pub(crate) fn reading(path: &Path, source: io::Error) -> Self {
         match source.kind() {
             io::ErrorKind::NotFound => {
-                let is_config = path.file_name().is_some_and(|name| name == "config.json");
-                let hint = if is_config && path.parent().is_some_and(Path::is_dir) {
-                    "a model directory holds config.json, weights and a tokenizer, as `ounce init` writes it"
-                } else {
-                    "check the path for a typo"
-                };
-                Self::Missing { path: path.into(), hint: hint.into() }
+                Self::Missing { path: path.into(), hint: "check the path for a typo".into() }
             }
             io::ErrorKind::UnexpectedEof => Self::BadFile {
                 path: path.into(),

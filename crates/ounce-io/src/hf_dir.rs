@@ -50,6 +50,10 @@ pub fn read_config(dir_or_file: &Path) -> Result<Value, IoError> {
         Err(IoError::Missing { path, .. }) if is_interrupted(dir_or_file) => {
             return Err(IoError::Missing { path, hint: interrupted_hint(dir_or_file).into() });
         }
+        Err(IoError::Missing { path, .. }) if dir_or_file.is_dir() => {
+            let hint = "a model directory holds config.json, weights and a tokenizer, as `ounce init` writes it";
+            return Err(IoError::Missing { path, hint: hint.into() });
+        }
         other => other?,
     };
     if config.is_object() {

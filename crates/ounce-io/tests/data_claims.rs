@@ -15,7 +15,9 @@ use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::metadata::{
     ParquetMetaData, ParquetMetaDataReader, ParquetMetaDataWriter, RowGroupMetaData,
 };
-use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterVersion};
+use parquet::file::properties::{
+    EnabledStatistics, WriterProperties, WriterPropertiesBuilder, WriterVersion,
+};
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use peak_alloc::PeakAlloc;
@@ -43,18 +45,21 @@ const SMALL: Layout = Layout {
     rows_per_group: 40,
 };
 
-/// Writes `n_rows` texts of `text_bytes` each to `path`.
-fn write_texts(path: &Path, n_rows: usize, text_bytes: usize, layout: Layout) {
-    let schema =
-        Arc::new(parse_message_type("message m { required binary text (UTF8); }").unwrap());
-    let properties = WriterProperties::builder()
+/// What both kinds of files are written with.
+fn properties(layout: Layout) -> WriterPropertiesBuilder {
+    WriterProperties::builder()
         .set_compression(layout.compression)
         .set_dictionary_enabled(layout.plain.is_none())
         .set_encoding(layout.plain.unwrap_or(Encoding::PLAIN))
         .set_data_page_size_limit(layout.page_bytes)
         .set_dictionary_page_size_limit(layout.page_bytes)
-        .set_write_batch_size(1)
-        .build();
+}
+
+/// Writes `n_rows` texts of `text_bytes` each to `path`.
+fn write_texts(path: &Path, n_rows: usize, text_bytes: usize, layout: Layout) {
+    let schema =
+        Arc::new(parse_message_type("message m { required binary text (UTF8); }").unwrap());
+    let properties = properties(layout).set_write_batch_size(1).build();
     let file = std::fs::File::create(path).unwrap();
     let mut writer = SerializedFileWriter::new(file, schema, Arc::new(properties)).unwrap();
     let numbers: Vec<usize> = (0..n_rows).collect();
@@ -113,7 +118,8 @@ fn reading_takes_no_more_memory_than_the_file_declares() {
     }
 }
 
-/// Rows of `message m { list<optional text> }`: how often each holds which text; no text is null.
+/// Rows of `message m { list<optional text> }`: how often each holds which text, `None` for null.
+/// Groups of one row are written in pages of the second version.
 fn write_lists(path: &Path, rows: &[&[(usize, Option<&str>)]], layout: Layout) {
     let list =
         "required group texts (LIST) { repeated group list { optional binary element (UTF8); } }";
@@ -123,12 +129,7 @@ fn write_lists(path: &Path, rows: &[&[(usize, Option<&str>)]], layout: Layout) {
     } else {
         WriterVersion::PARQUET_1_0
     };
-    let properties = WriterProperties::builder()
-        .set_compression(layout.compression)
-        .set_dictionary_enabled(layout.plain.is_none())
-        .set_encoding(layout.plain.unwrap_or(Encoding::PLAIN))
-        .set_data_page_size_limit(layout.page_bytes)
-        .set_dictionary_page_size_limit(layout.page_bytes)
+    let properties = properties(layout)
         .set_statistics_enabled(EnabledStatistics::None)
         .set_writer_version(version)
         .build();

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use ::parquet::basic::Compression;
 use ::parquet::errors::ParquetError;
-use ::parquet::file::reader::{FileReader, SerializedFileReader};
+use ::parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
 use ::parquet::record::reader::{ReaderIter, TreeBuilder};
 use ::parquet::record::{Field, Row};
 use serde_json::{Map, Number, Value};
@@ -199,29 +199,9 @@ fn check_chunks(reader: &SerializedFileReader<File>, file: &File) -> Result<Clai
         n_rows = n_rows.checked_add(n).ok_or("the row groups claim too many rows")?;
         let mut group_bytes = 0_u64;
         let group_reader = reader.get_row_group(group_index).map_err(|e| e.to_string())?;
-        for (i, column) in group.columns().iter().enumerate() {
-            let compression = column.compression();
-            if !matches!(
-                compression,
-                Compression::UNCOMPRESSED | Compression::SNAPPY | Compression::ZSTD(_)
-            ) {
-                return Err(format!("compression {compression} is not read; snappy and zstd are"));
-            }
-            let (start, n_bytes) = column.byte_range();
-            let in_column =
-                |reason| format!("column `{}`: {reason}", column.column_path().string());
-            let n_values = column.num_values();
-            let chunk = pages::check_chunk(file, start, n_bytes, n_values).map_err(in_column)?;
-            // Of lists a row may have any number.
-            if column.column_descr().max_rep_level() == 0 && n_values != group.num_rows() {
-                let n_rows = group.num_rows();
-                return Err(in_column(format!("{n_values} values in {n_rows} rows")));
-            }
-            let mut pages = group_reader.get_column_page_reader(i).map_err(|e| e.to_string())?;
-            let row_bytes =
-                row_sizes::largest_row(&mut *pages, column.column_descr(), &chunk.pages)
-                    .map_err(in_column)?;
-            group_bytes = group_bytes.saturating_add(chunk.memory_bytes).saturating_add(row_bytes);
+        for column in 0..group.num_columns() {
+            let bytes = check_column(&*group_reader, column, file)?;
+            group_bytes = group_bytes.saturating_add(bytes);
         }
         memory_bytes = memory_bytes.max(before_bytes.saturating_add(group_bytes));
         before_bytes = group_bytes;
@@ -231,6 +211,31 @@ fn check_chunks(reader: &SerializedFileReader<File>, file: &File) -> Result<Clai
         return Err(format!("the footer says {said} rows, its row groups {n_rows}"));
     }
     Ok(Claims { n_rows, memory_bytes })
+}
+
+/// Checks the pages of one column of a row group; bytes of memory that reading it takes.
+fn check_column(group: &dyn RowGroupReader, i: usize, file: &File) -> Result<u64, String> {
+    let column = group.metadata().column(i);
+    let compression = column.compression();
+    if !matches!(
+        compression,
+        Compression::UNCOMPRESSED | Compression::SNAPPY | Compression::ZSTD(_)
+    ) {
+        return Err(format!("compression {compression} is not read; snappy and zstd are"));
+    }
+    let (start, n_bytes) = column.byte_range();
+    let in_column = |reason| format!("column `{}`: {reason}", column.column_path().string());
+    let n_values = column.num_values();
+    let chunk = pages::check_chunk(file, start, n_bytes, n_values).map_err(in_column)?;
+    // Of lists a row may have any number.
+    let n_rows = group.metadata().num_rows();
+    if column.column_descr().max_rep_level() == 0 && n_values != n_rows {
+        return Err(in_column(format!("{n_values} values in {n_rows} rows")));
+    }
+    let mut pages = group.get_column_page_reader(i).map_err(|e| e.to_string())?;
+    let row_bytes = row_sizes::largest_row(&mut *pages, column.column_descr(), &chunk.pages)
+        .map_err(in_column)?;
+    Ok(chunk.memory_bytes.saturating_add(row_bytes))
 }
 
 /// Runs the library, whose panics on broken files are the files' fault.
