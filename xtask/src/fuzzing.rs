@@ -1,11 +1,14 @@
-//! The demonstration `fuzzing`: every parser on damaged files, for an hour of processor time each.
+//! The demonstration `fuzzing`: every parser under libFuzzer, for an hour of processor time each.
 //!
-//! Idea: fourteen hours are more than one sitting has. Each call goes on where the kept results end: with the
-//! seeds after the last ones, for `--times N` seconds of processor time per parser (60 where it is not given), as
-//! many parsers at once as there are cores. The claims are of all calls together.
+//! Idea: fourteen hours are more than one sitting has. Each call gives every parser `--times N` seconds of processor
+//! time (60 where it is not given), as many parsers at once as there are threads, and goes on with the corpus that the
+//! calls before have left in the target directory. The claims are of all kept calls together.
+//!
+//! The harness is a workspace of its own, `fuzz/`, built with the compiler's coverage counters, which need no nightly
+//! compiler where no sanitizer is asked for.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use serde_json::Value;
@@ -14,7 +17,7 @@ use crate::Result;
 use crate::accept::{Outcome, Setting, number};
 use crate::bench::last_object;
 use crate::record::kept;
-use crate::shell::{capture, cargo, run};
+use crate::shell::{capture, cargo, metadata, output_with, run_with};
 
 const TARGETS: [&str; 14] = [
     "safetensors",
@@ -33,22 +36,28 @@ const TARGETS: [&str; 14] = [
     "state",
 ];
 const WANTED_S: f64 = 3600.0;
+/// Seconds on the clock that one file may take, beside other work.
+const TIMEOUT: &str = "-timeout=120";
+/// What is passed to rustc: counters per edge, comparisons seen by the fuzzer.
+const RUSTFLAGS: &str = "-Cpasses=sancov-module \
+    -Cllvm-args=-sanitizer-coverage-level=4 \
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+    -Cllvm-args=-sanitizer-coverage-pc-table \
+    -Cllvm-args=-sanitizer-coverage-trace-compares";
 
 /// What the calls so far have done for one parser.
 #[derive(Default)]
 struct Total {
     n_files: u64,
     processor_s: f64,
-    /// The first that was never tried.
-    next_seed: u64,
 }
 
 /// The demonstration.
 pub(crate) fn fuzzing(s: &Setting<'_>) -> Result<Outcome> {
     let mut outcome = Outcome { is_kept: true, ..Outcome::default() };
-    let build = ["build", "--release", "--package", "ounce-io", "--example", "fuzz", "--locked"];
-    run(&cargo(), &[&build[..], &["--all-features"]].concat())?;
-    let fuzz = Path::new(&s.binary).with_file_name("examples").join("fuzz");
+    let folder =
+        Path::new(metadata()?["target_directory"].as_str().unwrap_or("target")).join("fuzz");
+    let fuzz = build(&folder)?;
     let mut totals = BTreeMap::new();
     for record in kept("accept fuzzing") {
         add(&mut totals, &record["result"]);
@@ -65,18 +74,14 @@ pub(crate) fn fuzzing(s: &Setting<'_>) -> Result<Outcome> {
                     // In the head of the loop the lock would be held while the parser runs.
                     let next = lock(&waiting).pop();
                     let Some(target) = next else { break };
-                    let seed = totals.get(target).map_or(0, |t: &Total| t.next_seed).to_string();
-                    let args = [target, "--seconds", &seconds, "--seed", &seed];
-                    let result = capture(&fuzz.to_string_lossy(), &args);
-                    lock(&found).push((target, result));
+                    lock(&found).push((target, fuzz_one(&fuzz, &folder, target, &seconds)));
                 }
             });
         }
     });
     for (target, result) in found.into_inner().unwrap_or_default() {
         match result {
-            Ok(text) => {
-                let report = last_object(&text)?;
+            Ok(report) => {
                 add(&mut totals, &report);
                 outcome.runs.push(("ounce", target.to_owned(), report));
             }
@@ -87,21 +92,60 @@ pub(crate) fn fuzzing(s: &Setting<'_>) -> Result<Outcome> {
     Ok(outcome)
 }
 
+/// Builds the harness with coverage counters.
+fn build(folder: &Path) -> Result<PathBuf> {
+    let rustc = capture("rustc", &["-vV"])?;
+    let host = rustc.lines().find_map(|line| line.strip_prefix("host: "));
+    let host = host.ok_or("rustc -vV names no host")?;
+    let target_dir = folder.to_string_lossy();
+    // With a target named, build scripts and macros go without the counters.
+    let args = ["build", "--release", "--locked", "--manifest-path", "fuzz/Cargo.toml"];
+    let args = [&args[..], &["--target", host, "--target-dir", &target_dir]].concat();
+    run_with(&cargo(), &args, &[("RUSTFLAGS", RUSTFLAGS)])?;
+    Ok(folder.join(host).join("release/ounce-fuzz"))
+}
+
+/// Runs one parser; its report, or what was found.
+fn fuzz_one(fuzz: &Path, folder: &Path, target: &str, seconds: &str) -> Result<Value> {
+    let corpus = folder.join("corpus").join(target);
+    std::fs::create_dir_all(&corpus).map_err(|e| format!("{}: {e}", corpus.display()))?;
+    let findings = format!("-artifact_prefix={}/{target}-", folder.display());
+    let args = [TIMEOUT, "-rss_limit_mb=3000", &findings, &corpus.to_string_lossy()];
+    let env = [("OUNCE_FUZZ", target), ("OUNCE_FUZZ_SECONDS", seconds)];
+    let output = output_with(&fuzz.to_string_lossy(), &args, &env)?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        let lines: Vec<&str> = stderr.lines().rev().take(20).collect();
+        return Err(lines.into_iter().rev().collect::<Vec<_>>().join("\n"));
+    }
+    let mut report = last_object(&String::from_utf8_lossy(&output.stdout))?;
+    // A line such as `#187333 NEW    cov: 1218 ft: 2256 corp: 458/87Kb ...`.
+    let last = stderr.lines().rev().find(|line| line.contains(" cov: ")).unwrap_or_default();
+    report["edges"] = after(last, " cov: ").into();
+    report["corpus_files"] = after(last, " corp: ").into();
+    Ok(report)
+}
+
+/// The number behind a word in a line of libFuzzer's.
+fn after(line: &str, word: &str) -> Option<u64> {
+    let rest = line.split_once(word)?.1;
+    rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Adds one call's report, if it is one.
+/// Adds one call's report, if it is one that was guided by coverage.
 fn add(totals: &mut BTreeMap<String, Total>, report: &Value) {
-    let (Some(target), Ok(seconds)) = (report["target"].as_str(), number(report, "processor_s"))
+    let (Some(target), Some(_), Ok(seconds)) =
+        (report["target"].as_str(), report["edges"].as_u64(), number(report, "processor_s"))
     else {
         return;
     };
-    let whole = |key: &str| report[key].as_u64().unwrap_or(0);
     let total = totals.entry(target.to_owned()).or_default();
-    total.n_files += whole("n_files");
+    total.n_files += report["n_files"].as_u64().unwrap_or(0);
     total.processor_s += seconds;
-    total.next_seed = total.next_seed.max(whole("seed") + whole("n_files"));
 }
 
 fn judge(outcome: &mut Outcome, totals: &BTreeMap<String, Total>) {
@@ -127,18 +171,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_call_goes_on_behind_the_last_seed() {
+    fn calls_add_up_and_those_without_coverage_are_not_counted() {
         let mut totals = BTreeMap::new();
-        for (seed, n_files) in [(0, 10), (10, 5)] {
+        for n_files in [10, 5] {
             let report =
-                json!({"target": "rows", "seed": seed, "n_files": n_files, "processor_s": 1800.5});
+                json!({"target": "rows", "n_files": n_files, "processor_s": 1800.5, "edges": 7});
             add(&mut totals, &report);
         }
+        add(&mut totals, &json!({"target": "rows", "n_files": 1, "processor_s": 1.0}));
         add(&mut totals, &json!({"verdict": "0 of 14 claims"}));
-        let rows = &totals["rows"];
-        assert_eq!((rows.n_files, rows.next_seed, totals.len()), (15, 15, 1));
+        assert_eq!((totals["rows"].n_files, totals.len()), (15, 1));
         let mut outcome = Outcome::default();
         judge(&mut outcome, &totals);
         assert_eq!(outcome.claims.iter().filter(|(_, holds)| *holds).count(), 1);
+    }
+
+    #[test]
+    fn numbers_are_read_from_a_line_of_libfuzzer() {
+        let line = "#187333\tNEW    cov: 1218 ft: 2256 corp: 458/87Kb lim: 4096";
+        assert_eq!((after(line, " cov: "), after(line, " corp: ")), (Some(1218), Some(458)));
+        assert_eq!(after("INFO: seed corpus", " cov: "), None);
     }
 }

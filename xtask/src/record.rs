@@ -36,6 +36,7 @@ const COLUMNS: &[(&str, &str)] = &[
     ("verdict", "verdict"),
     ("n_files", "files"),
     ("processor_s", "processor s"),
+    ("edges", "edges"),
     ("kernel", "kernel"),
     ("gflop_per_s", "GFLOP/s"),
     ("gb_per_s", "GB/s"),

@@ -45,7 +45,12 @@ pub(crate) fn run_with(program: &str, args: &[&str], env: &[(&str, &str)]) -> Re
 
 /// Runs a program to its end, whatever its exit code, and returns what it wrote.
 pub(crate) fn output(program: &str, args: &[&str]) -> Result<Output> {
-    let output = command(program, args).stdin(Stdio::null()).output();
+    output_with(program, args, &[])
+}
+
+/// As [`output`], with environment variables.
+pub(crate) fn output_with(program: &str, args: &[&str], env: &[(&str, &str)]) -> Result<Output> {
+    let output = command(program, args).envs(env.iter().copied()).stdin(Stdio::null()).output();
     output.map_err(|e| format!("cannot start `{}`: {e}", words(program, args)))
 }
 

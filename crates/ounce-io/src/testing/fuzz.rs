@@ -168,6 +168,10 @@ impl FuzzCase {
                 case.write(br#"{"model_type": "gpt2", "n_embd": 32, "rope": {"theta": 1e5}}"#);
             }
             Target::Tokenizer => {
+                let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+                for name in ["metaspace-like", "llama3-like", "stories260k"] {
+                    case.add_valid(&read(&data.join(name).join("tokenizer.json")));
+                }
                 let text = dir.join("text.txt");
                 crate::write_file(&text, TEXT.as_bytes())?;
                 for tokenizer in
@@ -221,8 +225,7 @@ impl FuzzCase {
         Ok(case)
     }
 
-    /// Adds a valid file to begin from.
-    pub fn add_valid(&mut self, bytes: &[u8]) {
+    fn add_valid(&mut self, bytes: &[u8]) {
         self.valid.push(bytes.to_vec());
     }
 
@@ -231,12 +234,25 @@ impl FuzzCase {
         &self.valid
     }
 
-    /// The damaged file that `data` describes.
+    /// The damaged file that the random bytes `data` describe: a valid one with a few edits, or `data` alone.
     pub fn damage(&self, data: &[u8]) -> Vec<u8> {
         let mut choices = Choices(data);
-        let repairs = choices.byte() & 1 == 0;
-        let mut bytes = mutate(&self.valid, &mut choices);
-        if self.target == Target::TokenCache && repairs {
+        if choices.byte() < 16 {
+            return self.finish(choices.0.to_vec(), &mut choices);
+        }
+        let valid = self.valid[choices.below(self.valid.len())].clone();
+        self.finish(mutate(valid, &mut choices), &mut choices)
+    }
+
+    /// `bytes` with a few edits more, which the random bytes `data` describe.
+    pub fn damage_more(&self, bytes: &[u8], data: &[u8]) -> Vec<u8> {
+        let mut choices = Choices(data);
+        self.finish(mutate(bytes.to_vec(), &mut choices), &mut choices)
+    }
+
+    /// Every other time, checksums are made right again, to get behind them.
+    fn finish(&self, mut bytes: Vec<u8>, choices: &mut Choices<'_>) -> Vec<u8> {
+        if self.target == Target::TokenCache && choices.byte() & 1 == 0 {
             token_cache::reseal(&mut bytes);
         }
         bytes
