@@ -1,36 +1,57 @@
 //! The file that keeps measured costs: one line per measurement, for one machine.
 //!
 //! ```text
-//! ounce costs 5
+//! ounce costs 6
 //! machine Intel(R) Xeon(R) Processor, avx512, 2 threads, 0.1.0
+//! taken 0.12
 //! linear 0 1 0 0 0 0 768 589824 768 768 0 0 0 0 0 0 64 = 4.1e-4
 //! ```
+//! `taken` are the cores that other programs took meanwhile (`contention.rs`).
+//!
 //! Costs are only estimates and can be measured again, so a file that cannot be read, or was written
 //! on another machine, counts as empty. It is replaced as a whole, never half.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
+use std::time::Duration;
 
-const HEADER: &str = "ounce costs 5";
+const HEADER: &str = "ounce costs 6";
 
 /// Seconds by what was measured.
 pub(crate) type Costs = BTreeMap<String, f64>;
 
+/// What the file holds.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Kept {
+    pub(crate) costs: Costs,
+    /// Cores that other programs took while some of the costs were measured, at most.
+    pub(crate) cores_taken: f64,
+}
+
 /// The costs in the file that were measured on this machine.
-pub(crate) fn load(path: &Path, fingerprint: &str) -> Costs {
+pub(crate) fn load(path: &Path, fingerprint: &str) -> Kept {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let mut lines = text.lines();
     if lines.next() != Some(HEADER) || lines.next() != Some(&machine_line(fingerprint)) {
-        return Costs::new();
+        return Kept::default();
     }
-    lines.filter_map(parse_line).collect()
+    let taken = lines.next().and_then(|line| line.strip_prefix("taken ")?.parse().ok());
+    let Some(cores_taken) = taken else { return Kept::default() };
+    Kept { costs: lines.filter_map(parse_line).collect(), cores_taken }
+}
+
+/// Time since the file was written; none where there is no file, or its clock was another.
+pub(crate) fn age(path: &Path) -> Duration {
+    let written = path.metadata().and_then(|metadata| metadata.modified()).ok();
+    written.and_then(|at| at.elapsed().ok()).unwrap_or_default()
 }
 
 /// Replaces the file.
-pub(crate) fn save(path: &Path, fingerprint: &str, costs: &Costs) -> std::io::Result<()> {
-    let mut text = format!("{HEADER}\n{}\n", machine_line(fingerprint));
-    for (key, seconds) in costs {
+pub(crate) fn save(path: &Path, fingerprint: &str, kept: &Kept) -> std::io::Result<()> {
+    let machine = machine_line(fingerprint);
+    let mut text = format!("{HEADER}\n{machine}\ntaken {:.2}\n", kept.cores_taken);
+    for (key, seconds) in &kept.costs {
         writeln!(text, "{key} = {seconds:e}").expect("writing to a string succeeds");
     }
     if let Some(folder) = path.parent() {
@@ -65,9 +86,10 @@ mod tests {
         let path = folder.path().join("new/costs.txt");
         let costs =
             Costs::from([("add 64".to_owned(), 1.25e-6), ("gelu 64".to_owned(), 0.1 + 0.2)]);
-        save(&path, "one", &costs).expect("saved");
-        assert_eq!(load(&path, "one"), costs);
-        assert_eq!(load(&path, "other"), Costs::new());
+        let kept = Kept { costs, cores_taken: 0.25 };
+        save(&path, "one", &kept).expect("saved");
+        assert_eq!(load(&path, "one"), kept);
+        assert_eq!(load(&path, "other"), Kept::default());
         assert_eq!(std::fs::read_dir(path.parent().expect("a folder")).expect("listed").count(), 1);
     }
 
@@ -76,12 +98,14 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("costs.txt");
         let body = "add 1 = 1e-6\nadd 2 = NaN\nadd 3 = -1\nadd 4 = 1e\nadd 5\n\u{0}\nadd 6 = 2e-6";
+        std::fs::write(&path, format!("{HEADER}\nmachine m\ntaken 0\n{body}")).expect("written");
+        assert_eq!(load(&path, "m").costs.len(), 2);
         std::fs::write(&path, format!("{HEADER}\nmachine m\n{body}")).expect("written");
-        assert_eq!(load(&path, "m").len(), 2);
-        std::fs::write(&path, format!("x{HEADER}\nmachine m\n{body}")).expect("written");
-        assert_eq!(load(&path, "m").len(), 0);
+        assert_eq!(load(&path, "m"), Kept::default());
+        std::fs::write(&path, format!("x{HEADER}\nmachine m\ntaken 0\n{body}")).expect("written");
+        assert_eq!(load(&path, "m"), Kept::default());
         std::fs::write(&path, [0xff, 0xfe, 0]).expect("written");
-        assert_eq!(load(&path, "m").len(), 0);
-        assert_eq!(load(&folder.path().join("missing"), "m").len(), 0);
+        assert_eq!(load(&path, "m"), Kept::default());
+        assert_eq!(load(&folder.path().join("missing"), "m"), Kept::default());
     }
 }

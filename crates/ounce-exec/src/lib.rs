@@ -10,8 +10,8 @@
 //! every op), `resolve` (plan and graph to tasks), `gate` (where a step stops before its updates),
 //! `dispatch` (a task to its kernel), [`step`] (the executor), [`buffers`] (what the session reads
 //! and writes between steps), [`profile`] (time per op), [`machine`] (costs measured on this
-//! machine), `problem` (what is measured of an op), `measure` (how), `cost_file` (where costs are
-//! kept), [`heap`] (freed memory given back).
+//! machine), `problem` (what is measured of an op), `measure` (how), `contention` (what
+//! other programs took meanwhile), `cost_file` (where costs are kept), [`heap`] (freed memory given back).
 //!
 //! ```
 //! use std::sync::Arc;
@@ -55,6 +55,8 @@ pub mod machine;
 mod problem;
 
 mod measure;
+
+mod contention;
 
 mod cost_file;
 

@@ -14,15 +14,17 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use ounce_ir::{Graph, OpId, OpKind, RopeTable};
 use ounce_kernels::pool::Pool;
 use ounce_kernels::tier::tier;
 use ounce_program::{FixedMachine, Machine, StepShape};
 
-use crate::cost_file::{self, Costs};
+use crate::contention::{Moment, UNDISTURBED_CORES, is_quiet};
+use crate::cost_file::{self, Kept};
 use crate::measure::measure;
 use crate::problem::{Key, MAX_FLOP, Problem, key_text};
 use crate::scratch::scratch_bytes;
@@ -37,6 +39,9 @@ const MAX_TOKENS: u64 = 512;
 /// and has only a few runs per step.
 const MAX_HEAD_FLOP: f64 = 24e9;
 const MAX_HEAD_TOKENS: u64 = 1024;
+/// How long disturbed costs are kept at least, so that a program that runs on and off has not all of them measured again
+/// and again.
+const DISTURBED_LIFE: Duration = Duration::from_secs(600);
 
 /// A machine whose costs are measured when they are first asked for.
 pub struct MeasuredMachine {
@@ -51,8 +56,10 @@ struct State {
     /// Found in this run.
     memo: BTreeMap<Key, f64>,
     /// Found in this run and before, as in the file.
-    costs: Costs,
+    kept: Kept,
     n_measured: usize,
+    /// When the first measurement of this run began.
+    began: Option<Moment>,
     arena: Option<Arena>,
 }
 
@@ -95,10 +102,9 @@ impl MeasuredMachine {
         baseline_bytes: u64,
         cache_path: Option<PathBuf>,
     ) -> Self {
-        let fingerprint = machine_fingerprint(pool.n_threads());
-        let costs = cache_path.as_deref().map(|p| cost_file::load(p, &fingerprint));
-        let costs = costs.unwrap_or_default();
-        let state = State { memo: BTreeMap::new(), costs, n_measured: 0, arena: None };
+        let kept = cache_path.as_deref().map(|path| kept_costs(path, pool.n_threads()));
+        let kept = kept.unwrap_or_default();
+        let state = State { memo: BTreeMap::new(), kept, n_measured: 0, began: None, arena: None };
         let state = RefCell::new(state);
         Self { pool, arena_limit_bytes, baseline_bytes, cache_path, state }
     }
@@ -106,6 +112,13 @@ impl MeasuredMachine {
     /// Measurements taken so far, those from the file not counted.
     pub fn n_measured(&self) -> usize {
         self.state.borrow().n_measured
+    }
+
+    /// Cores that other programs took while this run measured, if so many that times are disturbed.
+    pub fn cores_taken(&self) -> Option<f64> {
+        let state = self.state.borrow();
+        let taken = state.began.as_ref()?.cores_taken_since(self.pool.n_threads());
+        (taken > UNDISTURBED_CORES).then_some(taken)
     }
 
     /// Bytes of memory that measuring has touched so far.
@@ -118,11 +131,13 @@ impl MeasuredMachine {
     /// # Errors
     /// What the file system said. Losing the file only costs measuring again.
     pub fn save(&self) -> std::io::Result<()> {
-        let state = self.state.borrow();
+        let taken = self.cores_taken().unwrap_or(0.0);
+        let mut state = self.state.borrow_mut();
+        state.kept.cores_taken = state.kept.cores_taken.max(taken);
         match &self.cache_path {
             Some(path) if state.n_measured > 0 => {
                 let fingerprint = machine_fingerprint(self.pool.n_threads());
-                cost_file::save(path, &fingerprint, &state.costs)
+                cost_file::save(path, &fingerprint, &state.kept)
             }
             _ => Ok(()),
         }
@@ -141,7 +156,7 @@ impl MeasuredMachine {
             return Some(seconds);
         }
         let text = key_text(&key);
-        let seconds = if let Some(&seconds) = state.costs.get(&text) {
+        let seconds = if let Some(&seconds) = state.kept.costs.get(&text) {
             seconds
         } else {
             let bytes = problem.bytes(n_tokens, self.pool.n_threads());
@@ -151,9 +166,12 @@ impl MeasuredMachine {
             if state.arena.is_none() {
                 state.arena = Arena::reserve(self.limit_bytes()).ok();
             }
+            if state.began.is_none() {
+                state.began = Moment::now();
+            }
             let seconds = measure(state.arena.as_mut()?, &self.pool, problem, tables, n_tokens);
             state.n_measured += 1;
-            state.costs.insert(text, seconds);
+            state.kept.costs.insert(text, seconds);
             seconds
         };
         state.memo.insert(key, seconds);
@@ -179,6 +197,18 @@ impl MeasuredMachine {
         let n_most = problem.n_tokens_max.min(most_tokens.max(unit)) / unit;
         (2..=n_most).rev().map(|n| n * unit).find(|&n| fits(n)).unwrap_or(unit)
     }
+}
+
+/// The costs of the file. Those that were measured beside other programs count for a while, and until the machine is
+/// quiet.
+fn kept_costs(path: &Path, n_threads: usize) -> Kept {
+    let kept = cost_file::load(path, &machine_fingerprint(n_threads));
+    let still_count = still_count(kept.cores_taken, cost_file::age(path), || is_quiet(n_threads));
+    if still_count { kept } else { Kept::default() }
+}
+
+fn still_count(cores_taken: f64, age: Duration, is_quiet: impl FnOnce() -> bool) -> bool {
+    cores_taken <= UNDISTURBED_CORES || age < DISTURBED_LIFE || !is_quiet()
 }
 
 impl Machine for MeasuredMachine {
@@ -249,6 +279,16 @@ fn curve(points: &mut [(f64, f64)], n: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn disturbed_costs_count_until_they_are_old_and_the_machine_is_quiet() {
+        let old = DISTURBED_LIFE;
+        let new = old / 2;
+        assert!(still_count(0.1, old, || panic!("there is nothing to wait for")));
+        assert!(still_count(1.0, new, || panic!("there is nothing to wait for")));
+        assert!(still_count(1.0, old, || false));
+        assert!(!still_count(1.0, old, || true));
+    }
 
     #[test]
     fn costs_follow_the_line_through_both_points() {
