@@ -14,13 +14,13 @@ use serde::Serialize;
 use crate::batch::Row;
 use crate::budget::{Memory, peak_resident_bytes};
 use crate::graphs::{TrainWanted, Wanted};
+use crate::limits::Limits;
 use crate::model::Model;
 use crate::planning::ONE_ROW_FLAGS;
 use crate::schedule::SchedulerType;
 use crate::session::compile;
 use crate::settings::{Optimizer, Precision};
 use crate::step::{Rows, Trainer};
-use crate::train_loop::limits;
 use crate::{Environment, Error, Observer, Result, Settings};
 
 /// What to measure.
@@ -147,7 +147,7 @@ pub fn bench_step(
         max_length: wanted.max_length,
         policy: settings.policy(),
     };
-    let limits = limits(&settings);
+    let limits = Limits::of(&settings);
     let mut session = compile(&model, &plans, &limits, env).map_err(with_own_flags)?;
     drop(session.take_picture());
     session.check_baseline()?;

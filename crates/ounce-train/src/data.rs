@@ -5,8 +5,8 @@ use ounce_io::{BlockSampler, RowSampler, StreamCursor, StreamNotes, TokenCache};
 
 use crate::batch::Row;
 use crate::evaluate::EvalData;
+use crate::limits::Limits;
 use crate::model::{Model, missing};
-use crate::session::Limits;
 use crate::step::Rows;
 use crate::stream::TrainStream;
 use crate::text_table::TextTable;

@@ -18,8 +18,9 @@ use serde::Serialize;
 
 use crate::budget::{AUTO_PERCENT, Memory, MemoryOfMachine, memory_of_machine};
 use crate::graphs::{TrainWanted, Wanted};
+use crate::limits::{Limits, n_cores};
 use crate::model::Model;
-use crate::session::{Limits, estimate};
+use crate::session::estimate;
 use crate::{Environment, Result, Settings};
 
 /// Bytes of the file that is written and read.
@@ -106,7 +107,7 @@ pub struct ModelRecord {
 /// # Errors
 /// A disk that cannot be written.
 pub fn doctor(env: &Environment) -> Result<DoctorRecord> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let cores = n_cores();
     let limits = Limits { budget_bytes: Memory::Auto.resolve(), n_threads: cores, data_bytes: 0 };
     let disk = disk(&env.cache_dir)?;
     let peak = peak(cores);

@@ -12,11 +12,11 @@ use ounce_program::StepShape;
 
 use crate::batch::{Batch, Row};
 use crate::graphs::Wanted;
+use crate::limits::Limits;
 use crate::model::{Model, missing};
 use crate::precision::policy_for;
 use crate::session::{Program, check_tokenizing, compile};
 use crate::tokenize::{self, Request, RowRequest};
-use crate::train_loop::limits;
 use crate::{Environment, Error, EvalRecord, Observer, Result, Settings};
 
 /// What to evaluate on.
@@ -99,7 +99,7 @@ pub fn evaluate(
             hint: "leave it out".to_owned(),
         });
     }
-    let (limits, max_length) = (limits(settings), model.max_length(settings));
+    let (limits, max_length) = (Limits::of(settings), model.max_length(settings));
     let wanted = Wanted {
         train: None,
         eval: Some(StepShape::new(settings.per_device_train_batch_size, max_length)),
@@ -129,6 +129,7 @@ pub fn evaluate(
     session.check_baseline()?;
     session.load(&weights)?;
     drop(weights);
+    session.warnings.iter().for_each(|warning| observer.note(warning));
     let program = session.eval.as_ref().expect("an evaluation has a plan");
     evaluate_in(program, &mut session.arena, &data, observer)
 }

@@ -10,12 +10,12 @@ use serde::Serialize;
 
 use crate::batch::Batch;
 use crate::graphs::Wanted;
+use crate::limits::Limits;
 use crate::model::Model;
 use crate::precision::policy_for;
 use crate::session::{Program, check_tokenizing, compile};
 use crate::text_table::{TextStream, TextTable};
 use crate::tokenize::{self, Request, RowRequest};
-use crate::train_loop::limits;
 use crate::{Environment, Error, Observer, Result, Settings};
 
 /// What `generate` adds to the common settings.
@@ -66,7 +66,8 @@ pub fn generate(
         });
     }
     let model = Model::open(settings, env)?;
-    let limits = limits(settings);
+    model.check_length(settings)?;
+    let limits = Limits::of(settings);
     let request = Request {
         tokenizer: model.dir.clone(),
         cache_dir: tokenize::cache_dir(env),
@@ -98,6 +99,7 @@ pub fn generate(
     session.check_baseline()?;
     session.load(&weights)?;
     drop(weights);
+    session.warnings.iter().for_each(|warning| observer.note(warning));
     let sampler = Sampler {
         temperature: wanted.temperature,
         seed: settings.seed,

@@ -8,9 +8,9 @@ use ounce_io::dataset::has_conversations;
 use ounce_io::{EncodedRow, FileNotes, IdTable, RowTokens, TextPieces, Tokenizer, Words};
 use serde::Serialize;
 
+use crate::limits::Limits;
 use crate::model::Model;
 use crate::tokenize::{RowRequest, file_lines, load_template, now_s};
-use crate::train_loop::limits;
 use crate::{Environment, Result, Settings};
 
 /// What to look at.
@@ -96,7 +96,7 @@ pub fn inspect(
         template: &template,
         options: &options,
         max_length,
-        n_workers: limits(settings).n_threads,
+        n_workers: Limits::of(settings).n_threads,
     };
     let table = IdTable::new(&tokenizer)?;
     let mut record = InspectRecord { remarks: Vec::new(), files: Vec::new() };

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use ounce_io::GgufModel;
-use ounce_models::{ModelConfig, ModelError};
+use ounce_models::{ModelConfig, ModelError, Purpose, build_for_length};
 
 use crate::tokenize;
 use crate::{Environment, Error, Result, Settings};
@@ -76,6 +76,14 @@ impl Model {
     /// A configuration without files.
     pub(crate) fn without_files(name: &str, config: ModelConfig) -> Self {
         Self { path: name.into(), dir: name.into(), config }
+    }
+
+    /// Refuses rows longer than the model has positions for, by the number that was set.
+    pub(crate) fn check_length(&self, settings: &Settings) -> Result<()> {
+        let Some(max_length) = settings.max_length else { return Ok(()) };
+        build_for_length(&self.config, Purpose::Decode, 0.0, max_length)
+            .map(drop)
+            .map_err(|e| model_error(&self.path, &e))
     }
 
     /// Tokens per row: as set, or the model's context, at most 1024.

@@ -136,14 +136,16 @@ impl Planner<'_> {
     }
 
     /// The first change, those that cost least first, after which the run fits into the budget; if none is enough by
-    /// itself, together with clipping off.
+    /// itself, together with clipping off. Another optimizer comes last.
     fn cheapest_change(&self, smallest_bytes: u64) -> String {
         let alone = changes(self.wanted);
         let both =
             alone.iter().find(|(flags, _)| flags == NO_CLIPPING).map(|(_, wanted)| changes(wanted));
         let both = both.unwrap_or_default().into_iter();
         let both = both.map(|(flags, wanted)| (format!("{NO_CLIPPING} {flags}"), wanted));
-        for (flags, changed) in alone.iter().cloned().chain(both) {
+        let mut all: Vec<_> = alone.iter().cloned().chain(both).collect();
+        all.sort_by_key(|(flags, _)| flags.contains(SGD));
+        for (flags, changed) in all {
             let Ok(graphs) = build(self.model, &changed) else { continue };
             let (bytes, _) = self.smallest(&graphs, &changed);
             if bytes <= self.budget_bytes {
@@ -156,6 +158,7 @@ impl Planner<'_> {
 }
 
 const NO_CLIPPING: &str = "--max-grad-norm 0";
+const SGD: &str = "--optimizer sgd";
 
 /// Changes to a run that make it smaller, as flags, those that change the result least first.
 fn changes(wanted: &Wanted) -> Vec<(String, Wanted)> {
@@ -188,7 +191,7 @@ fn changes(wanted: &Wanted) -> Vec<(String, Wanted)> {
     }
     if train.optimizer != OptimizerKind::Sgd {
         let sgd = TrainWanted { optimizer: OptimizerKind::Sgd, ..train };
-        changes.push(("--optimizer sgd".to_owned(), with(sgd)));
+        changes.push((SGD.to_owned(), with(sgd)));
     }
     changes
 }

@@ -104,6 +104,8 @@ pub struct PlanRecord {
     pub recomputed_ops: u64,
     /// What each phase of the run takes, in the order of their first time.
     pub phases: Vec<PhaseRecord>,
+    /// What the machine does not have for this run, in words.
+    pub warnings: Vec<String>,
     /// The table for people; not a JSON field.
     #[serde(skip)]
     pub table: String,

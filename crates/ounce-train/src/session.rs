@@ -20,6 +20,7 @@ use crate::batch::DataInputs;
 use crate::budget::format_bytes;
 use crate::checkpoint::states;
 use crate::graphs::{Graphs, Wanted, build, everything_bytes};
+use crate::limits::Limits;
 use crate::model::Model;
 use crate::planning::Planner;
 use crate::stream::{StreamWanted, streaming_bytes};
@@ -27,14 +28,6 @@ use crate::tokenize;
 use crate::watch::plan_html;
 use crate::weights::{PIECE_ELEMS, Source, fill_fresh};
 use crate::{Environment, Error, PhaseRecord, PlanRecord, Result};
-
-/// The budget of a run and the threads that it may use.
-pub(crate) struct Limits {
-    pub(crate) budget_bytes: u64,
-    pub(crate) n_threads: usize,
-    /// Most that reading the data files takes, beside tokenizing.
-    pub(crate) data_bytes: u64,
-}
 
 /// A graph with its plan, checked and resolved.
 pub(crate) struct Program {
@@ -90,6 +83,8 @@ pub(crate) struct Session {
     pub(crate) peak_bytes: u64,
     /// Memory in which kernels were timed, before the arena was there.
     pub(crate) touched_bytes: u64,
+    /// What the machine does not have for this run.
+    pub(crate) warnings: Vec<String>,
     arena_bytes: u64,
     baseline: Baseline,
     stream: Option<StreamWanted>,
@@ -148,12 +143,14 @@ pub(crate) fn compile(
         programs.push(resolve(model, graph, shape, &plan, machine, pool)?);
     }
     let touched_bytes = machine.touched_bytes();
+    let cores_taken = machine.cores_taken();
     // Without the file the costs are only measured again.
     let _ = machine.save();
     machine.release_memory();
     check_shared_params(&programs);
     let arena_bytes = programs.iter().map(|p| p.executor.arena_bytes()).max().unwrap_or(0);
     let peak_bytes = programs.iter().map(|p| p.certificate.peak_bytes).max().unwrap_or(0);
+    let warnings = limits.warnings(peak_bytes, cores_taken);
     let arena = Arena::reserve(arena_bytes)?;
     let mut programs = programs.into_iter();
     // In the order of `Graphs::jobs`.
@@ -170,6 +167,7 @@ pub(crate) fn compile(
         budget_bytes: limits.budget_bytes,
         peak_bytes,
         touched_bytes,
+        warnings,
         arena_bytes,
         baseline: prepared.baseline,
         stream: wanted.stream,
@@ -342,6 +340,7 @@ impl Session {
             table: [main.table.trim_end(), &phases_line(&self.phases()), &self.data_line()]
                 .join("\n"),
             phases: self.phases(),
+            warnings: self.warnings.clone(),
         }
     }
 

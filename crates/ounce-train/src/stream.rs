@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::batch::Row;
 use crate::checkpoint::by_full_path;
+use crate::limits::Limits;
 use crate::model::Model;
-use crate::session::Limits;
 use crate::settings::DataFile;
 use crate::tokenize::{self, RowRequest, Work, Working, file_lines, load_template, now_s};
 use crate::{Environment, Error, Observer, Result, Settings};

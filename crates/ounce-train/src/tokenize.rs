@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::baseline::PROCESS_BYTES;
 use crate::budget::peak_resident_bytes;
-use crate::session::Limits;
+use crate::limits::Limits;
 use crate::settings::{BadRows, Columns};
 use crate::stream::{WindowRequest, make_window};
 use crate::text_table::TextTable;

@@ -10,9 +10,10 @@ use crate::data::Data;
 use crate::evaluate::evaluate_in;
 use crate::generate::{Sampler, sample_text};
 use crate::graphs::{TrainWanted, Wanted};
+use crate::limits::Limits;
 use crate::model::{Model, missing};
 use crate::output::{Output, Staged};
-use crate::session::{Limits, Session, check_tokenizing, compile};
+use crate::session::{Session, check_tokenizing, compile};
 use crate::step::Trainer;
 use crate::stream::StreamWanted;
 use crate::watch::{Health, StepNumbers};
@@ -28,7 +29,7 @@ pub fn plan(settings: &Settings, env: &Environment) -> Result<PlanRecord> {
     for path in files.chain(settings.eval_data.iter().map(PathBuf::as_path)) {
         ounce_io::check_readable(path)?;
     }
-    let session = compile(&model, &wanted(settings, &model), &limits(settings), env)?;
+    let session = compile(&model, &wanted(settings, &model), &Limits::of(settings), env)?;
     Ok(session.record())
 }
 
@@ -49,7 +50,7 @@ pub fn train(
         Some(checkpoint) => Model::at(checkpoint.path())?,
         None => Model::open(settings, env)?,
     };
-    let (plans, limits) = (wanted(settings, &model), limits(settings));
+    let (plans, limits) = (wanted(settings, &model), Limits::of(settings));
     check_tokenizing(&model, &plans, &limits, env)?;
     if let (Some(checkpoint), Some(n_steps)) = (&from, settings.max_steps) {
         checkpoint::check_settings(checkpoint, settings, n_steps, observer)?;
@@ -107,18 +108,6 @@ fn wanted(settings: &Settings, model: &Model) -> Wanted {
         stream: StreamWanted::of(settings, max_length),
         max_length,
         policy: settings.policy(),
-    }
-}
-
-/// The budget and the threads of a run.
-pub(crate) fn limits(settings: &Settings) -> Limits {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let data = settings.data.iter().map(crate::settings::DataFile::path);
-    let files = data.chain(settings.eval_data.iter().map(PathBuf::as_path));
-    Limits {
-        budget_bytes: settings.memory.resolve(),
-        n_threads: settings.threads.map_or(cores, |n| n as usize),
-        data_bytes: ounce_io::dataset::data_bytes(files),
     }
 }
 

@@ -121,6 +121,7 @@ fn plan(flags: &PlanFlags) -> Result<()> {
         print_json(&record);
     } else {
         print_out(&format!("{}\n", record.table.trim_end()));
+        record.warnings.iter().for_each(|warning| print_err(&format!("{warning}\n")));
     }
     Ok(())
 }

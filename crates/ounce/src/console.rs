@@ -39,14 +39,41 @@ pub(crate) struct Console {
     bar: bool,
     logging_steps: Option<u64>,
     signal: Arc<AtomicUsize>,
-    n_steps: u64,
     budget_bytes: u64,
     start: Option<Instant>,
     last_line: Option<Instant>,
+    progress: Progress,
+}
+
+/// How fast a run goes.
+#[derive(Debug, Default)]
+struct Progress {
+    n_steps: u64,
+    /// Of this process: a run that goes on has more behind it.
+    n_done: u64,
     /// Tokens and seconds of the steps since the last line.
     since: (f64, f64),
     /// Tokens per second up to the last line.
     rate: f64,
+}
+
+impl Progress {
+    fn add(&mut self, r: &StepRecord) {
+        self.n_done += 1;
+        self.since.0 += r.tokens_per_s * r.step_s;
+        self.since.1 += r.step_s;
+    }
+
+    /// Begins a new line: the rate becomes that of the steps since the last one.
+    fn begin_line(&mut self) {
+        self.rate = self.since.0 / self.since.1;
+        self.since = (0.0, 0.0);
+    }
+
+    /// Seconds that the steps behind `step` take if they go on as those of this process did.
+    fn left_s(&self, step: u64, elapsed_s: f64) -> f64 {
+        elapsed_s / self.n_done.max(1) as f64 * self.n_steps.saturating_sub(step) as f64
+    }
 }
 
 impl Console {
@@ -58,12 +85,10 @@ impl Console {
             bar,
             logging_steps,
             signal,
-            n_steps: 0,
             budget_bytes: 0,
             start: None,
             last_line: None,
-            since: (0.0, 0.0),
-            rate: 0.0,
+            progress: Progress::default(),
         }
     }
 
@@ -74,7 +99,7 @@ impl Console {
     }
 
     fn is_due(&self, step: u64) -> bool {
-        let first_or_last = step == 1 || step == self.n_steps;
+        let first_or_last = self.progress.n_done == 1 || step == self.progress.n_steps;
         first_or_last
             || match self.logging_steps {
                 Some(n) => step.is_multiple_of(n),
@@ -83,9 +108,8 @@ impl Console {
     }
 
     fn text(&self, r: &StepRecord) -> String {
-        let left_s = self.start.map_or(0.0, |start| {
-            start.elapsed().as_secs_f64() / r.step as f64 * (self.n_steps - r.step) as f64
-        });
+        let elapsed_s = self.start.map_or(0.0, |start| start.elapsed().as_secs_f64());
+        let left_s = self.progress.left_s(r.step, elapsed_s);
         let scale = match (r.loss_scale, r.skipped) {
             (Some(scale), true) => format!("  scale {scale:?} (skipped)"),
             (Some(scale), false) => format!("  scale {scale:?}"),
@@ -95,9 +119,9 @@ impl Console {
         format!(
             "step {}/{}  loss {:.4}{scale}  {} tok/s  ETA {}  peak {}/{}",
             r.step,
-            self.n_steps,
+            self.progress.n_steps,
             r.loss,
-            thousands(self.rate),
+            thousands(self.progress.rate),
             duration(left_s),
             format_bytes(r.rss_peak_bytes),
             format_bytes(self.budget_bytes),
@@ -111,9 +135,10 @@ impl Observer for Console {
     }
 
     fn planned(&mut self, plan: &PlanRecord, n_steps: u64) {
-        self.n_steps = n_steps;
+        self.progress.n_steps = n_steps;
         self.budget_bytes = plan.budget_bytes;
         self.line(plan.table.trim_end());
+        plan.warnings.iter().for_each(|warning| self.line(warning));
     }
 
     fn step(&mut self, r: &StepRecord) {
@@ -124,20 +149,18 @@ impl Observer for Console {
             print_json(r);
             return;
         }
-        self.since.0 += r.tokens_per_s * r.step_s;
-        self.since.1 += r.step_s;
+        self.progress.add(r);
         if self.is_due(r.step) {
             self.last_line = Some(Instant::now());
-            self.rate = self.since.0 / self.since.1;
-            self.since = (0.0, 0.0);
+            self.progress.begin_line();
             if !self.bar || self.logging_steps.is_some() {
                 self.line(&self.text(r));
             }
         }
         if self.bar {
-            let n_full = (r.step as usize * BAR_CELLS) / self.n_steps.max(1) as usize;
+            let n_full = (r.step as usize * BAR_CELLS) / self.progress.n_steps.max(1) as usize;
             let bar = "=".repeat(n_full) + &" ".repeat(BAR_CELLS - n_full);
-            let end = if r.step == self.n_steps { "\n" } else { "" };
+            let end = if r.step == self.progress.n_steps { "\n" } else { "" };
             print_err(&format!("\r\x1b[K[{bar}] {}{end}", self.text(r)));
         }
     }
@@ -183,6 +206,41 @@ fn duration(s: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn step(step: u64, tokens_per_s: f64, step_s: f64) -> StepRecord {
+        StepRecord {
+            step,
+            loss: 1.0,
+            learning_rate: 0.0,
+            grad_norm: 1.0,
+            tokens: (tokens_per_s * step_s) as u64,
+            step_s,
+            tokens_per_s,
+            rss_peak_bytes: 0,
+            loss_scale: None,
+            skipped: false,
+        }
+    }
+
+    #[test]
+    fn a_line_tells_the_mean_rate_of_the_steps_since_the_last_one() {
+        let mut progress = Progress { n_steps: 4, ..Progress::default() };
+        progress.add(&step(1, 10.0, 1.0));
+        progress.begin_line();
+        // 300 tokens in 2 s, then 100 in 2 s.
+        progress.add(&step(2, 150.0, 2.0));
+        progress.add(&step(3, 50.0, 2.0));
+        progress.begin_line();
+        assert!((progress.rate - 100.0).abs() < 1e-9, "{progress:?}");
+    }
+
+    #[test]
+    fn what_is_left_is_told_from_the_steps_of_this_process() {
+        let mut progress = Progress { n_steps: 1100, ..Progress::default() };
+        progress.add(&step(1001, 1.0, 3.0));
+        assert!((progress.left_s(1001, 3.0) - 297.0).abs() < 1e-9, "a run that went on at 1000");
+        assert!(progress.left_s(1100, 300.0).abs() < 1e-9);
+    }
 
     #[test]
     fn numbers_are_grouped_and_times_are_clocks() {

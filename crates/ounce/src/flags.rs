@@ -6,7 +6,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use ounce_train::{Family, Memory};
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
@@ -240,6 +240,43 @@ pub(crate) struct RunFlags {
     scratch_limit: Option<String>,
 }
 
+/// Arguments that commands which do not train read: what their help shows.
+const READ_BY: [(&str, &str); 3] = [
+    (
+        "eval",
+        "config json model data eval_data max_length memory threads seed precision precision_overrides \
+         per_device_train_batch_size dataset_format column_mapping on_bad_row packing",
+    ),
+    (
+        "generate",
+        "config json model max_length memory threads seed precision precision_overrides prompt temperature \
+         max_new_tokens",
+    ),
+    (
+        "inspect",
+        "config json model max_length threads dataset_format column_mapping on_bad_row packing files samples",
+    ),
+];
+
+/// The command line's grammar. Every command takes all settings, so that one YAML file and one set of flags serve
+/// them all; help shows those that the command reads.
+pub(crate) fn grammar() -> clap::Command {
+    let shown = |command: clap::Command| {
+        let read = READ_BY.iter().find(|(name, _)| *name == command.get_name());
+        let Some((_, read)) = read else { return command };
+        let note = "Takes all settings of `ounce train`, as flags or by --config; those that are not listed change \
+                    nothing here.";
+        command.after_help(note).mut_args(|arg| {
+            let is_read = read.split(' ').any(|id| arg.get_id() == id);
+            if is_read { arg } else { arg.hide(true) }
+        })
+    };
+    Cli::command()
+        .mut_subcommand("eval", shown)
+        .mut_subcommand("generate", shown)
+        .mut_subcommand("data", |data| data.mut_subcommand("inspect", shown))
+}
+
 /// A number that is one: neither infinity nor NaN.
 fn number(text: &str) -> Result<f64, String> {
     let finite = text.parse().ok().filter(|x: &f64| x.is_finite());
@@ -447,6 +484,23 @@ mod tests {
         };
         let given = serde_json::json!({ "max_steps": 2, "data": ["a", "b"], "packing": true });
         assert_eq!(Value::Object(flags.given()), given);
+    }
+
+    #[test]
+    fn help_shows_what_a_command_reads() {
+        let mut grammar = grammar();
+        grammar.build();
+        for (name, read) in READ_BY {
+            let outer =
+                if name == "inspect" { grammar.find_subcommand("data") } else { Some(&grammar) };
+            let command = outer.and_then(|outer| outer.find_subcommand(name)).expect("a command");
+            let shown = command.get_arguments().filter(|arg| !arg.is_hide_set());
+            let mut shown: Vec<&str> = shown.map(|arg| arg.get_id().as_str()).collect();
+            let mut wanted: Vec<&str> = read.split(' ').chain(["help"]).collect();
+            shown.sort_unstable();
+            wanted.sort_unstable();
+            assert_eq!(shown, wanted, "{name}");
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use clap::Parser;
+use clap::FromArgMatches;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use ounce_train::{Error, ErrorClass};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -32,7 +32,8 @@ const USAGE: u8 = 2;
 const BUG: u8 = 70;
 
 fn main() -> ExitCode {
-    let cli = match flags::Cli::try_parse() {
+    let matches = flags::grammar().try_get_matches();
+    let cli = match matches.and_then(|matches| flags::Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(e) => return refuse(&e),
     };

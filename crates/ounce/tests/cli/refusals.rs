@@ -1,6 +1,8 @@
 //! What is refused, with which exit code, and that nothing is left behind.
 
-use crate::lab::{Lab, words};
+use serde_json::Value;
+
+use crate::lab::{Lab, smallest_budget, words};
 
 #[test]
 fn what_is_not_built_is_refused_as_such() {
@@ -81,6 +83,77 @@ fn wrong_models_and_data_are_named() {
     let broken = lab.fail(4, &words(&format!("train --model model --data train.txt {run}")));
     assert!(broken.contains("model.safetensors"), "{broken}");
     assert!(!lab.path("out").exists());
+}
+
+/// Two changes together, where neither clipping off nor shorter rows are enough.
+#[test]
+fn a_budget_that_is_too_small_is_told_what_would_fit() {
+    let arch = "--arch llama --n-layers 2 --hidden-size 256 --context-length 256";
+    let lab = Lab::with_model(&words(arch));
+    let plan = "plan --model model --data train.txt --per-device-train-batch-size 1";
+    let refused =
+        |mib: f64, flags: &str| lab.fail(3, &words(&format!("{plan} --memory {mib}MiB {flags}")));
+    let smallest = |flags: &str| -> f64 {
+        smallest_budget(&refused(1.0, flags)).strip_suffix("MiB").unwrap().parse().unwrap()
+    };
+    let [whole, unclipped] = ["", "--max-grad-norm 0"].map(smallest);
+    let hint = |mib: f64| refused(mib, "").trim_end().lines().last().unwrap().to_owned();
+    assert_eq!(
+        hint(f64::midpoint(unclipped, whole)),
+        format!("hint: `--max-grad-norm 0` needs {unclipped} MiB")
+    );
+    let shorter = smallest("--max-grad-norm 0 --max-length 128");
+    assert!(shorter < unclipped && unclipped < smallest("--max-length 64"));
+    assert_eq!(
+        hint(f64::midpoint(shorter, unclipped)),
+        format!("hint: `--max-grad-norm 0 --max-length 128` needs {shorter} MiB")
+    );
+    lab.succeed(&words(&format!(
+        "{plan} --memory {shorter}MiB --max-grad-norm 0 --max-length 128"
+    )));
+}
+
+/// Timing kernels is a phase of the first run on a machine, and of no later one.
+#[test]
+fn timing_kernels_is_told_as_a_phase_where_it_takes_place() {
+    let lab = Lab::llama();
+    let plan = "plan --model model --data train.txt --max-length 64 --memory 64MiB";
+    let phases = |plan: &Value| -> Vec<String> {
+        let phases = plan["phases"].as_array().unwrap();
+        phases.iter().map(|p| p["phase"].as_str().unwrap().to_owned()).collect()
+    };
+    let [first, second] = [0, 1].map(|_| lab.json(&words(plan)).remove(0));
+    let timed = first["phases"].as_array().unwrap().iter().find(|p| p["phase"] == "time kernels");
+    assert!(timed.unwrap()["peak_bytes"].as_u64().unwrap() <= 64 << 20, "{first}");
+    let mut before = phases(&first);
+    before.retain(|phase| phase != "time kernels");
+    assert_eq!(before, phases(&second));
+}
+
+#[test]
+fn rows_beyond_learned_positions_are_refused_by_the_number_given() {
+    let arch = "--arch gpt2 --n-layers 1 --hidden-size 32 --context-length 96";
+    let lab = Lab::with_model(&words(arch));
+    for command in
+        ["generate --prompt a --max-new-tokens 3", "eval --data eval.txt", "plan --data train.txt"]
+    {
+        let line = format!("{command} --model model --max-length 500");
+        let error = lab.fail(2, &words(&line));
+        assert!(error.contains("max_length 500 exceeds the 96 positions"), "{line}: {error}");
+    }
+}
+
+#[test]
+fn what_the_machine_does_not_have_is_warned_of() {
+    let lab = Lab::llama();
+    let plan = "plan --model model --data train.txt --max-length 64 --memory 256MiB";
+    let n_cores = std::thread::available_parallelism().unwrap().get();
+    let quiet = lab.run(&words(&format!("{plan} --threads 1")));
+    let said = String::from_utf8(quiet.stderr).unwrap();
+    assert!(quiet.status.success() && !said.contains(" threads on "), "{said}");
+    let many = lab.run(&words(&format!("{plan} --threads {}", n_cores + 1)));
+    let said = String::from_utf8(many.stderr).unwrap();
+    assert!(many.status.success() && said.contains(&format!(" on {n_cores} cores")), "{said}");
 }
 
 #[test]

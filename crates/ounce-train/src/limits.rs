@@ -1,0 +1,84 @@
+//! What a run may take of the machine, and what of it the machine does not have.
+
+use std::path::PathBuf;
+
+use crate::Settings;
+use crate::budget::{format_bytes, memory_of_machine, resident_bytes};
+use crate::settings::DataFile;
+
+/// The budget of a run and the threads that it may use.
+pub(crate) struct Limits {
+    pub(crate) budget_bytes: u64,
+    pub(crate) n_threads: usize,
+    /// Most that reading the data files takes, beside tokenizing.
+    pub(crate) data_bytes: u64,
+}
+
+impl Limits {
+    /// As the settings say; where they say nothing, as many threads as cores.
+    pub(crate) fn of(settings: &Settings) -> Self {
+        let data = settings.data.iter().map(DataFile::path);
+        let files = data.chain(settings.eval_data.iter().map(PathBuf::as_path));
+        Self {
+            budget_bytes: settings.memory.resolve(),
+            n_threads: settings.threads.map_or_else(n_cores, |n| n as usize),
+            data_bytes: ounce_io::dataset::data_bytes(files),
+        }
+    }
+
+    /// Warnings for a run whose plans take `peak_bytes`, before it has touched any of them, and during whose timings
+    /// other programs took so many cores.
+    pub(crate) fn warnings(&self, peak_bytes: u64, cores_taken: Option<f64>) -> Vec<String> {
+        // What the process holds already is a part of its peak.
+        let free_bytes = memory_of_machine().free_bytes + resident_bytes();
+        let mut warnings = self.warnings_on(n_cores(), peak_bytes, free_bytes);
+        warnings.extend(cores_taken.map(|taken| {
+            format!(
+                "warning: other programs took {taken:.1} of {} cores while kernels were timed: predicted times are too \
+                 high, until a run on a quiet machine times them again",
+                n_cores()
+            )
+        }));
+        warnings
+    }
+
+    fn warnings_on(&self, n_cores: usize, peak_bytes: u64, free_bytes: u64) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if self.n_threads > n_cores {
+            warnings.push(format!(
+                "warning: {} threads on {n_cores} cores wait for each other; `--threads {n_cores}` is faster and \
+                 gives the same result",
+                self.n_threads
+            ));
+        }
+        if peak_bytes > free_bytes {
+            warnings.push(format!(
+                "warning: the plan takes {}, of which only {} are free here: the system may end the run; `--memory \
+                 auto` takes what is free",
+                format_bytes(peak_bytes),
+                format_bytes(free_bytes)
+            ));
+        }
+        warnings
+    }
+}
+
+/// Cores that this process may use.
+pub(crate) fn n_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_warned_of_what_the_machine_does_not_have() {
+        let limits = Limits { budget_bytes: 8 << 30, n_threads: 4, data_bytes: 0 };
+        assert_eq!(limits.warnings_on(4, 1 << 30, 1 << 30), [""; 0]);
+        let both = limits.warnings_on(2, (1 << 30) + 1, 1 << 30);
+        assert_eq!(both.len(), 2);
+        assert!(both[0].contains("4 threads on 2 cores"), "{both:?}");
+        assert!(both[1].contains("only 1.00 GiB are free"), "{both:?}");
+    }
+}
