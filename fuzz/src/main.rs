@@ -1,9 +1,10 @@
 //! One parser under libFuzzer, which keeps what reaches new code and damages it further.
 //!
-//! Idea: the bodies are those of the tests (`ounce_io::testing::FuzzCase`); what libFuzzer adds is coverage, comparisons
-//! seen at run time, and a corpus. Every other file is damaged by our own edits, which know the words that such formats
-//! stumble over, and make checksums right again. Two variables say what runs, since libFuzzer owns the arguments:
-//! `OUNCE_FUZZ` is the parser, `OUNCE_FUZZ_SECONDS` the processor time after which the run ends with a line of JSON.
+//! Idea: the bodies are those of the tests (`ounce_io::testing::FuzzCase`); what libFuzzer adds is coverage,
+//! comparisons seen at run time, and a corpus. Every other file is damaged by our own edits, which know the words that
+//! such formats stumble over, and make checksums right again. Two variables say what runs, since libFuzzer owns the
+//! arguments: `OUNCE_FUZZ` is the parser, `OUNCE_FUZZ_SECONDS` the processor time after which the run ends with a line
+//! of JSON.
 
 #![no_main]
 

@@ -114,11 +114,12 @@ fn fuzz_one(fuzz: &Path, folder: &Path, target: &str, seconds: &str) -> Result<V
     let env = [("OUNCE_FUZZ", target), ("OUNCE_FUZZ_SECONDS", seconds)];
     let output = output_with(&fuzz.to_string_lossy(), &args, &env)?;
     let stderr = String::from_utf8_lossy(&output.stderr);
-    if !output.status.success() {
-        let lines: Vec<&str> = stderr.lines().rev().take(20).collect();
-        return Err(lines.into_iter().rev().collect::<Vec<_>>().join("\n"));
-    }
-    let mut report = last_object(&String::from_utf8_lossy(&output.stdout))?;
+    // A run that found nothing ends with its report; the exit code says that it was interrupted, which it does itself.
+    let Ok(mut report) = last_object(&String::from_utf8_lossy(&output.stdout)) else {
+        // Lines of progress begin with `#`.
+        let said = stderr.lines().filter(|line| !line.starts_with('#')).collect::<Vec<_>>();
+        return Err(said[said.len().saturating_sub(20)..].join("\n"));
+    };
     // A line such as `#187333 NEW    cov: 1218 ft: 2256 corp: 458/87Kb ...`.
     let last = stderr.lines().rev().find(|line| line.contains(" cov: ")).unwrap_or_default();
     report["edges"] = after(last, " cov: ").into();
@@ -156,7 +157,7 @@ fn judge(outcome: &mut Outcome, totals: &BTreeMap<String, Total>) {
         let what = format!("{target}: {} files in {minutes:.1} min, 60 asked", total.n_files);
         outcome.claim(total.processor_s >= WANTED_S, what);
     }
-    let sum = |of: fn(&Total) -> f64| totals.values().map(of).sum::<f64>();
+    let sum = |of: fn(&Total) -> f64| totals.values().map(of).fold(0.0, |a, b| a + b);
     println!(
         "{:.0} files in {:.1} hours",
         sum(|t| t.n_files as f64),

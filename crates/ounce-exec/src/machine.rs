@@ -39,8 +39,8 @@ const MAX_TOKENS: u64 = 512;
 /// and has only a few runs per step.
 const MAX_HEAD_FLOP: f64 = 24e9;
 const MAX_HEAD_TOKENS: u64 = 1024;
-/// How long disturbed costs are kept at least, so that a program that runs on and off has not all of them measured again
-/// and again.
+/// How long disturbed costs are kept at least, so that a program that runs on and off has not all of them measured
+/// again and again.
 const DISTURBED_LIFE: Duration = Duration::from_secs(600);
 
 /// A machine whose costs are measured when they are first asked for.

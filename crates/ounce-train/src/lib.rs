@@ -9,7 +9,8 @@
 //! declared size of the process), [`settings`], [`schedule`], [`report`] (what is told), `model`
 //! (the directory that a run starts from), [`precision`] (who chooses it; the loss scale),
 //! `tokenize`, `text_table`, `stream` and `data` (tokenizing in a child process), `weights`, `batch` (rows on
-//! the token axis), `graphs`, `planning`, `limits` (what a run may take), `session`, `output` (the directory in the making),
+//! the token axis), `graphs`, `planning`, `limits` (what a run may take),
+//! `session`, `output` (the directory in the making),
 //! `checkpoint`, `step`, [`train_loop`], [`mod@evaluate`], [`mod@generate`], [`mod@bench`],
 //! [`mod@init`], [`mod@export`], [`mod@doctor`],
 //! [`mod@inspect`], [`watch`].
