@@ -42,7 +42,7 @@ struct Run {
 fuzz_target!(init: start(), |bytes: &[u8]| try_file(run(), bytes));
 
 fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
-    if seed % 2 == 0 {
+    if seed.is_multiple_of(2) {
         return fuzzer_mutate(data, size, max_size);
     }
     let damaged = run().case.damage_more(&data[..size], &random_bytes(seed));
@@ -88,7 +88,7 @@ fn give_up(what: &str) -> ! {
 fn try_file(run: &'static Run, bytes: &[u8]) {
     let n_files = run.n_files.fetch_add(1, Ordering::Relaxed);
     let seconds = processor_seconds();
-    if n_files % CLOCK_FILES == 0 && seconds > run.seconds {
+    if n_files.is_multiple_of(CLOCK_FILES) && seconds > run.seconds {
         end(run, n_files, seconds);
     }
     let before_bytes = ALLOCATOR.current_usage();

@@ -16,6 +16,7 @@ const CHECKS: &[Check] = &[
     ("tidy", tidy::tidy),
     ("lints", || clippy(&[])),
     ("lints with all features", || clippy(&["--all-features"])),
+    ("lints of the fuzz harness", fuzz_lints),
     ("documentation", documentation),
     ("release build", release_build),
     ("examples", examples),
@@ -67,6 +68,16 @@ fn clippy(features: &[&str]) -> Result {
         &["--", "-D", "warnings"],
     ];
     run(&cargo(), &args.concat())
+}
+
+/// The harness is a workspace of its own; what it shares with ours is built once.
+fn fuzz_lints() -> Result {
+    let metadata = metadata()?;
+    let target = metadata["target_directory"].as_str().unwrap_or("target");
+    let manifest = ["--manifest-path", "fuzz/Cargo.toml"];
+    run(&cargo(), &[&["fmt", "--check"], &manifest[..]].concat())?;
+    let clippy = ["clippy", "--locked", "--target-dir", target];
+    run(&cargo(), &[&clippy[..], &manifest, &["--", "-D", "warnings"]].concat())
 }
 
 fn documentation() -> Result {

@@ -1,7 +1,8 @@
 //! How much of the processors other programs took while kernels were timed.
 //!
-//! Idea: of the cores that n threads could have had, what was neither ours nor idle was taken: `n - (own + idle) / wall`,
-//! from the kernel's counters. Of a virtual machine that includes what its host gave to others.
+//! Idea: of the cores that n threads could have had, what was neither ours nor idle was taken:
+//! `n - (own + idle) / wall`, from the kernel's counters. Of a virtual machine that includes what its host gave to
+//! others.
 //!
 //! Costs that were timed beside other programs are too high, and not all alike. They are kept, since they may be all
 //! there is, with how much was taken; once they are old and the machine is quiet they are timed again.
