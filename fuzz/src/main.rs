@@ -3,8 +3,8 @@
 //! Idea: the bodies are those of the tests (`ounce_io::testing::FuzzCase`); what libFuzzer adds is coverage,
 //! comparisons seen at run time, and a corpus. Every other file is damaged by our own edits, which know the words that
 //! such formats stumble over, and make checksums right again. Two variables say what runs, since libFuzzer owns the
-//! arguments: `OUNCE_FUZZ` is the parser, `OUNCE_FUZZ_SECONDS` the processor time after which the run ends with a line
-//! of JSON.
+//! arguments: `OUNCE_FUZZ` is the parser (or `list`), `OUNCE_FUZZ_SECONDS` the processor time after which the run ends
+//! with a line of JSON.
 
 #![no_main]
 
@@ -59,10 +59,15 @@ fn run() -> &'static Run {
 fn start() {
     // The libraries report some malformed files by panics, which are caught; ours are looked at in `try_file`.
     std::panic::set_hook(Box::new(|_| ()));
-    let names = Target::ALL.map(Target::name).join("|");
     let name = std::env::var("OUNCE_FUZZ").unwrap_or_default();
+    if name == "list" {
+        Target::ALL.iter().for_each(|target| println!("{}", target.name()));
+        std::process::exit(0);
+    }
     let target = Target::ALL.into_iter().find(|target| target.name() == name);
-    let Some(target) = target else { give_up(&format!("OUNCE_FUZZ is one of {names}")) };
+    let Some(target) = target else {
+        give_up("OUNCE_FUZZ names no parser; OUNCE_FUZZ=list prints them")
+    };
     let seconds =
         std::env::var("OUNCE_FUZZ_SECONDS").map_or(Some(f64::INFINITY), |s| s.parse().ok());
     let Some(seconds) = seconds else { give_up("OUNCE_FUZZ_SECONDS is a number") };

@@ -19,22 +19,6 @@ use crate::bench::last_object;
 use crate::record::kept;
 use crate::shell::{capture, cargo, metadata, output_with, run_with};
 
-const TARGETS: [&str; 14] = [
-    "safetensors",
-    "index",
-    "gguf",
-    "config",
-    "tokenizer",
-    "vocab-merges",
-    "text",
-    "rows",
-    "array",
-    "parquet",
-    "template",
-    "token-cache",
-    "manifest",
-    "state",
-];
 const WANTED_S: f64 = 3600.0;
 /// Seconds on the clock that one file may take, beside other work.
 const TIMEOUT: &str = "-timeout=120";
@@ -63,7 +47,8 @@ pub(crate) fn fuzzing(s: &Setting<'_>) -> Result<Outcome> {
         add(&mut totals, &record["result"]);
     }
     let seconds = s.times.unwrap_or(60).to_string();
-    let waiting = Mutex::new(TARGETS.iter().rev().copied().collect::<Vec<_>>());
+    let targets = targets(&fuzz)?;
+    let waiting = Mutex::new(targets.iter().rev().collect::<Vec<_>>());
     let found = Mutex::new(Vec::new());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let n_threads = s.n_threads(cores)?;
@@ -83,12 +68,12 @@ pub(crate) fn fuzzing(s: &Setting<'_>) -> Result<Outcome> {
         match result {
             Ok(report) => {
                 add(&mut totals, &report);
-                outcome.runs.push(("ounce", target.to_owned(), report));
+                outcome.runs.push(("ounce", target.clone(), report));
             }
             Err(finding) => outcome.claim(false, format!("{target}: {finding}")),
         }
     }
-    judge(&mut outcome, &totals);
+    judge(&mut outcome, &targets, &totals);
     Ok(outcome)
 }
 
@@ -103,6 +88,14 @@ fn build(folder: &Path) -> Result<PathBuf> {
     let args = [&args[..], &["--target", host, "--target-dir", &target_dir]].concat();
     run_with(&cargo(), &args, &[("RUSTFLAGS", RUSTFLAGS)])?;
     Ok(folder.join(host).join("release/ounce-fuzz"))
+}
+
+/// The parsers that the harness knows.
+fn targets(fuzz: &Path) -> Result<Vec<String>> {
+    let output = output_with(&fuzz.to_string_lossy(), &[], &[("OUNCE_FUZZ", "list")])?;
+    let names = String::from_utf8_lossy(&output.stdout);
+    let names: Vec<String> = names.lines().map(str::to_owned).collect();
+    if names.is_empty() { Err("the harness lists no parser".to_owned()) } else { Ok(names) }
 }
 
 /// Runs one parser; its report, or what was found.
@@ -149,8 +142,8 @@ fn add(totals: &mut BTreeMap<String, Total>, report: &Value) {
     total.processor_s += seconds;
 }
 
-fn judge(outcome: &mut Outcome, totals: &BTreeMap<String, Total>) {
-    for target in TARGETS {
+fn judge(outcome: &mut Outcome, targets: &[String], totals: &BTreeMap<String, Total>) {
+    for target in targets {
         let none = Total::default();
         let total = totals.get(target).unwrap_or(&none);
         let minutes = total.processor_s / 60.0;
@@ -183,7 +176,7 @@ mod tests {
         add(&mut totals, &json!({"verdict": "0 of 14 claims"}));
         assert_eq!((totals["rows"].n_files, totals.len()), (15, 1));
         let mut outcome = Outcome::default();
-        judge(&mut outcome, &totals);
+        judge(&mut outcome, &["rows", "text"].map(str::to_owned), &totals);
         assert_eq!(outcome.claims.iter().filter(|(_, holds)| *holds).count(), 1);
     }
 
