@@ -59,7 +59,9 @@ pub(crate) fn fuzzing(s: &Setting<'_>) -> Result<Outcome> {
                     // In the head of the loop the lock would be held while the parser runs.
                     let next = lock(&waiting).pop();
                     let Some(target) = next else { break };
-                    lock(&found).push((target, fuzz_one(&fuzz, &folder, target, &seconds)));
+                    // Before the lock is taken, for the same reason.
+                    let result = fuzz_one(&fuzz, &folder, target, &seconds);
+                    lock(&found).push((target, result));
                 }
             });
         }
