@@ -39,7 +39,9 @@ impl Moment {
         let wall_s = now.at.duration_since(self.at).as_secs_f64();
         let ticks = now.idle_ticks.saturating_sub(self.idle_ticks)
             + now.own_ticks.saturating_sub(self.own_ticks);
-        cores_taken(n_threads, wall_s, ticks as f64 / TICKS_PER_S)
+        // Threads beyond the cores have none that could be taken.
+        let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
+        cores_taken(n_threads.min(n_cores), wall_s, ticks as f64 / TICKS_PER_S)
     }
 }
 

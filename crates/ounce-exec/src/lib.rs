@@ -68,4 +68,5 @@ pub use error::{ExecError, NonFinite};
 pub use machine::{MeasuredMachine, machine_fingerprint};
 pub use ounce_kernels::attention::RowSpan;
 pub use profile::{OpTime, TimeClass};
+pub use resolve::MAX_ARENA_BYTES;
 pub use step::{Executor, OptimizerHyper, StepInputs};

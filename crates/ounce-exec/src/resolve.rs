@@ -240,9 +240,12 @@ fn locate(
     Ok(unit(buffer.offset + operand.at))
 }
 
-/// Bytes in units of 64: 32 bits of them reach 256 GiB.
+/// The most bytes of an arena that offsets of 32 bits, in units of 64 bytes, reach.
+pub const MAX_ARENA_BYTES: u64 = (1 << 32) * UNIT_BYTES;
+
+/// Bytes in units of 64.
 fn unit(bytes: u64) -> u32 {
-    u32::try_from(bytes / UNIT_BYTES).expect("an arena on the host is smaller than 256 GiB")
+    u32::try_from(bytes / UNIT_BYTES).expect("the arena is at most MAX_ARENA_BYTES")
 }
 
 impl Program {

@@ -34,8 +34,11 @@ pub(crate) fn scratch_bytes(op: &OpSpec, n_tokens: u64, n_threads: usize) -> u64
         }
         OpKind::CrossEntropy { .. } | OpKind::CrossEntropyTrain { .. } => {
             let n_channels = width(0);
-            let x = float_type(op.operands[0].dtype);
-            f32s(head_scratch_elems(n, width(op.n_inputs) / n_channels, n_channels, x, n_threads))
+            // That of the tokens' gradient where there is one: a class in f32 may stand between.
+            let trains = matches!(op.kind, OpKind::CrossEntropyTrain { .. });
+            let operand = if trains { op.first_output() + 1 } else { 0 };
+            let dx = float_type(op.operands[operand].dtype);
+            f32s(head_scratch_elems(n, width(op.n_inputs) / n_channels, n_channels, dx, n_threads))
         }
         OpKind::LayerNormGrad { .. } => {
             f32s(layer_norm_backward_scratch_elems(n, n_threads) + frozen_dw_elems(op))

@@ -29,6 +29,8 @@ impl Client {
             .redirect_auth_headers(RedirectAuthHeaders::SameHost)
             .timeout_connect(Some(PATIENCE))
             .timeout_recv_response(Some(PATIENCE))
+            // One that stalls is asked for again, from where it stopped.
+            .timeout_recv_body(Some(10 * PATIENCE))
             .user_agent(concat!("ounce/", env!("CARGO_PKG_VERSION")));
         // A hub on this machine is not behind a proxy.
         if endpoint.starts_with("http://127.0.0.1") || endpoint.starts_with("http://localhost") {

@@ -5,8 +5,8 @@
 //! `snapshots/COMMIT/`, and last `refs/REVISION` names the commit: so a model is in the cache whole or not at all.
 //! A file that is there already is not fetched again.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use ounce_io::{HubName, is_commit};
@@ -174,6 +174,17 @@ fn fetch(
     let path = incomplete(blobs, file);
     let mut target = OpenOptions::new();
     let target = target.create(true).append(true).open(&path).map_err(HubError::files(&path))?;
+    // Two that append to one file would make nothing of it.
+    target.try_lock().map_err(|e| match e {
+        TryLockError::Error(e) => HubError::files(&path)(e),
+        TryLockError::WouldBlock => HubError::files(&path)(io::Error::other(
+            "another pull is fetching it, wait for its end",
+        )),
+    })?;
+    if !path.exists() && blob.exists() {
+        // The other one has come to its end in between.
+        return Ok(0);
+    }
     let mut transfer = Transfer { target, path: &path, file, url, n_fetched: 0 };
     let mut n_tries = 0;
     loop {

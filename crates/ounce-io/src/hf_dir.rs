@@ -33,10 +33,19 @@ pub(crate) fn is_plain_name(name: &str) -> bool {
     !name.is_empty() && name.len() <= 255 && !name.starts_with('.') && name.chars().all(is_plain)
 }
 
-/// The side files that `dir` has: configuration and tokenizer.
+/// The files of a model beside its weights: configuration and tokenizer.
+fn side_file_names() -> impl Iterator<Item = &'static str> {
+    ["config.json", "generation_config.json"].into_iter().chain(TOKENIZER_FILES)
+}
+
+/// Whether a file of that name belongs to a model.
+pub(crate) fn is_side_file(name: &str) -> bool {
+    side_file_names().any(|side_file| side_file == name)
+}
+
+/// The side files that `dir` has.
 pub(crate) fn side_files(dir: &Path) -> Vec<&'static str> {
-    let names = ["config.json", "generation_config.json"].into_iter().chain(TOKENIZER_FILES);
-    names.filter(|name| dir.join(name).exists()).collect()
+    side_file_names().filter(|name| dir.join(name).exists()).collect()
 }
 
 /// Reads `config.json` of a model directory, or a configuration file named directly.

@@ -25,6 +25,7 @@ use std::path::Path;
 use crate::disk::{Disk, real_disk, write_all_at};
 use crate::error::IoError;
 use crate::hf_dir::is_plain_name;
+use crate::hf_dir::is_side_file;
 use crate::json::read_small_file;
 use crate::temp::temp_path;
 
@@ -118,8 +119,9 @@ fn move_in(disk: &dyn Disk, dir: &Path, names: &[String]) -> Result<(), IoError>
     disk.sync_dir(dir).map_err(|e| IoError::writing(dir, 0, e))
 }
 
-/// Files of `dir` that have to go, weights first: those whose successor still waits, and weights without a successor,
-/// because a loader would prefer a stale `model.safetensors` to new shards.
+/// Files of `dir` that have to go, weights first: those whose successor still waits, and where new weights come, weights
+/// and side files without a successor: a loader would prefer a stale `model.safetensors` to new shards, and take a stale
+/// chat template or tokenizer for the new model's.
 fn old_names(dir: &Path, names: &[String]) -> io::Result<Vec<String>> {
     let publishing = dir.join(PUBLISHING);
     let has_weights = names.iter().any(|name| weight_rank(name) == 2);
@@ -127,7 +129,8 @@ fn old_names(dir: &Path, names: &[String]) -> io::Result<Vec<String>> {
     for entry in fs::read_dir(dir)? {
         let Ok(name) = entry?.file_name().into_string() else { continue };
         let is_shard = name.starts_with("model-") && name.ends_with(".safetensors");
-        let is_superseded = has_weights && (is_shard || weight_rank(&name) == 2);
+        let belongs_to_a_model = is_shard || weight_rank(&name) == 2 || is_side_file(&name);
+        let is_superseded = has_weights && belongs_to_a_model;
         let is_new = names.contains(&name);
         if (is_new && publishing.join(&name).exists()) || (!is_new && is_superseded) {
             old.push(name);
@@ -141,7 +144,8 @@ fn old_names(dir: &Path, names: &[String]) -> io::Result<Vec<String>> {
 /// removed is a temporary for a later writer to remove.
 fn end(disk: &dyn Disk, dir: &Path) {
     let temp = temp_path(dir, "staging");
-    if disk.rename(&dir.join(PUBLISHING), &temp).is_ok() {
+    // Flushed before anything is removed: a name that came back without its files would be half a model.
+    if disk.rename(&dir.join(PUBLISHING), &temp).is_ok() && disk.sync_dir(dir).is_ok() {
         let _ = disk.remove_dir_all(&temp);
     }
 }

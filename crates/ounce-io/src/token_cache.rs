@@ -656,7 +656,12 @@ impl CacheWriter {
     ) -> Result<(), IoError> {
         self.append_starts()?;
         let notes = serde_json::to_vec(notes).expect("plain fields serialize");
-        assert!(notes.len() as u64 <= MAX_NOTES_BYTES, "{} bytes of notes", notes.len());
+        if notes.len() as u64 > MAX_NOTES_BYTES {
+            return Err(IoError::Usage {
+                what: format!("{} data files are too many to be told apart", hashes.len()),
+                hint: "join small files into larger ones".into(),
+            });
+        }
         self.head.notes_bytes = notes.len() as u64;
         self.buffer.extend(notes);
         self.flush()?;

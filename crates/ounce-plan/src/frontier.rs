@@ -17,7 +17,7 @@
 //!
 //! Complexity: one chain DP per divisor of the rows.
 
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
 
 use ounce_ir::{Graph, OpId};
@@ -97,6 +97,8 @@ pub struct Frontier<'a> {
     machine: &'a dyn Machine,
     /// Found when it is first asked for.
     smallest: OnceCell<Plan>,
+    /// Seconds that no schedule within a budget can beat, by the budget.
+    bounds: RefCell<BTreeMap<u64, f64>>,
 }
 
 /// Placed buffers reach a little higher than modelled, by how much is known only once they are placed:
@@ -116,7 +118,8 @@ impl<'a> Frontier<'a> {
             candidates.push(Candidate::solve(graph, *shape, machine, n_micro, options));
         }
         let entries = merge_candidates(&candidates, machine.baseline_bytes());
-        Self { candidates, entries, options: *options, machine, smallest: OnceCell::new() }
+        let (smallest, bounds) = (OnceCell::new(), RefCell::default());
+        Self { candidates, entries, options: *options, machine, smallest, bounds }
     }
 
     /// Modelled (peak bytes, step seconds) of the plan for a budget, without unrolling it.
@@ -202,6 +205,14 @@ impl<'a> Frontier<'a> {
         self.entries.partition_point(|e| e.bytes <= budget_bytes)
     }
 
+    /// Seconds that no schedule of any number of micro-batches can beat within the budget.
+    fn step_bound_s(&self, budget_bytes: u64) -> f64 {
+        let arena_bytes = budget_bytes.saturating_sub(self.machine.baseline_bytes());
+        let of_all = || self.candidates.iter().map(|c| c.step_bound_s(arena_bytes));
+        let mut bounds = self.bounds.borrow_mut();
+        *bounds.entry(budget_bytes).or_insert_with(|| of_all().fold(f64::INFINITY, f64::min))
+    }
+
     /// Unrolls and places an entry.
     fn realize(&self, entry: &Entry, budget_bytes: u64) -> Plan {
         let candidate = &self.candidates[entry.candidate];
@@ -236,13 +247,12 @@ impl<'a> Frontier<'a> {
         let load = peak_load(&e.drafts, n_instrs, |d| !d.resident);
         let placement = place(&e.drafts, &fixed, base, load);
         let baseline_bytes = self.machine.baseline_bytes();
-        let bound_s = candidate.step_bound_s(budget_bytes.saturating_sub(baseline_bytes));
         let certificate = Certificate {
             budget_bytes,
             peak_bytes: baseline_bytes + placement.height,
             max_load_bytes: baseline_bytes + base - align(self.options.reserved_bytes) + load,
             step_s: entry.time_s,
-            step_bound_s: bound_s.min(entry.time_s),
+            step_bound_s: self.step_bound_s(budget_bytes),
             unconstrained_step_s: self.entries.last().map_or(entry.time_s, |e| e.time_s),
         };
         let mut plan = Plan {

@@ -68,7 +68,7 @@ pub fn explain(plan: &Plan) -> String {
     ));
     let over = 100.0 * (c.step_s / c.unconstrained_step_s - 1.0);
     let gap = 100.0 * (c.step_s / c.step_bound_s - 1.0);
-    line(format!("step {:.3} s predicted, {over:+.1} % against unconstrained", c.step_s));
+    line(format!("step {:.3} s predicted, {over:+.1} % against the fastest plan", c.step_s));
     line(format!("no schedule is faster than {:.3} s (gap {gap:.1} %)", c.step_bound_s));
     out
 }

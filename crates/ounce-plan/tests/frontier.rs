@@ -99,7 +99,7 @@ fn the_report_reads_well() {
         no placement needs less than 1960.66 MiB (slack 0.00 MiB)
         1 micro-batch (layer-major), head in chunks of 384 tokens, gradients held for the update
         46 values kept, 26 forward ops run again, 672 instructions
-        step 3.870 s predicted, +2.0 % against unconstrained
+        step 3.870 s predicted, +2.0 % against the fastest plan
         no schedule is faster than 3.794 s (gap 2.0 %)
     "]]
     .assert_eq(&explain(&plan));

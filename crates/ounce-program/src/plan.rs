@@ -216,7 +216,7 @@ pub struct Certificate {
     pub step_s: f64,
     /// No schedule of this graph within the budget is faster, by the same costs.
     pub step_bound_s: f64,
-    /// Predicted time of a step that recomputes nothing.
+    /// Predicted time of the fastest plan of any size.
     pub unconstrained_step_s: f64,
 }
 

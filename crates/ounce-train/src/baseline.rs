@@ -61,7 +61,7 @@ impl Baseline {
 
     /// All of it.
     pub(crate) fn bytes(&self) -> u64 {
-        self.fixed_bytes() + self.page_table_bytes(self.budget_bytes)
+        self.bytes_in(self.budget_bytes)
     }
 
     fn fixed_bytes(&self) -> u64 {
@@ -89,12 +89,14 @@ impl Baseline {
         PROCESS_BYTES + self.sizes.tokenizing_bytes
     }
 
+    /// Declared bytes outside the arena of a run in that budget.
+    pub(crate) fn bytes_in(&self, budget_bytes: u64) -> u64 {
+        self.fixed_bytes() + self.page_table_bytes(budget_bytes)
+    }
+
     /// The smallest budget in which text is tokenized and whose arena has `arena_bytes`.
     pub(crate) fn smallest_budget(&self, arena_bytes: u64) -> u64 {
-        let fits = |budget: u64| {
-            budget.checked_sub(self.fixed_bytes() + self.page_table_bytes(budget))
-                >= Some(arena_bytes)
-        };
+        let fits = |budget: u64| budget.checked_sub(self.bytes_in(budget)) >= Some(arena_bytes);
         let need = self.fixed_bytes() + arena_bytes;
         // Above `need` by the page tables of `need`, and of those in turn: close below, then counted up.
         let mut budget = (need + need / PAGE_TABLE_SHARE).next_multiple_of(BUDGET_QUANTUM_BYTES);

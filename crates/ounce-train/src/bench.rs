@@ -160,7 +160,7 @@ pub fn bench_step(
         vocab_size: model.config.vocab_size(),
         row_tokens: wanted.max_length as usize,
     };
-    let mut trainer = Trainer::new(&settings, &mut session, n_steps, None);
+    let mut trainer = Trainer::new(&settings, &mut session, n_steps, None, true);
     let (mut losses, mut times) = (Vec::new(), Vec::new());
     for step in 1..=n_steps {
         if observer.stop_requested() {

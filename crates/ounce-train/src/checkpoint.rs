@@ -75,20 +75,37 @@ pub(crate) fn find(
                 observer.note(&format!("warning: {path} is passed over: {}", skipped.reason));
             }
             if let Some(checkpoint) = &newest.checkpoint {
-                note_going_on(checkpoint, observer);
+                note_going_on(checkpoint, settings, observer);
             }
             Ok(newest.checkpoint)
         }
         Some(path) => {
             let checkpoint = open(Path::new(path))?;
-            note_going_on(&checkpoint, observer);
+            note_going_on(&checkpoint, settings, observer);
             Ok(Some(checkpoint))
         }
     }
 }
 
+/// Says that another model than that of the checkpoint is not read.
+fn note_other_model(checkpoint: &Checkpoint, settings: &Settings, observer: &mut dyn Observer) {
+    let full = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    let begun = checkpoint.state().settings.get("model").and_then(Value::as_str).map(Path::new);
+    let given = settings.model.as_deref();
+    if let (Some(begun), Some(given)) = (begun, given)
+        && full(begun) != full(given)
+    {
+        observer.note(&format!(
+            "warning: the run was begun from {} and goes on from its checkpoint; `--model {}` is not read",
+            begun.display(),
+            given.display()
+        ));
+    }
+}
+
 /// Says where a run goes on.
-fn note_going_on(checkpoint: &Checkpoint, observer: &mut dyn Observer) {
+fn note_going_on(checkpoint: &Checkpoint, settings: &Settings, observer: &mut dyn Observer) {
+    note_other_model(checkpoint, settings, observer);
     let (path, step) = (checkpoint.path().display(), checkpoint.state().step);
     observer.note(&format!("going on behind step {step}, from {path}"));
 }
@@ -104,21 +121,25 @@ fn note_earlier_run(output_dir: &Path, observer: &mut dyn Observer) {
     }
 }
 
-/// The state of a run after `step` steps.
+/// What the state's schedule calls the steps of the whole run.
+const N_STEPS: &str = "n_steps";
+
+/// The state of a run after `step` of `n_steps` steps.
 pub(crate) fn state(
     settings: &Settings,
-    step: u64,
+    (step, n_steps): (u64, u64),
+    n_updates: u64,
     tokens_seen: u64,
     (cursor, stream): (DataCursor, Option<StreamCursor>),
     scaler: ScalerState,
 ) -> TrainerState {
     TrainerState {
         step,
-        n_updates: step - scaler.n_skipped_steps,
+        n_updates,
         cursor,
         stream,
         seed: settings.seed,
-        schedule: Map::new(),
+        schedule: Map::from_iter([(N_STEPS.to_owned(), n_steps.into())]),
         settings: by_full_path(settings).to_map(),
         kernel_tier: tier().to_string(),
         code_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -184,11 +205,12 @@ pub(crate) fn check_settings(
         names.push("per_device_train_batch_size times gradient_accumulation_steps");
     }
     // Another length is fine as long as the steps that were done had the same learning rates.
-    if let Some(n) = begun.max_steps
+    if let Some(n) = state.schedule.get(N_STEPS).and_then(Value::as_u64).or(begun.max_steps)
         && n != n_steps
         && !same_rates(&Schedule::of(&begun, n), &Schedule::of(settings, n_steps), state.step)
     {
-        names.push("max_steps");
+        let by_epochs = begun.max_steps.is_none() && settings.max_steps.is_none();
+        names.push(if by_epochs { "num_train_epochs" } else { "max_steps" });
     }
     if !names.is_empty() {
         let message = format!(
@@ -217,6 +239,24 @@ pub(crate) fn check_settings(
         ));
     }
     Ok(())
+}
+
+/// Refuses a run that is to end before the place where the checkpoint stands.
+///
+/// # Errors
+/// [`Error::Usage`] with both steps.
+pub(crate) fn check_end(checkpoint: &Checkpoint, n_steps: u64) -> Result<()> {
+    let step = checkpoint.state().step;
+    if step <= n_steps {
+        return Ok(());
+    }
+    Err(Error::Usage {
+        message: format!(
+            "{}: {step} steps are done, and the run is to have {n_steps}",
+            checkpoint.path().display()
+        ),
+        hint: "give a larger --max-steps, or resume from an earlier checkpoint".to_owned(),
+    })
 }
 
 /// Whether the checkpoint holds states of the optimizer that the settings name.

@@ -157,7 +157,12 @@ impl Rows for TrainRows {
                 let number = samples.row(step - 1, n_rows as usize, row as usize);
                 samples.read(number, &mut to.ids, &mut to.supervised, &mut to.lengths)?;
             }
-            Self::Stream(stream) => stream.read((step - 1) * n_rows + row, to, observer)?,
+            Self::Stream(stream) => {
+                if row == 0 {
+                    stream.begin_step();
+                }
+                stream.read((step - 1) * n_rows + row, to, observer)?;
+            }
         }
         Ok(())
     }

@@ -67,6 +67,16 @@ pub enum Error {
         /// The last checkpoint of the run.
         checkpoint: Option<PathBuf>,
     },
+    /// A model whose loss is infinite or not a number.
+    #[error(
+        "the loss is {loss}\n\
+         hint: the weights hold numbers that are not finite, or make such: take an earlier checkpoint, or \
+         `--precision f32`"
+    )]
+    BrokenModel {
+        /// The loss.
+        loss: f64,
+    },
     /// Reading or writing failed.
     #[error("{message}\nhint: {hint}")]
     Files {
@@ -150,7 +160,7 @@ impl Error {
             Self::Usage { .. } | Self::NotBuilt { .. } => ErrorClass::Usage,
             Self::DoesNotFit { .. } => ErrorClass::DoesNotFit,
             Self::Input { .. } => ErrorClass::Input,
-            Self::NonFinite { .. } => ErrorClass::NonFinite,
+            Self::NonFinite { .. } | Self::BrokenModel { .. } => ErrorClass::NonFinite,
             Self::Files { .. } => ErrorClass::Files,
             Self::Interrupted { .. } => ErrorClass::Interrupted,
             Self::Baseline { .. } | Self::Bug { .. } => ErrorClass::Bug,

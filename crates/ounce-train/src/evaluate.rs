@@ -131,7 +131,8 @@ pub fn evaluate(
     drop(weights);
     session.warnings.iter().for_each(|warning| observer.note(warning));
     let program = session.eval.as_ref().expect("an evaluation has a plan");
-    evaluate_in(program, &mut session.arena, &data, observer)
+    let record = evaluate_in(program, &mut session.arena, &data, observer)?;
+    if record.loss.is_finite() { Ok(record) } else { Err(Error::BrokenModel { loss: record.loss }) }
 }
 
 /// Evaluates with the parameters that are in the arena.

@@ -119,7 +119,7 @@ impl Planner<'_> {
         }
     }
 
-    /// The smallest budget that every plan of a run fits into, and what the largest of them holds.
+    /// The smallest budget that every plan of a run fits into, and what the largest of them holds in it.
     pub(crate) fn smallest(&self, graphs: &Graphs, wanted: &Wanted) -> (u64, Vec<(Category, u64)>) {
         let declared = Declared(self.machine);
         let mut worst = (0, Vec::new());
@@ -132,7 +132,14 @@ impl Planner<'_> {
             }
         }
         let arena_bytes = worst.0.saturating_sub(self.baseline.bytes());
-        (self.baseline.smallest_budget(arena_bytes), worst.1)
+        let smallest_bytes = self.baseline.smallest_budget(arena_bytes);
+        let (_, mut parts) = worst;
+        for (category, bytes) in &mut parts {
+            if *category == Category::Process {
+                *bytes = self.baseline.bytes_in(smallest_bytes);
+            }
+        }
+        (smallest_bytes, parts)
     }
 
     /// The first change, those that cost least first, after which the run fits into the budget; if none is enough by

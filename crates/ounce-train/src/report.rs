@@ -82,7 +82,7 @@ pub struct PlanRecord {
     pub step_s: f64,
     /// No schedule within the budget is faster, by the same costs.
     pub step_bound_s: f64,
-    /// Predicted time of a step that recomputes nothing.
+    /// Predicted time of the fastest plan of any size.
     pub unconstrained_step_s: f64,
     /// Parameters, tied ones once.
     pub n_params: u64,

@@ -52,6 +52,8 @@ pub(crate) struct Program {
     states: Vec<(u64, u64)>,
     /// Parameters and optimizer states: what loading fills and saving reads.
     stored_bytes: u64,
+    /// Where anything else begins.
+    working_at: u64,
 }
 
 /// An op whose numbers left the range of what they are stored in.
@@ -73,7 +75,9 @@ impl Program {
 /// Every plan of a run, and the arena they share.
 pub(crate) struct Session {
     pub(crate) train: Option<Program>,
-    /// The training step with classes of ops in f32.
+    /// Classes of ops that `train` has in f32 because they overflowed.
+    demoted: Vec<OpClass>,
+    /// The training step with other classes of ops in f32.
     variants: Vec<(Vec<OpClass>, Program)>,
     pub(crate) eval: Option<Program>,
     pub(crate) sample: Option<Program>,
@@ -140,7 +144,8 @@ pub(crate) fn compile(
     for (graph, shape, reserved_bytes) in graphs.jobs(wanted) {
         let plan = planner.plan(graph, shape, reserved_bytes);
         let plan = plan.ok_or_else(|| planner.does_not_fit(graphs))?;
-        programs.push(resolve(model, graph, shape, &plan, machine, pool)?);
+        let budget_bytes = limits.budget_bytes;
+        programs.push(resolve(model, graph, shape, &plan, machine, pool, budget_bytes)?);
     }
     let touched_bytes = machine.touched_bytes();
     let cores_taken = machine.cores_taken();
@@ -160,6 +165,7 @@ pub(crate) fn compile(
     let variants = demoted.filter_map(|demoted| Some((demoted, take(true)?))).collect();
     Ok(Session {
         train,
+        demoted: Vec::new(),
         variants,
         eval: take(graphs.eval.is_some()),
         sample: take(graphs.sample.is_some()),
@@ -233,9 +239,27 @@ fn resolve(
     plan: &Plan,
     machine: &MeasuredMachine,
     pool: &Arc<Pool>,
+    budget_bytes: u64,
 ) -> Result<Program> {
-    ounce_check::check(graph, plan, machine)
+    let proof = ounce_check::check(graph, plan, machine)
         .map_err(|e| Error::Bug { message: format!("the checker refuses the plan: {e}") })?;
+    // Not the budget that the plan itself says it was made for.
+    if proof.peak_bytes > budget_bytes {
+        let peak = format_bytes(proof.peak_bytes);
+        return Err(Error::Bug {
+            message: format!("the plan's peak of {peak} is over the budget"),
+        });
+    }
+    if plan.arena_bytes > ounce_exec::MAX_ARENA_BYTES {
+        return Err(Error::Usage {
+            message: format!(
+                "the plan takes an arena of {}, and {} are the most that this version addresses",
+                format_bytes(plan.arena_bytes),
+                format_bytes(ounce_exec::MAX_ARENA_BYTES)
+            ),
+            hint: "give less `--memory`, or take a smaller model or step".to_owned(),
+        });
+    }
     let executor = Executor::new(graph, plan, pool.clone())?;
     let trains = graph.ops.values().any(|op| op.updates.is_some());
     let title = format!("{}: one training step", model.path.display());
@@ -252,6 +276,7 @@ fn resolve(
         (plan.buffers[buffer].offset, plan.buffers[buffer].bytes)
     };
     let is_stored = |b: &&Buffer| matches!(b.role, BufferRole::Param(_) | BufferRole::State(_, _));
+    let working = plan.buffers.values().filter(|b| !is_stored(b));
     Ok(Program {
         states: states(graph).map(|(p, _, k)| state(p, k as u32)).collect(),
         shape,
@@ -266,6 +291,7 @@ fn resolve(
         picture: trains.then(|| plan_html(graph, plan, &title)),
         params: graph.params.ids().map(place).collect(),
         stored_bytes: plan.buffers.values().filter(is_stored).map(|b| b.bytes).sum(),
+        working_at: working.map(|b| b.offset).min().unwrap_or(u64::MAX),
         graph: graph.clone(),
     })
 }
@@ -299,7 +325,7 @@ fn phases_line(phases: &[PhaseRecord]) -> String {
 }
 
 /// Every plan must find the same parameters, and every training step the same states, in the same
-/// place.
+/// place; no plan writes anything else there.
 fn check_shared_params(programs: &[Program]) {
     let names = |p: &Program| -> Vec<String> {
         p.graph.params.values().map(|param| param.name.clone()).collect()
@@ -310,6 +336,14 @@ fn check_shared_params(programs: &[Program]) {
         let both_train = !pair[0].states.is_empty() && !pair[1].states.is_empty();
         assert!(!both_train || pair[0].states == pair[1].states, "and training steps their states");
     }
+    let stored = programs.iter().flat_map(|p| p.params.iter().chain(&p.states));
+    let end = stored.map(|(offset, bytes)| offset + bytes).max().unwrap_or(0);
+    let is_apart = programs.iter().all(|p| p.working_at >= end);
+    assert!(is_apart, "no plan of a run works where another keeps parameters or states");
+}
+
+fn is_within(classes: &[OpClass], all: &[OpClass]) -> bool {
+    classes.iter().all(|class| all.contains(class))
 }
 
 impl Session {
@@ -470,16 +504,17 @@ impl Session {
         Ok(())
     }
 
-    /// Goes on with the training step that has these classes of ops in f32: one of them, or all that
-    /// there are if there is more than one.
+    /// Goes on with the training step that has these classes of ops in f32, and as few others as there is one of.
     pub(crate) fn demote(&mut self, demoted: &[OpClass]) {
-        let found = match demoted {
-            [] => None,
-            [_] => self.variants.iter().position(|(classes, _)| classes == demoted),
-            _ => self.variants.len().checked_sub(1),
-        };
-        if let (Some(i), Some(train)) = (found, &mut self.train) {
-            std::mem::swap(train, &mut self.variants[i].1);
+        if is_within(demoted, &self.demoted) {
+            return;
+        }
+        let variants = self.variants.iter_mut();
+        let fitting = variants.filter(|(classes, _)| is_within(demoted, classes));
+        let fewest = fitting.min_by_key(|(classes, _)| classes.len());
+        if let (Some((classes, program)), Some(train)) = (fewest, &mut self.train) {
+            std::mem::swap(train, program);
+            std::mem::swap(&mut self.demoted, classes);
         }
     }
 

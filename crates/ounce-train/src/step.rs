@@ -4,8 +4,9 @@ use std::fmt::Write;
 use std::time::Instant;
 
 use ounce_exec::{NonFinite, OptimizerHyper, StepInputs};
-use ounce_io::checkpoint::ScalerState;
+use ounce_io::checkpoint::TrainerState;
 use ounce_ir::{ValueId, ValueKind};
+use ounce_passes::Precision;
 
 use crate::batch::{Batch, Row};
 use crate::budget::peak_resident_bytes;
@@ -42,19 +43,30 @@ pub(crate) struct Trainer {
     /// Parts of the squared gradient norm, by `ParamId`.
     norm_parts: Vec<ValueId>,
     scaler: Scaler,
+    /// Steps, those that were skipped not counted, that updated states which are no longer there.
+    n_updates_before: u64,
     demotes: bool,
     skips: bool,
 }
 
 impl Trainer {
-    /// For a run of `n_steps` steps; `scaler` is where a checkpoint left the loss scale.
+    /// For a run of `n_steps` steps that begins behind the state of a checkpoint; `keeps_states` says whether the
+    /// optimizer goes on with the checkpoint's.
     pub(crate) fn new(
         settings: &Settings,
         session: &mut Session,
         n_steps: u64,
-        scaler: Option<ScalerState>,
+        from: Option<&TrainerState>,
+        keeps_states: bool,
     ) -> Self {
-        let scaler = Scaler::new(settings, scaler);
+        // A scale that scaled nothing says nothing.
+        let begun = from.and_then(|state| state.settings.get("precision")?.as_str());
+        let scaled = begun == Some(Precision::F16.name());
+        let kept = from.and_then(|state| state.scaler.clone());
+        let kept = kept.filter(|_| scaled || !settings.policy().precision.scales_loss());
+        let scaler = Scaler::new(settings, kept);
+        let done = from.map_or(0, |state| state.step) - scaler.n_skipped();
+        let n_updates = from.filter(|_| keeps_states).map_or(0, |state| state.n_updates);
         session.demote(&scaler.demoted());
         let program = session.train.as_ref().expect("a training run has a training plan");
         let is_part = |id: &ValueId| {
@@ -76,10 +88,21 @@ impl Trainer {
                 norm => norm as f32,
             },
             norm_parts: program.graph.values.ids().filter(is_part).collect(),
+            n_updates_before: done - n_updates,
             scaler,
             demotes: settings.f16_demote,
             skips: settings.on_nonfinite == OnNonfinite::Skip,
         }
+    }
+
+    /// Updates of the optimizer's states up to `step`, that one counted unless it is skipped.
+    pub(crate) fn n_updates(&self, step: u64) -> u64 {
+        step - self.scaler.n_skipped() - self.n_updates_before
+    }
+
+    /// The learning rate of a step.
+    pub(crate) fn learning_rate(&self, step: u64) -> f64 {
+        self.schedule.learning_rate(step)
     }
 
     /// Where the loss scale stands.
@@ -108,12 +131,12 @@ impl Trainer {
         let read = |row, to: &mut Row| rows.read(step, n_rows, row, to, observer);
         self.batch.fill(&mut buffers, program.inputs, n_rows, read)?;
         let n_predictions = self.batch.n_predictions() as f64;
-        let learning_rate = self.schedule.learning_rate(step);
+        let learning_rate = self.learning_rate(step);
         let loss_scale = self.scaler.scale();
         let inputs = StepInputs {
             seed: self.seed,
             step,
-            update: step - self.scaler.n_skipped(),
+            update: self.n_updates(step),
             grad_scale: (1.0 / n_predictions) as f32,
             loss_scale,
             lr: learning_rate as f32,

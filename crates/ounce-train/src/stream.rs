@@ -105,6 +105,9 @@ pub(crate) struct TrainStream {
     dir: StreamDir,
     window: StreamWindow,
     cursor: StreamCursor,
+    /// Epochs and cursors of the windows that the step being read has passed: if it is never done, the run stands in
+    /// the first of them.
+    passed: Vec<(u64, StreamCursor)>,
     /// Makes the next window.
     next: Option<Working>,
     /// Rows of the whole run.
@@ -135,7 +138,9 @@ impl TrainStream {
         check_room(&*env.disk, dir.path(), dir.path(), disk_bytes)?;
         let begun = from.and_then(|checkpoint| cursor_of(checkpoint, settings));
         if let (Some(_), None) = (from, &begun) {
-            observer.note("warning: the run was begun with other data: the stream is begun anew");
+            observer.note(
+                "warning: the run was begun with other data or other rows per step: the stream is begun anew",
+            );
         }
         let mut request = WindowRequest {
             tokenizer: model.dir.clone(),
@@ -173,6 +178,7 @@ impl TrainStream {
             dir,
             window,
             cursor,
+            passed: Vec::new(),
             next: None,
             n_rows: n_steps.saturating_mul(settings.n_rows()),
         };
@@ -199,7 +205,12 @@ impl TrainStream {
         }
     }
 
-    /// Row `number` of the run. The rows before it are not asked for again.
+    /// Begins a step: the rows before it are not asked for again.
+    pub(crate) fn begin_step(&mut self) {
+        self.passed.clear();
+    }
+
+    /// Row `number` of the run. The rows before its step are not asked for again.
     ///
     /// # Errors
     /// Data that is wrong or has changed; a request to stop while the next window is made.
@@ -261,20 +272,26 @@ impl TrainStream {
                 counts.n_bad, notes.place.window
             ));
         }
-        self.cursor = StreamCursor {
+        let cursor = StreamCursor {
             first_row: self.end(),
             epoch_row,
             ids_hash: notes.ids_hash,
             place: notes.place.clone(),
         };
+        let passed = std::mem::replace(&mut self.cursor, cursor);
+        self.passed.push((before.epoch, passed));
         self.window = window;
         Ok(())
     }
 
     /// Where the run stands after `n_rows` rows.
     pub(crate) fn cursor(&self, n_rows: u64) -> (DataCursor, StreamCursor) {
-        let row = self.cursor.epoch_row + n_rows - self.cursor.first_row;
-        (DataCursor { epoch: self.window.notes().epoch, row }, self.cursor.clone())
+        let current = (self.window.notes().epoch, self.cursor.clone());
+        let mut from_the_last = std::iter::once(&current).chain(self.passed.iter().rev());
+        let holds_it = |(_, cursor): &&(u64, StreamCursor)| cursor.first_row <= n_rows;
+        let (epoch, cursor) = from_the_last.find(holds_it).expect("its step began in a window");
+        let row = cursor.epoch_row + n_rows - cursor.first_row;
+        (DataCursor { epoch: *epoch, row }, cursor.clone())
     }
 
     /// Which rows these are, in words.
@@ -288,11 +305,16 @@ fn file_and_weight(file: &DataFile) -> (PathBuf, f64) {
     (file.path().to_path_buf(), file.weight())
 }
 
-/// The cursor of a checkpoint, if its run streamed the same data.
+/// The cursor of a checkpoint, if its run streamed the same data in steps of as many rows.
 fn cursor_of(checkpoint: &Checkpoint, settings: &Settings) -> Option<StreamCursor> {
     let state = checkpoint.state();
     let is_same = state.settings.get("data") == by_full_path(settings).to_map().get("data");
-    state.stream.clone().filter(|_| is_same)
+    let size = |key: &str| state.settings.get(key).and_then(serde_json::Value::as_u64);
+    let n_rows = size("per_device_train_batch_size")? * size("gradient_accumulation_steps")?;
+    let begun = |cursor: &StreamCursor| {
+        is_same && n_rows == settings.n_rows() && cursor.first_row <= state.step * n_rows
+    };
+    state.stream.clone().filter(begun)
 }
 
 /// Compares a window that was made again with what it was.

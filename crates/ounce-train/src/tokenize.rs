@@ -6,6 +6,7 @@
 //! table from id to bytes. The child ends before the arena is touched.
 
 use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -267,7 +268,11 @@ pub(crate) fn now_s() -> u64 {
 /// The chat template of a model directory, to which it is `now_s`.
 pub(crate) fn load_template(dir: &Path, tokenizer: &Tokenizer, now_s: u64) -> Result<ChatTemplate> {
     let is_token = |text: &str| tokenizer.added_token_id(text).is_some();
-    Ok(ChatTemplate::load(dir, now_s, tokenizer.adds_bos(), is_token)?)
+    let template = ChatTemplate::load(dir, now_s, tokenizer.adds_bos(), is_token)?;
+    // Only what the tokenizer makes one token of.
+    let name = |id: Option<u32>| id.and_then(|id| tokenizer.token_name(id)).filter(|t| is_token(t));
+    let tokens = [("bos_token", name(tokenizer.bos_id())), ("eos_token", name(tokenizer.eos_id()))];
+    Ok(template.or_special_tokens(tokens))
 }
 
 /// What is said of a file of rows: what was found, then what was lost.
@@ -360,6 +365,13 @@ impl Working {
         let Some(status) = status.map_err(|e| Error::file(&self.worker, &e))? else {
             return Err(Error::Interrupted { step: 0, checkpoint: None });
         };
+        // A signal to the whole group may end the child before it listens, and before we have heard of it.
+        if status.signal().is_some() {
+            std::thread::sleep(POLL_EVERY);
+            if observer.stop_requested() {
+                return Err(Error::Interrupted { step: 0, checkpoint: None });
+            }
+        }
         match serde_json::from_slice(&said) {
             Ok(Reply::Failed { input: true, message, hint }) => Err(Error::Input { message, hint }),
             Ok(Reply::Failed { input: false, message, hint }) => {

@@ -1,7 +1,8 @@
 //! Training: settings to plans, plans to steps, steps to a model directory.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use ounce_io::checkpoint::Checkpoint;
 use ounce_program::StepShape;
 
 use crate::budget::peak_resident_bytes;
@@ -14,9 +15,10 @@ use crate::limits::Limits;
 use crate::model::{Model, missing};
 use crate::output::{Output, Staged};
 use crate::session::{Session, check_tokenizing, compile};
-use crate::step::Trainer;
+use crate::step::{Rows, Trainer};
 use crate::stream::StreamWanted;
 use crate::watch::{Health, StepNumbers};
+use crate::weights;
 use crate::{DoneRecord, Environment, Error, Observer, PlanRecord, Result, Settings, StepRecord};
 
 /// What `ounce plan` shows: the plan of the run that `train` would do.
@@ -46,6 +48,24 @@ pub fn train(
 ) -> Result<DoneRecord> {
     let output_dir = settings.output_dir.as_deref().ok_or_else(|| missing("--output-dir DIR"))?;
     let from = checkpoint::find(settings, output_dir, observer)?;
+    let begun = from.as_ref().map(|c| (c.state().step, c.path().to_path_buf()));
+    train_from(settings, env, output_dir, from, observer).map_err(|e| match (e, begun) {
+        // Stopped before its first step: it stands where it stood.
+        (Error::Interrupted { checkpoint: None, .. }, Some((step, path))) => {
+            Error::Interrupted { step, checkpoint: Some(path) }
+        }
+        (e, _) => e,
+    })
+}
+
+/// Trains from a checkpoint, if there is one.
+fn train_from(
+    settings: &Settings,
+    env: &Environment,
+    output_dir: &Path,
+    from: Option<Checkpoint>,
+    observer: &mut dyn Observer,
+) -> Result<DoneRecord> {
     let model = match &from {
         Some(checkpoint) => Model::at(checkpoint.path())?,
         None => Model::open(settings, env)?,
@@ -62,6 +82,9 @@ pub fn train(
     if let (Some(checkpoint), None) = (&from, settings.max_steps) {
         checkpoint::check_settings(checkpoint, settings, n_steps, observer)?;
     }
+    if let Some(checkpoint) = &from {
+        checkpoint::check_end(checkpoint, n_steps)?;
+    }
     let mut session = compile(&model, &plans, &limits, env)?;
     let weights = session.open_weights(&model)?;
     let plan_html = session.take_picture();
@@ -77,7 +100,6 @@ pub fn train(
     let is_fresh = weights.is_fresh() && from.is_none();
     drop(weights);
     let tokens_seen = from.as_ref().map_or(0, |c| c.state().tokens_seen);
-    let scaler = from.as_ref().and_then(|c| c.state().scaler.clone());
     if let Some(checkpoint) = &from {
         if checkpoint::has_states_of(checkpoint, settings) {
             session.load_states(checkpoint)?;
@@ -85,7 +107,9 @@ pub fn train(
             observer.note("warning: the optimizer is another one: its states begin at zero");
         }
     }
-    let trainer = Trainer::new(settings, &mut session, n_steps, scaler);
+    let state = from.as_ref().map(|checkpoint| checkpoint.state());
+    let keeps_states = from.as_ref().is_some_and(|c| checkpoint::has_states_of(c, settings));
+    let trainer = Trainer::new(settings, &mut session, n_steps, state, keeps_states);
     let output = staged.begin(settings, first_step, observer)?;
     let vocab_size = model.config.vocab_size();
     let health = Health::new(vocab_size, is_fresh);
@@ -158,6 +182,10 @@ impl Run<'_> {
         };
         let program = self.session.train.as_ref().expect("a training run has a training plan");
         self.saver.check_room_for_model()?;
+        let mut buffers = program.executor.buffers(&mut self.session.arena);
+        if let Some(name) = weights::first_non_finite(&program.graph, &mut buffers) {
+            return Err(self.broken(&format!("{name} holds numbers that are not finite")));
+        }
         self.output.publish(program, &mut self.session.arena)?;
         Ok(DoneRecord {
             done: true,
@@ -168,6 +196,19 @@ impl Run<'_> {
             rss_peak_bytes: peak_resident_bytes(),
             eval_loss: self.place.eval_loss,
             skipped_steps: self.trainer.scaler().n_skipped(),
+        })
+    }
+
+    /// The weights are broken by the update of the last step.
+    fn broken(&self, what: &str) -> Error {
+        let step = self.place.step;
+        self.place.name_checkpoint(Error::NonFinite {
+            step,
+            what: format!("after its update {what}"),
+            learning_rate: self.trainer.learning_rate(step),
+            rows: self.data.train.name(step.max(1), self.settings.n_rows()),
+            kept: "no model is written",
+            checkpoint: None,
         })
     }
 
@@ -209,10 +250,23 @@ impl Run<'_> {
 
     /// Writes a checkpoint of the place where the run stands.
     fn save(&mut self) -> Result<PathBuf> {
+        let program = self.session.train.as_ref().expect("a training run has a training plan");
+        let mut buffers = program.executor.buffers(&mut self.session.arena);
+        if let Some(name) = weights::first_non_finite(&program.graph, &mut buffers) {
+            return Err(self.broken(&format!("{name} holds numbers that are not finite")));
+        }
         let Place { step, tokens_seen, .. } = self.place;
         let place = self.data.train.cursor(step * self.settings.n_rows());
         let scaler = self.trainer.scaler().state().clone();
-        let state = checkpoint::state(self.settings, step, tokens_seen, place, scaler);
+        let (n_steps, n_updates) = (self.n_steps, self.trainer.n_updates(step));
+        let state = checkpoint::state(
+            self.settings,
+            (step, n_steps),
+            n_updates,
+            tokens_seen,
+            place,
+            scaler,
+        );
         let path = self.saver.save(&mut self.session, &state)?;
         self.place.checkpoint = Some(path.clone());
         self.output.keep_metrics()?;
@@ -224,6 +278,9 @@ impl Run<'_> {
             return Ok(());
         };
         let record = evaluate_in(program, &mut self.session.arena, text, observer)?;
+        if !record.loss.is_finite() {
+            return Err(self.broken(&format!("the loss of the evaluation is {}", record.loss)));
+        }
         self.output.evaluated(self.place.step, &record)?;
         observer.evaluated(self.place.step, &record);
         self.place.eval_loss = Some(record.loss);

@@ -115,6 +115,22 @@ pub(crate) fn write(
     Ok(file.finish()?)
 }
 
+/// The first parameter in the arena that holds a number which is not finite.
+pub(crate) fn first_non_finite(graph: &Graph, buffers: &mut Buffers<'_>) -> Option<String> {
+    let mut piece = vec![0.0; PIECE_ELEMS];
+    for (id, param) in graph.params.iter() {
+        let n_elems = param.shape.row_elems() as usize;
+        for start in (0..n_elems).step_by(PIECE_ELEMS) {
+            let part = &mut piece[..PIECE_ELEMS.min(n_elems - start)];
+            buffers.read_param(id, start, part);
+            if part.iter().any(|x| !x.is_finite()) {
+                return Some(param.name.clone());
+            }
+        }
+    }
+    None
+}
+
 /// Appends every parameter as ops read it, piece by piece: a bf16 one is its rounded half.
 pub(crate) fn append_params<F: ByteSink>(
     file: &mut SafetensorsWriter<F>,

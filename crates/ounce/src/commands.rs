@@ -66,7 +66,7 @@ pub(crate) fn environment() -> Result<Environment> {
 }
 
 fn settings(flags: &RunFlags) -> Result<Settings> {
-    Settings::resolve(flags.config.as_deref(), &flags.given())
+    Settings::resolve(flags.config.as_deref(), &flags.given()?)
 }
 
 fn init(flags: InitFlags) -> Result<()> {

@@ -3,12 +3,12 @@
 //! On a terminal the last line is a progress bar that each step redraws; elsewhere there are plain
 //! lines: one at step 1, then one every `logging_steps`, or every few seconds if that is not given.
 
-use std::io::{IsTerminal, Write};
-use std::sync::Arc;
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use ounce_train::{EvalRecord, Observer, PlanRecord, StepRecord, format_bytes};
+use ounce_train::{Error, EvalRecord, Observer, PlanRecord, Result, StepRecord, format_bytes};
 use serde::Serialize;
 
 /// Cells of the progress bar.
@@ -22,10 +22,31 @@ pub(crate) fn print_json(record: &impl Serialize) {
     print_out(&format!("{line}\n"));
 }
 
-/// Prints text on stdout. A closed pipe is nobody reading, which is no failure of ours.
+/// Why standard output could not be written, if it could not.
+static OUTPUT_FAULT: OnceLock<String> = OnceLock::new();
+
+/// Prints text on stdout. A closed pipe is nobody reading, which is no failure of ours; anything else is told at the end.
 pub(crate) fn print_out(text: &str) {
     let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    if let Err(e) = out.write_all(text.as_bytes()).and_then(|()| out.flush())
+        && e.kind() != ErrorKind::BrokenPipe
+    {
+        OUTPUT_FAULT.get_or_init(|| e.to_string());
+    }
+}
+
+/// Whether all that was printed on stdout arrived.
+///
+/// # Errors
+/// [`Error::Files`] with the system's reason.
+pub(crate) fn check_output() -> Result<()> {
+    match OUTPUT_FAULT.get() {
+        None => Ok(()),
+        Some(fault) => Err(Error::Files {
+            message: format!("cannot write standard output: {fault}"),
+            hint: "what it is directed to has no room, or cannot be written".to_owned(),
+        }),
+    }
 }
 
 /// Prints text on stderr.

@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
-use ounce_train::{Family, Memory};
+use ounce_train::{Error, Family, Memory};
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
@@ -63,6 +63,29 @@ pub(crate) enum Command {
     /// Turns text into ids for the process that started this one
     #[command(name = "__tokenize", hide = true)]
     Tokenize,
+}
+
+impl Command {
+    /// Whether the command looks for signals while it runs, and has something to bring to an end.
+    pub(crate) fn asks_for_signals(&self) -> bool {
+        match self {
+            Self::Train(_)
+            | Self::Eval(_)
+            | Self::Generate(_)
+            | Self::Bench(_)
+            | Self::Export(_)
+            | Self::Pull(_)
+            | Self::Tokenize => true,
+            Self::Init(_)
+            | Self::Plan(_)
+            | Self::Chat(_)
+            | Self::Serve(_)
+            | Self::Search(_)
+            | Self::Prune(_)
+            | Self::Data(_)
+            | Self::Doctor(_) => false,
+        }
+    }
 }
 
 /// Swallows whatever follows a command that is refused.
@@ -296,9 +319,16 @@ fn as_object<S: Serializer>(pairs: &[(String, String)], s: S) -> Result<S::Ok, S
 
 impl RunFlags {
     /// The settings that were given, as an object.
-    pub(crate) fn given(&self) -> Map<String, Value> {
-        let Ok(Value::Object(mut flags)) = serde_json::to_value(self) else {
-            unreachable!("a struct of plain fields serializes to an object")
+    ///
+    /// # Errors
+    /// A path that is not UTF-8: neither JSON nor YAML could keep it.
+    pub(crate) fn given(&self) -> Result<Map<String, Value>, Error> {
+        let flags = serde_json::to_value(self).map_err(|e| Error::Usage {
+            message: format!("a flag cannot be kept in run.yaml: {e}"),
+            hint: "paths are to be UTF-8: rename the file or directory".to_owned(),
+        })?;
+        let Value::Object(mut flags) = flags else {
+            unreachable!("a struct of named fields serializes to an object")
         };
         flags.retain(|_, v| match v {
             Value::Null | Value::Bool(false) => false,
@@ -306,7 +336,7 @@ impl RunFlags {
             Value::Object(items) => !items.is_empty(),
             _ => true,
         });
-        flags
+        Ok(flags)
     }
 }
 
@@ -483,7 +513,7 @@ mod tests {
             panic!("the command is train")
         };
         let given = serde_json::json!({ "max_steps": 2, "data": ["a", "b"], "packing": true });
-        assert_eq!(Value::Object(flags.given()), given);
+        assert_eq!(Value::Object(flags.given().expect("plain paths")), given);
     }
 
     #[test]

@@ -40,7 +40,9 @@ fn main() -> ExitCode {
     // The number of the signal that arrived, 0 for none. A second one ends the process at once.
     let signal = Arc::new(AtomicUsize::new(0));
     let seen = Arc::new(AtomicBool::new(false));
-    for number in [SIGINT, SIGTERM] {
+    // Commands that ask for no signal end as any program does.
+    let asks = cli.command.asks_for_signals();
+    for number in [SIGINT, SIGTERM].into_iter().filter(|_| asks) {
         let code = 128 + number;
         let registered =
             signal_hook::flag::register_conditional_shutdown(number, code, seen.clone())
@@ -52,7 +54,7 @@ fn main() -> ExitCode {
             console::print_err(&format!("warning: signals end the run at once: {e}\n"));
         }
     }
-    match commands::run(cli.command, &signal) {
+    match commands::run(cli.command, &signal).and_then(|()| console::check_output()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             console::print_err(&format!("error: {e}\n"));

@@ -206,6 +206,20 @@ impl ChatTemplate {
         self.source.contains("strftime_now")
     }
 
+    /// Where this is the template for models that have none, with these tokens for those that the configuration does not
+    /// name: without its end-of-text token an answer would have no end to learn.
+    #[must_use]
+    pub fn or_special_tokens(mut self, tokens: [(&str, Option<String>); 2]) -> Self {
+        if self.origin == TemplateOrigin::Plain {
+            for (name, token) in tokens {
+                if let (false, Some(token)) = (self.special.contains_key(name), token) {
+                    self.special.insert(name.to_owned(), token.into());
+                }
+            }
+        }
+        self
+    }
+
     /// A special token of the tokenizer, for instance `eos_token`.
     pub fn special_token(&self, name: &str) -> Option<&str> {
         self.special.get(name)?.as_str()

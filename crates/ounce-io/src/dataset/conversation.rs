@@ -7,12 +7,14 @@
 //! Roles of ShareGPT become: `human` user, `gpt` assistant, `system` system, `observation` tool, and `function_call` an
 //! assistant message with `tool_calls`. Alpaca's `input` follows its `instruction` on a line of its own.
 
+use std::cell::Cell;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
 use super::{ColumnMapping, Place, RawRow, RowFormat};
 use crate::error::IoError;
+use crate::json::parse_at_most;
 
 /// What a row holds.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,7 +42,9 @@ impl Conversation {
     /// Whether message `i` is to be supervised.
     pub fn is_supervised(&self, i: usize) -> bool {
         let message = &self.messages[i];
-        i >= self.n_given && message["role"] == "assistant" && message["weight"] != 0
+        // Columns of floats say 0.0.
+        let counts = message["weight"].as_f64() != Some(0.0);
+        i >= self.n_given && message["role"] == "assistant" && counts
     }
 }
 
@@ -257,7 +261,7 @@ impl Row<'_> {
             Some(Value::String(text)) if text.trim().is_empty() => None,
             // Files without nested types carry tools as a string of JSON.
             Some(Value::String(text)) => Some(
-                serde_json::from_str(text)
+                nested_json(text)
                     .map_err(|e| Fault(format!("`tools` is a string, but no JSON: {e}")))?,
             ),
             Some(tools) => Some(tools.clone()),
@@ -273,7 +277,7 @@ impl Row<'_> {
         let parsed;
         let value = match value {
             Value::String(text) if text.trim_start().starts_with('[') => {
-                parsed = serde_json::from_str(text).unwrap_or(Value::Null);
+                parsed = nested_json(text).unwrap_or(Value::Null);
                 &parsed
             }
             other => other,
@@ -289,6 +293,12 @@ impl Row<'_> {
         };
         list.iter().enumerate().map(numbered).collect()
     }
+}
+
+/// JSON in a string of a row. Its values are bounded by the length of the text, as those of the row itself are: a
+/// message has a few for its dozens of bytes, where `[0,0,...]` would take fifty times its length in memory.
+fn nested_json(text: &str) -> Result<Value, serde_json::Error> {
+    parse_at_most(text.as_bytes(), &Cell::new(1000 + text.len() / 12))
 }
 
 /// A message in the words of chat templates.
@@ -332,7 +342,7 @@ fn tool_call(message: &Map<String, Value>) -> Result<Value, String> {
     let Some(text) = message.get("content").and_then(Value::as_str) else {
         return Err("the function call is no string".into());
     };
-    let call = match serde_json::from_str::<Value>(text) {
+    let call = match nested_json(text) {
         Ok(Value::Object(call)) if call.contains_key("name") => call,
         _ => return Ok(self::message("assistant", text)),
     };
@@ -344,8 +354,7 @@ fn tool_call(message: &Map<String, Value>) -> Result<Value, String> {
 fn is_call(message: &Value) -> bool {
     message["tool_calls"].is_array()
         && message["content"].as_str().is_some_and(|text| {
-            serde_json::from_str::<Value>(text)
-                .is_ok_and(|call| call == message["tool_calls"][0]["function"])
+            nested_json(text).is_ok_and(|call| call == message["tool_calls"][0]["function"])
         })
 }
 

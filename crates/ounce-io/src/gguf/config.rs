@@ -171,14 +171,17 @@ fn rotary_config(gguf: &Gguf, arch: &Arch, map: &mut Map<String, Value>) -> Resu
     let scaling = match gguf.get(ROPE_FREQS) {
         None => scaling,
         Some(tensor) => {
-            let mut found = vec![0.0; tensor.n_elems().min(head_dim as usize)];
+            let unlike = || gguf.bad_tensor(ROPE_FREQS, "holds factors that are not Llama 3's");
+            // Before a table is made whose length the file says.
+            if tensor.n_elems() as u64 != head_dim / 2 {
+                return Err(unlike());
+            }
+            let mut found = vec![0.0; tensor.n_elems()];
             gguf.read_f32_at(tensor, 0, &mut found)?;
             let theta = map["rope_theta"].as_f64().unwrap_or(0.0);
             let fits = |factor: &f64| is_close(&found, &llama3_factors(theta, head_dim, *factor));
             let factor = LLAMA3_FACTORS.into_iter().find(fits).filter(|_| scaling.is_null());
-            let factor = factor.ok_or_else(|| {
-                gguf.bad_tensor(ROPE_FREQS, "holds factors that are not Llama 3's")
-            })?;
+            let factor = factor.ok_or_else(unlike)?;
             json!({
                 "rope_type": "llama3",
                 "factor": factor,

@@ -149,6 +149,15 @@ impl<F: ByteSink> SafetensorsWriter<F> {
         let mut buffer = [0; CHUNK_BYTES];
         for part in data.chunks(CHUNK_BYTES / dtype.elem_bytes()) {
             let bytes = &mut buffer[..part.len() * dtype.elem_bytes()];
+            if dtype == Dtype::F16
+                && let Some(x) =
+                    part.iter().find(|x| x.is_finite() && f16::from_f32(**x).is_infinite())
+            {
+                return Err(IoError::Usage {
+                    what: format!("tensor `{name}` holds {x:e}, beyond the {} of f16", f16::MAX),
+                    hint: "write it as bf16 or f32".into(),
+                });
+            }
             match dtype {
                 Dtype::F32 => convert(bytes, part, f32::to_le_bytes),
                 Dtype::F16 => convert(bytes, part, |x| f16::from_f32(x).to_le_bytes()),

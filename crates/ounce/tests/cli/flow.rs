@@ -2,6 +2,20 @@
 
 use crate::lab::{Lab, words};
 
+/// A template or tokenizer of the model that was there before would be taken for the new one's.
+#[test]
+fn a_model_that_takes_the_place_of_another_leaves_none_of_its_files() {
+    let lab = Lab::llama();
+    lab.train("--max-length 64 --max-steps 1", "out");
+    std::fs::write(lab.path("out/chat_template.jinja"), "{{ broken").unwrap();
+    std::fs::write(lab.path("out/special_tokens_map.json"), "{}").unwrap();
+    std::fs::write(lab.path("out/notes.md"), "mine").unwrap();
+    lab.train("--max-length 64 --max-steps 1", "out");
+    let is_there = |name: &str| lab.path("out").join(name).exists();
+    assert!(!is_there("chat_template.jinja") && !is_there("special_tokens_map.json"));
+    assert!(is_there("notes.md") && is_there("run.yaml") && is_there("tokenizer.json"));
+}
+
 #[test]
 fn a_model_is_made_planned_trained_evaluated_and_continued() {
     let lab = Lab::llama();

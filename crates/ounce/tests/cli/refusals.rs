@@ -192,6 +192,48 @@ fn a_diverging_run_stops_and_leaves_the_former_result() {
     );
 }
 
+/// An update after which nothing is finite, and no later step that could notice.
+#[test]
+fn weights_that_the_last_update_broke_are_not_published() {
+    let lab = Lab::llama();
+    lab.train("--max-length 64 --max-steps 1", "out");
+    let before = std::fs::read(lab.path("out/model.safetensors")).unwrap();
+    let wild = "train --model model --data train.txt --output-dir out --max-length 64 --max-steps 1 \
+        --optimizer sgd --learning-rate 1e38 --lr-scheduler-type constant";
+    let evaluated = format!("{wild} --weight-decay 1e38 --eval-data eval.txt");
+    let saved = format!("{wild} --weight-decay 1e38 --save-steps 1");
+    for line in [format!("{wild} --weight-decay 1e38"), evaluated, saved] {
+        let error = lab.fail(5, &words(&line));
+        assert!(
+            error.contains("step 1: after its update ") && error.contains("no model"),
+            "{error}"
+        );
+    }
+    assert!(std::fs::read(lab.path("out/model.safetensors")).unwrap() == before);
+    assert!(!lab.path("out/checkpoint-1").exists());
+}
+
+#[test]
+fn a_path_that_is_no_text_is_refused() {
+    use std::os::unix::ffi::OsStrExt;
+    let lab = Lab::empty();
+    let path = std::ffi::OsStr::from_bytes(b"m\xff");
+    let output = lab.command(&["train", "--output-dir", "out", "--model"]).arg(path).output();
+    let output = output.unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && error.contains("UTF-8"), "{error}");
+}
+
+#[test]
+fn output_that_has_no_room_is_a_failed_write() {
+    let lab = Lab::llama();
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let line = words("eval --model model --data eval.txt --max-length 64 --json");
+    let output = lab.command(&line).stdout(full).output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(6) && error.contains("standard output"), "{error}");
+}
+
 #[test]
 fn a_failed_write_has_its_own_code() {
     let lab = Lab::llama();

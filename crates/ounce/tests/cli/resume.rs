@@ -183,6 +183,44 @@ fn settings_that_would_change_the_run_are_refused_by_name() {
     assert_eq!(steps(&lab.json(&words(&longer))).len(), 4);
 }
 
+/// The learning rates of a run by epochs depend on their number as those of a run by steps do.
+#[test]
+fn a_run_of_epochs_keeps_its_schedule_and_no_run_ends_before_its_checkpoint() {
+    let lab = gpt2();
+    let run = "train --model model --data train.txt --max-length 64 --per-device-train-batch-size 4 \
+        --learning-rate 1e-2 --sample-steps 0";
+    lab.succeed(&words(&format!("{run} --num-train-epochs 0.1 --save-steps 2 --output-dir out")));
+    let resume = format!("{run} --resume-from-checkpoint out/checkpoint-4 --output-dir rest");
+    let error = lab.fail(2, &words(&format!("{resume} --num-train-epochs 1")));
+    assert!(error.contains("other settings: num_train_epochs"), "{error}");
+    let error = lab.fail(2, &words(&format!("{resume} --max-steps 3 --override")));
+    assert!(error.contains("4 steps are done, and the run is to have 3"), "{error}");
+    lab.succeed(&words(&format!("{resume} --num-train-epochs 0.1")));
+    let weights = |dir: &str| weights(&lab, dir);
+    assert!(weights("rest") == weights("out"));
+}
+
+/// AdamW that goes on without states corrects its bias from its own first step on, and so does the run that resumes it.
+#[test]
+fn another_optimizer_counts_its_own_updates() {
+    let lab = gpt2();
+    let run = "train --model model --data train.txt --max-length 64 --per-device-train-batch-size 4 \
+        --lr-scheduler-type constant --sample-steps 0";
+    lab.succeed(&words(&format!(
+        "{run} --optimizer sgd --learning-rate 0 --max-steps 3 --save-steps 3 --output-dir sgd"
+    )));
+    let adamw = format!("{run} --learning-rate 1e-3 --max-steps 6");
+    let over =
+        format!("{adamw} --save-steps 5 --resume-from-checkpoint sgd/checkpoint-3 --override");
+    lab.succeed(&words(&format!("{over} --output-dir adamw")));
+    let first = std::fs::read(lab.path("adamw/checkpoint-5/trainer_state.json")).unwrap();
+    let first: serde_json::Value = serde_json::from_slice(&first).unwrap();
+    assert_eq!(first["state"]["n_updates"], 2, "steps 4 and 5");
+    let rest = format!("{adamw} --resume-from-checkpoint adamw/checkpoint-5 --output-dir rest");
+    lab.succeed(&words(&rest));
+    assert!(weights(&lab, "rest") == weights(&lab, "adamw"));
+}
+
 #[test]
 fn another_spelling_of_the_data_s_path_is_the_same_data() {
     let lab = gpt2();

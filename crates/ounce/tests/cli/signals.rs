@@ -15,7 +15,7 @@ fn send(child: &Child, signal: &str) {
 }
 
 /// Starts a run, sends the signal when `is_time`, and returns exit code and standard error.
-fn stop(
+pub(crate) fn stop(
     lab: &Lab,
     line: &str,
     signal: &str,
@@ -37,7 +37,7 @@ fn stop(
 }
 
 /// After the first step is printed, what comes next has begun.
-fn first_step(stdout: &mut dyn BufRead) -> bool {
+pub(crate) fn first_step(stdout: &mut dyn BufRead) -> bool {
     let mut line = String::new();
     stdout.read_line(&mut line).unwrap();
     line.contains("\"step\":1,")

@@ -6,6 +6,7 @@ use std::process::Stdio;
 use serde_json::{Value, json};
 
 use crate::lab::{Lab, SHAKESPEARE, smallest_budget, words};
+use crate::signals::{first_step, stop};
 
 /// A model, a text, and questions with answers.
 fn lab() -> Lab {
@@ -116,6 +117,32 @@ fn a_stream_that_was_killed_goes_on_with_the_same_bits_and_leaves_nothing_behind
         .filter(|name| name.contains("stream") || name.contains("window"))
         .collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+/// Steps of twelve windows each, stopped while one of them is awaited.
+#[test]
+fn a_stream_that_is_stopped_within_a_step_goes_on_with_the_same_bits() {
+    let lab = lab();
+    let flags = "--data train.txt --streaming --shuffle-buffer-size 4 --max-steps 6 \
+        --per-device-train-batch-size 48";
+    let whole = train(&lab, "whole", flags);
+    for (i, signal) in ["TERM", "INT", "TERM"].into_iter().enumerate() {
+        let out = format!("stopped-{i}");
+        let run = format!("{RUN} {flags} --json --output-dir {out}");
+        let (code, error) = stop(&lab, &run, signal, first_step);
+        assert_eq!(code, Some(if signal == "INT" { 130 } else { 143 }), "{error}");
+        let rest = train(&lab, &out, &format!("{flags} --resume-from-checkpoint auto"));
+        assert_eq!(rest.0, whole.0[whole.0.len() - rest.0.len()..], "{error}");
+        assert!(rest.1 == whole.1 && rest.0.len() < 6, "{error}");
+    }
+    // Steps of another size have other rows: the stream begins anew instead of counting below zero.
+    let begun = "--save-steps 2 --max-steps 2 --output-dir begun";
+    lab.succeed(&words(&format!("{RUN} {flags} {begun}")));
+    let other = "--per-device-train-batch-size 2 --max-steps 4 --override --output-dir begun \
+        --resume-from-checkpoint auto";
+    let output = lab.run(&words(&format!("{RUN} {flags} {other}")));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && said.contains("begun anew"), "{said}");
 }
 
 #[test]
