@@ -144,8 +144,9 @@ fn old_names(dir: &Path, names: &[String]) -> io::Result<Vec<String>> {
 /// removed is a temporary for a later writer to remove.
 fn end(disk: &dyn Disk, dir: &Path) {
     let temp = temp_path(dir, "staging");
-    // Flushed before anything is removed: a name that came back without its files would be half a model.
-    if disk.rename(&dir.join(PUBLISHING), &temp).is_ok() && disk.sync_dir(dir).is_ok() {
+    if disk.rename(&dir.join(PUBLISHING), &temp).is_ok() {
+        // Before anything is removed: a name that came back without its files would be half a model.
+        let _ = disk.sync_dir(dir);
         let _ = disk.remove_dir_all(&temp);
     }
 }

@@ -216,6 +216,16 @@ impl TokenCache {
         self.head.fingerprint
     }
 
+    /// What the files held from which the ids were made, whatever they are called.
+    pub fn contents_hash(&self) -> u64 {
+        let mut hash = Xxh64::new();
+        for source in &self.head.sources {
+            hash.update(&source.content.n_bytes.to_le_bytes());
+            hash.update(&source.content.hash.to_le_bytes());
+        }
+        hash.digest()
+    }
+
     /// Number of rows, 0 for a stream.
     pub fn n_rows(&self) -> u64 {
         self.head.n_rows

@@ -45,9 +45,30 @@ pub struct PlanOptions {
     pub max_points: usize,
     /// How often a micro-batch may be halved into chunks.
     pub n_halvings: u32,
+    /// What instructions take outside the arena.
+    pub instr_bytes: InstrBytes,
     /// How much slower than the fastest plan the unconstrained one may be, in thousandths. Predicted
     /// times are no finer than that, and the last per cent costs a tenth of the memory.
     pub unconstrained_permille: u32,
+}
+
+/// What instructions take outside the arena. A plan is unrolled, so that many small micro-batches are many of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct InstrBytes {
+    /// Most bytes of heap per instruction while a plan is made, before the arena is touched.
+    pub planning: u64,
+    /// Bytes per instruction of a plan that runs, in its peak.
+    pub running: u64,
+    /// Instructions that the machine's baseline has room for already, per op of the graph.
+    pub n_declared_per_op: u64,
+}
+
+impl InstrBytes {
+    /// Bytes that a plan of so many instructions takes beside the baseline while it runs.
+    fn beside_baseline(&self, graph: &Graph, n_instrs: u64) -> u64 {
+        let n_declared = self.n_declared_per_op * graph.ops.len() as u64;
+        align(self.running * n_instrs.saturating_sub(n_declared))
+    }
 }
 
 impl Default for PlanOptions {
@@ -58,6 +79,7 @@ impl Default for PlanOptions {
             reserved_bytes: 0,
             max_points: 1024,
             n_halvings: 8,
+            instr_bytes: InstrBytes::default(),
             unconstrained_permille: 20,
         }
     }
@@ -117,7 +139,8 @@ impl<'a> Frontier<'a> {
         for n_micro in micro_batch_counts(graph, shape, options) {
             candidates.push(Candidate::solve(graph, *shape, machine, n_micro, options));
         }
-        let entries = merge_candidates(&candidates, machine.baseline_bytes());
+        let planning = options.instr_bytes.planning;
+        let entries = merge_candidates(&candidates, machine.baseline_bytes(), planning);
         let (smallest, bounds) = (OnceCell::new(), RefCell::default());
         Self { candidates, entries, options: *options, machine, smallest, bounds }
     }
@@ -246,13 +269,14 @@ impl<'a> Frontier<'a> {
         let (fixed, base) = resident_offsets(&e, self.options.reserved_bytes);
         let load = peak_load(&e.drafts, n_instrs, |d| !d.resident);
         let placement = place(&e.drafts, &fixed, base, load);
-        let baseline_bytes = self.machine.baseline_bytes();
+        let tables = self.options.instr_bytes.beside_baseline(cx.graph, n_instrs as u64);
+        let baseline_bytes = self.machine.baseline_bytes() + tables;
         let certificate = Certificate {
             budget_bytes,
             peak_bytes: baseline_bytes + placement.height,
             max_load_bytes: baseline_bytes + base - align(self.options.reserved_bytes) + load,
             step_s: entry.time_s,
-            step_bound_s: self.step_bound_s(budget_bytes),
+            step_bound_s: up_to_rounding(self.step_bound_s(budget_bytes), entry.time_s),
             unconstrained_step_s: self.entries.last().map_or(entry.time_s, |e| e.time_s),
         };
         let mut plan = Plan {
@@ -274,6 +298,11 @@ impl<'a> Frontier<'a> {
         }
         plan
     }
+}
+
+/// A bound that is above a time by no more than sums of estimates are rounded counts as that time.
+fn up_to_rounding(bound_s: f64, time_s: f64) -> f64 {
+    if bound_s <= time_s * (1.0 + 1e-9) { bound_s.min(time_s) } else { bound_s }
 }
 
 /// What a budget must hold for this plan: the modelled peak and the real one.
@@ -345,6 +374,22 @@ impl<'a> Candidate<'a> {
         (peak, cx.n_micro as f64 * time_s + cx.update_s())
     }
 
+    /// Instructions of a point's plan, at most.
+    fn n_instrs_most(&self, point: usize) -> u64 {
+        let cx = &self.cx;
+        let of_action = |action: &Action| {
+            let (Action::Forward(pass) | Action::Backward(pass)) = action;
+            let n_ops = match action {
+                Action::Forward(_) => cx.forward[pass.stage].len(),
+                Action::Backward(_) => cx.forward[pass.stage].len() + cx.backward[pass.stage].len(),
+            };
+            cx.micro_tokens().div_ceil(pass.chunk_tokens) * n_ops as u64
+        };
+        let of_micro: u64 = self.chain.actions(point).iter().map(of_action).sum();
+        // Beside the ops each gradient sum is set to zero once.
+        cx.n_micro * of_micro + (cx.update.len() + cx.graph.values.len()) as u64
+    }
+
     fn step_bound_s(&self, arena_bytes: u64) -> f64 {
         let cx = &self.cx;
         if !cx.trains() {
@@ -384,12 +429,18 @@ fn micro_batch_counts(graph: &Graph, shape: &StepShape, options: &PlanOptions) -
     (1..=rows).filter(|&n| rows.is_multiple_of(n) && !(token_major && n == 1 && rows > 1)).collect()
 }
 
-/// One list of non-dominated entries, bytes of the whole process.
-fn merge_candidates(candidates: &[Candidate], baseline_bytes: u64) -> Vec<Entry> {
+/// One list of non-dominated entries, bytes of the whole process: its peak in the step, or while the plan is made.
+fn merge_candidates(
+    candidates: &[Candidate],
+    baseline_bytes: u64,
+    planning_bytes: u64,
+) -> Vec<Entry> {
     let mut all = Vec::new();
     for (c, candidate) in candidates.iter().enumerate() {
         for (p, point) in candidate.chain.points().iter().enumerate() {
             let (bytes, time_s) = candidate.total(point.bytes, point.time_s);
+            let n_instrs = if planning_bytes > 0 { candidate.n_instrs_most(p) } else { 0 };
+            let bytes = bytes.max(planning_bytes * n_instrs);
             all.push(Entry { bytes: baseline_bytes + bytes, time_s, candidate: c, point: p });
         }
     }

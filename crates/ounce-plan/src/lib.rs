@@ -31,7 +31,7 @@ use ounce_ir::Graph;
 use ounce_program::{Machine, Plan, StepShape};
 
 pub use error::{PlanError, mib_up};
-pub use frontier::{Frontier, PlanOptions, n_runs};
+pub use frontier::{Frontier, InstrBytes, PlanOptions, n_runs};
 pub use report::{category_bytes_at_peak, explain, timeline};
 
 /// The plan for a budget: [`Frontier::solve`] and [`Frontier::plan`] in one call.

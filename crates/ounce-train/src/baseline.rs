@@ -15,6 +15,8 @@
 //! instructions), 11.8 MiB for GPT-2 124M in its smallest budget (12,790 instructions). The bounds
 //! below are 1 to 3 MiB above.
 
+use ounce_plan::InstrBytes;
+
 use crate::budget::{BUDGET_QUANTUM_BYTES, resident_bytes};
 use crate::{Error, Result};
 
@@ -24,6 +26,11 @@ pub(crate) const PROCESS_BYTES: u64 = 12 << 20;
 const THREAD_BYTES: u64 = 64 << 10;
 /// Graph, plan and executor tables per op of a graph.
 const OP_BYTES: u64 = 4 << 10;
+/// What instructions take. While a plan is made each is there several times over, with its operands, buffers and their
+/// places (measured: 1.9 KiB for plans of 20,000 to 90,000 instructions); of a plan that runs there is a task and its
+/// offsets, for which the tables per op have room up to a number.
+pub(crate) const INSTR_BYTES: InstrBytes =
+    InstrBytes { planning: 2304, running: 64, n_declared_per_op: OP_BYTES / 64 };
 /// Table from id to bytes (a token's bytes and their end), and a sampler's weight per id.
 const TOKEN_BYTES: u64 = 24;
 /// One byte of page tables maps this many.
@@ -109,12 +116,13 @@ impl Baseline {
         budget.max(self.tokenizing_peak_bytes().next_multiple_of(BUDGET_QUANTUM_BYTES))
     }
 
-    /// Checks the running process, whose arena is not touched yet.
+    /// Checks the running process, whose arena is not touched yet. `tables_bytes`: what the plans declare for their
+    /// instructions.
     ///
     /// # Errors
     /// [`Error::Baseline`] with both numbers.
-    pub(crate) fn check(&self) -> Result<()> {
-        let declared_bytes = self.bytes() - self.streaming_bytes();
+    pub(crate) fn check(&self, tables_bytes: u64) -> Result<()> {
+        let declared_bytes = self.bytes() - self.streaming_bytes() + tables_bytes;
         let resident_bytes = resident_bytes();
         if resident_bytes <= declared_bytes {
             return Ok(());

@@ -10,14 +10,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ounce_io::checkpoint::{
-    Checkpoint, CheckpointWriter, DataCursor, ScalerState, TrainerState, checkpoint_bytes, list,
-    newest_valid, open, rotate, state_name,
+    Checkpoint, CheckpointWriter, ScalerState, TrainerState, checkpoint_bytes, list, newest_valid,
+    open, rotate, state_name,
 };
-use ounce_io::{Disk, StreamCursor, TensorSpec, check_room};
+use ounce_io::{Disk, TensorSpec, check_room};
 use ounce_ir::{DType, Graph, Param, ParamId};
 use ounce_kernels::tier::tier;
 use serde_json::{Map, Value};
 
+use crate::data::TrainRows;
 use crate::model::{Model, missing};
 use crate::precision::config_with_dtype;
 use crate::schedule::Schedule;
@@ -130,13 +131,15 @@ pub(crate) fn state(
     (step, n_steps): (u64, u64),
     n_updates: u64,
     tokens_seen: u64,
-    (cursor, stream): (DataCursor, Option<StreamCursor>),
+    data: &TrainRows,
     scaler: ScalerState,
 ) -> TrainerState {
+    let (cursor, stream) = data.cursor(step * settings.n_rows());
     TrainerState {
         step,
         n_updates,
         cursor,
+        data_hash: data.contents(),
         stream,
         seed: settings.seed,
         schedule: Map::from_iter([(N_STEPS.to_owned(), n_steps.into())]),
@@ -239,6 +242,35 @@ pub(crate) fn check_settings(
         ));
     }
     Ok(())
+}
+
+/// Checks that the data files hold what they held when the checkpoint was saved.
+///
+/// # Errors
+/// [`Error::Input`] if they do not, unless the run is to go on all the same.
+pub(crate) fn check_data(
+    checkpoint: &Checkpoint,
+    settings: &Settings,
+    data: &TrainRows,
+    observer: &mut dyn Observer,
+) -> Result<()> {
+    let (then, now) = (checkpoint.state().data_hash.as_ref(), data.contents());
+    // Other files are told of as other settings; a stream looks for itself.
+    let given = by_full_path(settings).to_map();
+    let same_files = checkpoint.state().settings.get("data") == given.get("data");
+    if !same_files || then.is_none() || now.is_none() || then == now.as_ref() {
+        return Ok(());
+    }
+    let files: Vec<String> =
+        settings.data.iter().map(|file| file.path().display().to_string()).collect();
+    let files = files.join(", ");
+    let message = format!("{files}: the data is not what it was when the checkpoint was saved");
+    if settings.override_begun {
+        observer.note(&format!("warning: {message}"));
+        return Ok(());
+    }
+    let hint = "put it back, begin a new run, or `--override` to go on with what is there now";
+    Err(Error::Input { message, hint: hint.to_owned() })
 }
 
 /// Refuses a run that is to end before the place where the checkpoint stands.

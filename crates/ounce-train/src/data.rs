@@ -128,6 +128,16 @@ impl TrainRows {
         (DataCursor { epoch: n_rows / n, row: n_rows % n }, None)
     }
 
+    /// What the data files held, in words for a checkpoint; a stream keeps it in its cursor.
+    pub(crate) fn contents(&self) -> Option<String> {
+        let cache = match self {
+            Self::Blocks(blocks) => blocks.cache(),
+            Self::Samples(samples) => samples.cache(),
+            Self::Stream(_) => return None,
+        };
+        Some(format!("{:016x}", cache.contents_hash()))
+    }
+
     /// Rows of an epoch.
     fn n_per_epoch(&self) -> Option<u64> {
         match self {

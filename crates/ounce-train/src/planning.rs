@@ -12,7 +12,7 @@ use ounce_plan::{Frontier, PlanError, PlanOptions};
 use ounce_program::{Category, FixedMachine, GRANULE_TOKENS, Instr, Machine, Plan, StepShape};
 
 use crate::Error;
-use crate::baseline::Baseline;
+use crate::baseline::{Baseline, INSTR_BYTES};
 use crate::budget::{format_budget, format_bytes};
 use crate::graphs::{Graphs, TrainWanted, Wanted, build};
 use crate::model::Model;
@@ -53,7 +53,12 @@ impl Machine for Declared<'_> {
 
 /// Options of the planner that looks for the least peak.
 fn low_end(reserved_bytes: u64) -> PlanOptions {
-    PlanOptions { reserved_bytes, max_points: 64, ..PlanOptions::default() }
+    PlanOptions { max_points: 64, ..options(reserved_bytes) }
+}
+
+/// Options of any planner.
+fn options(reserved_bytes: u64) -> PlanOptions {
+    PlanOptions { reserved_bytes, instr_bytes: INSTR_BYTES, ..PlanOptions::default() }
 }
 
 impl Planner<'_> {
@@ -64,7 +69,7 @@ impl Planner<'_> {
         shape: StepShape,
         reserved_bytes: u64,
     ) -> Option<Plan> {
-        let mut options = PlanOptions { reserved_bytes, ..PlanOptions::default() };
+        let mut options = options(reserved_bytes);
         if self.wanted.train.is_some_and(|train| train.fastest) {
             options.unconstrained_permille = 0;
         }

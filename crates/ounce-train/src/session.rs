@@ -54,6 +54,8 @@ pub(crate) struct Program {
     stored_bytes: u64,
     /// Where anything else begins.
     working_at: u64,
+    /// What its many instructions take beside the baseline.
+    tables_bytes: u64,
 }
 
 /// An op whose numbers left the range of what they are stored in.
@@ -91,6 +93,8 @@ pub(crate) struct Session {
     pub(crate) warnings: Vec<String>,
     arena_bytes: u64,
     baseline: Baseline,
+    /// What the many instructions of the plans take beside the baseline.
+    tables_bytes: u64,
     stream: Option<StreamWanted>,
 }
 
@@ -154,7 +158,12 @@ pub(crate) fn compile(
     machine.release_memory();
     check_shared_params(&programs);
     let arena_bytes = programs.iter().map(|p| p.executor.arena_bytes()).max().unwrap_or(0);
-    let peak_bytes = programs.iter().map(|p| p.certificate.peak_bytes).max().unwrap_or(0);
+    let tables_bytes = programs.iter().map(|p| p.tables_bytes).sum();
+    let peak = |p: &Program| p.certificate.peak_bytes - p.tables_bytes + tables_bytes;
+    let peak_bytes = programs.iter().map(peak).max().unwrap_or(0);
+    if peak_bytes > limits.budget_bytes {
+        return Err(too_many_instructions(peak_bytes, limits.budget_bytes));
+    }
     let warnings = limits.warnings(peak_bytes, cores_taken);
     let arena = Arena::reserve(arena_bytes)?;
     let mut programs = programs.into_iter();
@@ -176,8 +185,25 @@ pub(crate) fn compile(
         warnings,
         arena_bytes,
         baseline: prepared.baseline,
+        tables_bytes,
         stream: wanted.stream,
     })
+}
+
+/// Each plan fits, but the tables of all of them together do not.
+fn too_many_instructions(peak_bytes: u64, budget_bytes: u64) -> Error {
+    Error::Usage {
+        message: format!(
+            "the plans of training, evaluation and samples, each of which fits, take {} together with their tables, \
+             more than the budget of {}",
+            format_bytes(peak_bytes),
+            format_bytes(budget_bytes)
+        ),
+        hint: format!(
+            "give `--memory {}`, or fewer rows per step",
+            format_bytes(peak_bytes + (1 << 20)).replace(' ', "")
+        ),
+    }
 }
 
 /// Refuses a budget in which the text of a run cannot be tokenized, before that is tried.
@@ -291,6 +317,7 @@ fn resolve(
         picture: trains.then(|| plan_html(graph, plan, &title)),
         params: graph.params.ids().map(place).collect(),
         stored_bytes: plan.buffers.values().filter(is_stored).map(|b| b.bytes).sum(),
+        tables_bytes: plan.baseline_bytes - machine.baseline_bytes(),
         working_at: working.map(|b| b.offset).min().unwrap_or(u64::MAX),
         graph: graph.clone(),
     })
@@ -426,7 +453,7 @@ impl Session {
     /// [`Error::Baseline`] with both numbers.
     pub(crate) fn check_baseline(&self) -> Result<()> {
         release_free_heap();
-        self.baseline.check()
+        self.baseline.check(self.tables_bytes)
     }
 
     /// The weights of the model, matched with the parameters of the plans.

@@ -84,6 +84,7 @@ fn train_from(
     }
     if let Some(checkpoint) = &from {
         checkpoint::check_end(checkpoint, n_steps)?;
+        checkpoint::check_data(checkpoint, settings, &data.train, observer)?;
     }
     let mut session = compile(&model, &plans, &limits, env)?;
     let weights = session.open_weights(&model)?;
@@ -107,7 +108,7 @@ fn train_from(
             observer.note("warning: the optimizer is another one: its states begin at zero");
         }
     }
-    let state = from.as_ref().map(|checkpoint| checkpoint.state());
+    let state = from.as_ref().map(Checkpoint::state);
     let keeps_states = from.as_ref().is_some_and(|c| checkpoint::has_states_of(c, settings));
     let trainer = Trainer::new(settings, &mut session, n_steps, state, keeps_states);
     let output = staged.begin(settings, first_step, observer)?;
@@ -256,7 +257,6 @@ impl Run<'_> {
             return Err(self.broken(&format!("{name} holds numbers that are not finite")));
         }
         let Place { step, tokens_seen, .. } = self.place;
-        let place = self.data.train.cursor(step * self.settings.n_rows());
         let scaler = self.trainer.scaler().state().clone();
         let (n_steps, n_updates) = (self.n_steps, self.trainer.n_updates(step));
         let state = checkpoint::state(
@@ -264,7 +264,7 @@ impl Run<'_> {
             (step, n_steps),
             n_updates,
             tokens_seen,
-            place,
+            &self.data.train,
             scaler,
         );
         let path = self.saver.save(&mut self.session, &state)?;

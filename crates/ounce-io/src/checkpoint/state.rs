@@ -53,6 +53,9 @@ pub struct TrainerState {
     pub n_updates: u64,
     /// Where the next step takes its data from.
     pub cursor: DataCursor,
+    /// What the data files held, in hexadecimal digits; of a stream `stream` says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_hash: Option<String>,
     /// The same for streamed data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream: Option<StreamCursor>,
@@ -155,6 +158,7 @@ mod tests {
             step: 12,
             n_updates: 11,
             cursor: DataCursor { epoch: 1, row: 3 },
+            data_hash: Some("0123456789abcdef".into()),
             stream: None,
             seed: u64::MAX,
             schedule: Map::new(),

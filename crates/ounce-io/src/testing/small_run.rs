@@ -105,6 +105,7 @@ impl SmallRun {
             step,
             n_updates: step - step / 8,
             cursor: DataCursor { epoch: step / 5, row: step % 5 },
+            data_hash: None,
             stream: None,
             seed: 42,
             schedule: Map::from_iter([("warmup_steps".to_owned(), Value::from(3))]),

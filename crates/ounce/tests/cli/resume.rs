@@ -222,6 +222,22 @@ fn another_optimizer_counts_its_own_updates() {
 }
 
 #[test]
+fn data_that_changed_under_a_run_is_noticed() {
+    let lab = gpt2();
+    let run = "train --model model --data train.txt --max-length 64 --max-steps 4 --save-steps 2 \
+        --sample-steps 0 --output-dir out";
+    lab.succeed(&words(run));
+    let text = std::fs::read_to_string(lab.path("train.txt")).unwrap();
+    std::fs::write(lab.path("train.txt"), text.replacen("the", "eht", 1)).unwrap();
+    let resume = format!("{run} --resume-from-checkpoint out/checkpoint-2");
+    let error = lab.fail(4, &words(&resume));
+    assert!(error.contains("train.txt: the data is not what it was"), "{error}");
+    lab.succeed(&words(&format!("{resume} --override")));
+    std::fs::write(lab.path("train.txt"), &text).unwrap();
+    lab.succeed(&words(&resume));
+}
+
+#[test]
 fn another_spelling_of_the_data_s_path_is_the_same_data() {
     let lab = gpt2();
     let run =

@@ -11,6 +11,27 @@ fn gpt2() -> Lab {
     Lab::with_model(&words(sizes))
 }
 
+/// A plan is unrolled: hundreds of micro-batches of a small model are thousands of instructions, which are planned and
+/// kept in the same budget.
+#[test]
+fn many_micro_batches_are_planned_within_the_budget() {
+    let lab = Lab::with_model(&words(
+        "--arch gpt2 --n-layers 6 --n-heads 2 --hidden-size 16 --context-length 64",
+    ));
+    for rows in [64, 512] {
+        let run = format!(
+            "--model model --data train.txt --max-length 64 --per-device-train-batch-size 1 \
+             --gradient-accumulation-steps {rows} --threads 1 --max-steps 1 --sample-steps 0"
+        );
+        let refused = lab.fail(3, &words(&format!("plan {run} --memory 1MiB")));
+        let budget = smallest_budget(&refused);
+        let lines = lab.json(&words(&format!("train {run} --memory {budget} --output-dir out")));
+        let done = lines.last().unwrap();
+        let bytes = |key: &str| done[key].as_u64().unwrap();
+        assert!(bytes("rss_peak_bytes") <= bytes("budget_bytes"), "{rows} rows: {done}");
+    }
+}
+
 #[test]
 fn budgets_from_unconstrained_to_the_smallest_give_the_same_bits() {
     let lab = gpt2();
