@@ -119,9 +119,9 @@ fn move_in(disk: &dyn Disk, dir: &Path, names: &[String]) -> Result<(), IoError>
     disk.sync_dir(dir).map_err(|e| IoError::writing(dir, 0, e))
 }
 
-/// Files of `dir` that have to go, weights first: those whose successor still waits, and where new weights come, weights
-/// and side files without a successor: a loader would prefer a stale `model.safetensors` to new shards, and take a stale
-/// chat template or tokenizer for the new model's.
+/// Files of `dir` that have to go, weights first: those whose successor still waits, and where new weights come,
+/// weights and side files without a successor: a loader would prefer a stale `model.safetensors` to new shards, and
+/// take a stale chat template or tokenizer for the new model's.
 fn old_names(dir: &Path, names: &[String]) -> io::Result<Vec<String>> {
     let publishing = dir.join(PUBLISHING);
     let has_weights = names.iter().any(|name| weight_rank(name) == 2);

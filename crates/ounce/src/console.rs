@@ -25,7 +25,8 @@ pub(crate) fn print_json(record: &impl Serialize) {
 /// Why standard output could not be written, if it could not.
 static OUTPUT_FAULT: OnceLock<String> = OnceLock::new();
 
-/// Prints text on stdout. A closed pipe is nobody reading, which is no failure of ours; anything else is told at the end.
+/// Prints text on stdout. A closed pipe is nobody reading, which is no failure of ours; anything else is told at the
+/// end.
 pub(crate) fn print_out(text: &str) {
     let mut out = std::io::stdout().lock();
     if let Err(e) = out.write_all(text.as_bytes()).and_then(|()| out.flush())

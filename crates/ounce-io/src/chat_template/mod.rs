@@ -206,8 +206,8 @@ impl ChatTemplate {
         self.source.contains("strftime_now")
     }
 
-    /// Where this is the template for models that have none, with these tokens for those that the configuration does not
-    /// name: without its end-of-text token an answer would have no end to learn.
+    /// Where this is the template for models that have none, with these tokens for those that the configuration does
+    /// not name: without its end-of-text token an answer would have no end to learn.
     #[must_use]
     pub fn or_special_tokens(mut self, tokens: [(&str, Option<String>); 2]) -> Self {
         if self.origin == TemplateOrigin::Plain {
