@@ -112,5 +112,12 @@ pub(super) fn adapt(source: &str) -> String {
 
 /// Whether the template says itself what the assistant wrote.
 pub(super) fn has_generation(source: &str) -> bool {
-    adapt(source).contains(GENERATION)
+    adapt(&without_comments(source)).contains(GENERATION)
+}
+
+/// A template without its `{# ... #}`.
+fn without_comments(source: &str) -> String {
+    let mut parts = source.split("{#");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |text, part| text + part.split_once("#}").map_or("", |(_, behind)| behind))
 }

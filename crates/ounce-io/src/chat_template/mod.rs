@@ -192,7 +192,13 @@ impl ChatTemplate {
 
     /// Whether the template says itself what the assistant wrote.
     pub fn has_generation(&self) -> bool {
-        environment::has_generation(&self.source)
+        self.generates(false)
+    }
+
+    /// The same of the template for conversations with tools or without.
+    fn generates(&self, has_tools: bool) -> bool {
+        let of_tools = self.tool_source.as_ref().filter(|_| has_tools);
+        environment::has_generation(of_tools.unwrap_or(&self.source))
     }
 
     /// Whether the template knows `tool_calls`, and whether it knows `tools`.

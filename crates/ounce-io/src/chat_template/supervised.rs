@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use serde_json::{Value, json};
 
-use super::ChatTemplate;
+use super::{ChatTemplate, MARKS};
 use crate::dataset::Conversation;
 
 /// What marks a stand-in: characters that no text is meant to hold.
@@ -90,11 +90,18 @@ impl ChatTemplate {
     ) -> Result<SupervisedText, String> {
         let messages = self.messages_of(conversation);
         let tools = conversation.tools.as_ref();
+        if messages.iter().chain(tools).any(holds_marks) {
+            return Err(format!(
+                "the row holds U+{:04X} or U+{:04X}, which mark here what the assistant wrote",
+                u32::from(MARKS[0]),
+                u32::from(MARKS[1])
+            ));
+        }
         let full = self.render(&messages, tools, false)?;
         let answers = |i: &usize| conversation.messages[*i]["role"] == "assistant";
         let all: Vec<usize> = (0..messages.len()).filter(answers).collect();
         let is_supervised = |i: &usize| conversation.is_supervised(*i);
-        if self.has_generation() {
+        if self.generates(tools.is_some()) {
             // Where each answer has its block, those that are given stay unsupervised.
             let supervised = if full.generated.len() == all.len() {
                 let pairs = all.iter().zip(full.generated);
@@ -110,6 +117,16 @@ impl ChatTemplate {
         supervised.retain(|span: &Range<usize>| !span.is_empty());
         supervised.sort_by_key(|span| span.start);
         Ok(SupervisedText { text: full.text, supervised, n_lost })
+    }
+}
+
+/// Whether a text in it holds a character that marks `{% generation %}` blocks.
+fn holds_marks(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.contains(MARKS),
+        Value::Array(items) => items.iter().any(holds_marks),
+        Value::Object(map) => map.iter().any(|(key, v)| key.contains(MARKS) || holds_marks(v)),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
     }
 }
 
@@ -211,12 +228,60 @@ impl Search<'_> {
         let prompt = render(i, true).ok()?.text;
         let answer = self.text.strip_prefix(prompt.as_str())?;
         let start = prompt.len();
-        if let Some(end) = self.end.text() {
-            let at = answer.find(end)?;
-            return Some(start..start + at + end.len());
-        }
         let part = render(i + 1, false).ok()?.text;
+        if let Some(end) = self.end.text() {
+            let found = answer.find(end).map(|at| start + at + end.len());
+            // A turn may end in another token, as calls of tools do: what the next one ends in is not its own.
+            let turn = part.trim_end();
+            let is_whole = turn.len() > start && self.text.starts_with(turn);
+            return match found {
+                Some(found) if is_whole && found > part.len() => Some(start..turn.len()),
+                None if is_whole => Some(start..turn.len()),
+                found => found.map(|found| start..found),
+            };
+        }
         let same = part.bytes().zip(self.text.bytes()).take_while(|(a, b)| a == b).count();
         (same > start && self.text.is_char_boundary(same)).then_some(start..same)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Map;
+
+    use super::*;
+
+    /// The supervised parts of a conversation.
+    fn supervised(source: &str, messages: &Value, end: &str) -> Result<Vec<String>, String> {
+        let template = ChatTemplate::from_source(source, Map::new(), 0).expect("a template");
+        let messages = messages.as_array().expect("a list").clone();
+        let conversation = Conversation { messages, ..Conversation::default() };
+        let found = template.supervised_text(&conversation, &EndOfTurn::Token(end.into()))?;
+        Ok(found.supervised.iter().map(|span| found.text[span.clone()].to_owned()).collect())
+    }
+
+    #[test]
+    fn a_call_that_ends_in_a_token_of_its_own_does_not_reach_into_the_result() {
+        let source = "{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}CALL<call>{% else %}\
+            {{ m.content }}<end>{% endif %}{% endfor %}\
+            {% if add_generation_prompt %}<assistant>{% endif %}";
+        let messages = json!([
+            { "role": "user", "content": "q" },
+            { "role": "assistant", "content": "", "tool_calls": [{}] },
+            { "role": "tool", "content": "result" },
+            { "role": "assistant", "content": "a" },
+        ]);
+        let found = supervised(source, &messages, "<end>").expect("rendered");
+        assert_eq!(found, ["CALL<call>", "a<end>"]);
+    }
+
+    #[test]
+    fn commented_blocks_mark_nothing_and_marks_in_the_data_are_refused() {
+        let source = "{# {% generation %} #}{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>\
+            {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}";
+        let row = |text: &str| json!([{ "role": "user", "content": text }, { "role": "assistant", "content": "a" }]);
+        assert_eq!(supervised(source, &row("q"), "<end>").expect("rendered"), ["a<end>"]);
+        let refused = supervised(source, &row("q \u{fdd0} secret"), "<end>");
+        assert!(refused.as_ref().is_err_and(|e| e.contains("U+FDD0")), "{refused:?}");
     }
 }
