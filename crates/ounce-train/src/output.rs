@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ounce_exec::Arena;
 use ounce_io::{Disk, StagingDir, write_file};
@@ -27,6 +27,8 @@ use crate::{Environment, Error, EvalRecord, Observer, Result, Settings, StepReco
 
 /// Points of the loss curve that are kept.
 const MAX_POINTS: usize = 4096;
+/// Between two flushes of the events, for whoever watches.
+const FLUSH_EVERY: Duration = Duration::from_secs(10);
 /// The file of the numbers of every step.
 const METRICS: &str = "metrics.jsonl";
 
@@ -56,6 +58,7 @@ pub(crate) struct Output {
     staged: Staged,
     metrics: MetricsWriter,
     events: EventWriter,
+    flushed: Instant,
     losses: Curve,
     eval_losses: Curve,
 }
@@ -131,8 +134,10 @@ impl Staged {
         let metrics = metrics.map_err(|e| Error::file(&path, &e))?;
         let events = EventWriter::create(place).map_err(|e| Error::file(place, &e))?;
         let (losses, eval_losses) = (Curve::default(), Curve::default());
-        let mut output = Output { staged: self, metrics, events, losses, eval_losses };
+        let flushed = Instant::now();
+        let mut output = Output { staged: self, metrics, events, flushed, losses, eval_losses };
         if first_step > 1 {
+            output.restart(first_step)?;
             output.read_curves()?;
         }
         Ok(output)
@@ -165,7 +170,8 @@ impl Output {
         ];
         let scale = r.loss_scale.map(|scale| ("train/loss_scale", f64::from(scale)));
         let mut all = scalars.into_iter().chain(scale);
-        all.try_for_each(|(tag, value)| self.scalar(r.step, tag, value))
+        all.try_for_each(|(tag, value)| self.scalar(r.step, tag, value))?;
+        if self.flushed.elapsed() >= FLUSH_EVERY { self.flush() } else { Ok(()) }
     }
 
     /// Records an evaluation after `step` steps.
@@ -177,14 +183,28 @@ impl Output {
         let line = EvalLine { step, eval_loss: r.loss, eval_tokens: r.tokens };
         let metrics = self.metrics.path().to_path_buf();
         self.metrics.append(&line).map_err(|e| Error::file(&metrics, &e))?;
-        self.scalar(step, "eval/loss", r.loss)
+        self.scalar(step, "eval/loss", r.loss)?;
+        self.flush()
     }
 
-    /// Copies the metrics so far to where a run that goes on finds them, if they are not there.
+    /// Hands the events so far to whoever watches.
+    fn flush(&mut self) -> Result<()> {
+        self.flushed = Instant::now();
+        self.events.flush().map_err(|e| Error::file(self.events.path(), &e))
+    }
+
+    /// Tells TensorBoard that points of this step and later ones, which a run before has left, are done again.
+    fn restart(&mut self, step: u64) -> Result<()> {
+        let written = self.events.restart(step, wall_time_s());
+        written.map_err(|e| Error::file(self.events.path(), &e))
+    }
+
+    /// Flushes, and copies the metrics so far to where a run that goes on finds them, if they are not there.
     ///
     /// # Errors
     /// A failed write.
-    pub(crate) fn keep_metrics(&self) -> Result<()> {
+    pub(crate) fn keep_metrics(&mut self) -> Result<()> {
+        self.flush()?;
         let dir = &self.staged.dir;
         let (path, hidden) = (dir.join(METRICS), dir.join(".metrics.tmp"));
         if self.metrics.path() == path {
@@ -209,8 +229,7 @@ impl Output {
     }
 
     fn scalar(&mut self, step: u64, tag: &str, value: f64) -> Result<()> {
-        let wall_time_s = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let written = self.events.scalar(step, tag, value as f32, wall_time_s.as_secs_f64());
+        let written = self.events.scalar(step, tag, value as f32, wall_time_s());
         written.map_err(|e| Error::file(self.events.path(), &e))
     }
 
@@ -224,9 +243,14 @@ impl Output {
         weights::write(&self.staged.disk, &path, &program.graph, &mut buffers)?;
         let curve = loss_svg(&self.losses.points, &self.eval_losses.points);
         write_file(&path.join("loss.svg"), curve.as_bytes())?;
-        self.events.flush().map_err(|e| Error::file(self.events.path(), &e))?;
+        self.flush()?;
         Ok(self.staged.staging.publish()?)
     }
+}
+
+/// Seconds since 1970.
+fn wall_time_s() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 /// Points of a curve, evenly thinned out so that they never grow beyond a bound.
