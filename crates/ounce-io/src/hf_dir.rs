@@ -86,7 +86,7 @@ pub fn write_json(path: &Path, value: &Value) -> Result<(), IoError> {
 /// Copies the tokenizer's files from one directory to another, byte for byte; returns the names copied.
 ///
 /// # Errors
-/// `Read`, `Write`.
+/// `Read`, `Write`, `BadFile` for a link out of the directory.
 pub fn copy_tokenizer_files(from: &Path, to: &Path) -> Result<Vec<&'static str>, IoError> {
     let is_tokenizer = |name: &&str| TOKENIZER_FILES.contains(name);
     copy_files(from, to, side_files(from).into_iter().filter(is_tokenizer).collect())
@@ -95,10 +95,28 @@ pub fn copy_tokenizer_files(from: &Path, to: &Path) -> Result<Vec<&'static str>,
 /// Copies configuration and tokenizer from one model directory to another, byte for byte; returns the names copied.
 ///
 /// # Errors
-/// `Missing` without a `config.json`, `Read`, `Write`.
+/// `Missing` without a `config.json`, `Read`, `Write`, `BadFile` for a link out of the directory.
 pub fn copy_side_files(from: &Path, to: &Path) -> Result<Vec<&'static str>, IoError> {
     open_regular(&from.join("config.json"))?;
     copy_files(from, to, side_files(from))
+}
+
+/// Refuses a link that leads out of the model directory; into the blobs of a hub's cache it may.
+pub(crate) fn stay_inside(dir: &Path, file: &Path) -> Result<(), IoError> {
+    let resolve = |path: &Path| path.canonicalize().map_err(|e| IoError::reading(path, e));
+    let (real_dir, real_file) = (resolve(dir)?, resolve(file)?);
+    let cache_blobs = real_dir
+        .parent()
+        .filter(|snapshots| snapshots.file_name().is_some_and(|name| name == "snapshots"))
+        .and_then(|snapshots| Some(snapshots.parent()?.join("blobs")));
+    if real_file.starts_with(&real_dir) || cache_blobs.is_some_and(|b| real_file.starts_with(b)) {
+        return Ok(());
+    }
+    Err(IoError::bad_file(
+        file,
+        format!("is a link out of the model directory, to {}", real_file.display()),
+        "copy the file into the directory",
+    ))
 }
 
 /// Copies the files called `names`.
@@ -108,6 +126,7 @@ fn copy_files(
     names: Vec<&'static str>,
 ) -> Result<Vec<&'static str>, IoError> {
     for name in &names {
+        stay_inside(from, &from.join(name))?;
         copy_file(&from.join(name), &to.join(name))?;
     }
     Ok(names)
@@ -131,6 +150,18 @@ fn copy_file(from: &Path, to: &Path) -> Result<(), IoError> {
 mod tests {
     use super::*;
     use std::fs;
+
+    #[test]
+    fn side_files_that_are_links_out_of_the_directory_are_not_copied() {
+        let [from, to] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let secret = to.path().join("secret");
+        std::fs::write(&secret, "private").unwrap();
+        std::fs::write(from.path().join("config.json"), "{}").unwrap();
+        std::os::unix::fs::symlink(&secret, from.path().join("merges.txt")).unwrap();
+        let message = copy_side_files(from.path(), to.path()).unwrap_err().to_string();
+        assert!(message.contains("merges.txt: is a link out of the model directory"), "{message}");
+        assert!(!to.path().join("merges.txt").exists());
+    }
 
     #[test]
     fn side_files_are_copied_byte_for_byte_also_onto_themselves() {

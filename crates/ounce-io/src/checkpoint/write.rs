@@ -15,7 +15,7 @@ use super::{FORMAT, MANIFEST, OPTIMIZER, STATE, TrainerState, WEIGHTS, checkpoin
 use crate::disk::{Disk, check_room, create_dirs, real_disk, write_all_at};
 use crate::error::IoError;
 use crate::hash::Xxh64;
-use crate::hf_dir::{is_plain_name, side_files};
+use crate::hf_dir::{is_plain_name, side_files, stay_inside};
 use crate::json::open_regular;
 use crate::safetensors::{ByteSink, SafetensorsWriter, TensorSpec, safetensors_bytes};
 use crate::temp::{TempDir, remove_stale_temps};
@@ -101,6 +101,7 @@ impl CheckpointWriter {
                 continue;
             }
             let path = model_dir.join(name);
+            stay_inside(model_dir, &path)?;
             let mut source = open_regular(&path)?;
             let mut file = self.file(name)?;
             let mut buffer = [0; COPY_BYTES];

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use super::header::{Dtype, TensorInfo, read_header};
 use crate::error::IoError;
-use crate::hf_dir::is_plain_name;
+use crate::hf_dir::{is_plain_name, stay_inside};
 use crate::json::{open_regular, read_json};
 use crate::publication::{interrupted_hint, is_interrupted};
 
@@ -301,24 +301,6 @@ impl ShardIndex {
 /// A safetensors file's name without any way out of its directory.
 fn is_shard_name(name: &str) -> bool {
     name.ends_with(".safetensors") && is_plain_name(name) && !name.contains("..")
-}
-
-/// Refuses a link that leads out of the model directory.
-fn stay_inside(dir: &Path, file: &Path) -> Result<(), IoError> {
-    let resolve = |path: &Path| path.canonicalize().map_err(|e| IoError::reading(path, e));
-    let (real_dir, real_file) = (resolve(dir)?, resolve(file)?);
-    let cache_blobs = real_dir
-        .parent()
-        .filter(|snapshots| snapshots.file_name().is_some_and(|name| name == "snapshots"))
-        .and_then(|snapshots| Some(snapshots.parent()?.join("blobs")));
-    if real_file.starts_with(&real_dir) || cache_blobs.is_some_and(|b| real_file.starts_with(b)) {
-        return Ok(());
-    }
-    Err(IoError::bad_file(
-        file,
-        format!("is a link out of the model directory, to {}", real_file.display()),
-        "copy the file into the directory",
-    ))
 }
 
 /// The error for a directory without safetensors, which tells apart what people usually have there.
