@@ -261,16 +261,31 @@ pub(crate) fn check_data(
     if !same_files || then.is_none() || now.is_none() || then == now.as_ref() {
         return Ok(());
     }
+    changed_data("the data", "the data has changed", settings, observer)
+}
+
+/// Tells that `what` of the data is not what it was; whoever insists goes on.
+///
+/// # Errors
+/// [`Error::Input`] without `--override`; `why` begins its hint.
+pub(crate) fn changed_data(
+    what: &str,
+    why: &str,
+    settings: &Settings,
+    observer: &mut dyn Observer,
+) -> Result<()> {
     let files: Vec<String> =
         settings.data.iter().map(|file| file.path().display().to_string()).collect();
     let files = files.join(", ");
-    let message = format!("{files}: the data is not what it was when the checkpoint was saved");
+    let message = format!("{files}: {what} is not what it was when the checkpoint was saved");
     if settings.override_begun {
         observer.note(&format!("warning: {message}"));
         return Ok(());
     }
-    let hint = "put it back, begin a new run, or `--override` to go on with what is there now";
-    Err(Error::Input { message, hint: hint.to_owned() })
+    let hint = format!(
+        "{why}: put it back, begin a new run, or `--override` to go on with what is there now"
+    );
+    Err(Error::Input { message, hint })
 }
 
 /// Refuses a run that is to end before the place where the checkpoint stands.

@@ -16,7 +16,7 @@ use ounce_io::{
 use serde::{Deserialize, Serialize};
 
 use crate::batch::Row;
-use crate::checkpoint::by_full_path;
+use crate::checkpoint::{by_full_path, changed_data};
 use crate::limits::Limits;
 use crate::model::Model;
 use crate::settings::DataFile;
@@ -327,20 +327,9 @@ fn check_rows(
     if cursor.ids_hash == ids_hash {
         return Ok(());
     }
-    let window = cursor.place.window;
-    let files: Vec<String> =
-        settings.data.iter().map(|file| file.path().display().to_string()).collect();
-    let message = format!(
-        "{}: window {window} of the stream is not what it was when the checkpoint was saved",
-        files.join(", ")
-    );
-    if settings.override_begun {
-        observer.note(&format!("warning: {message}"));
-        return Ok(());
-    }
-    let hint = "the data, the tokenizer or the chat template has changed: put it back, begin a new run, or \
-                `--override` to go on with what is there now";
-    Err(Error::Input { message, hint: hint.to_owned() })
+    let what = format!("window {} of the stream", cursor.place.window);
+    let why = "the data, the tokenizer or the chat template has changed";
+    changed_data(&what, why, settings, observer)
 }
 
 /// What is said of a file of the first window.

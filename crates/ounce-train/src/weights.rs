@@ -117,33 +117,34 @@ pub(crate) fn write(
 
 /// The first parameter in the arena that holds a number which is not finite.
 pub(crate) fn first_non_finite(graph: &Graph, buffers: &mut Buffers<'_>) -> Option<String> {
-    let mut piece = vec![0.0; PIECE_ELEMS];
-    for (id, param) in graph.params.iter() {
-        let n_elems = param.shape.row_elems() as usize;
-        for start in (0..n_elems).step_by(PIECE_ELEMS) {
-            let part = &mut piece[..PIECE_ELEMS.min(n_elems - start)];
-            buffers.read_param(id, start, part);
-            if part.iter().any(|x| !x.is_finite()) {
-                return Some(param.name.clone());
-            }
-        }
-    }
-    None
+    let check = |param: &Param, part: &[f32]| {
+        if part.iter().all(|x| x.is_finite()) { Ok(()) } else { Err(param.name.clone()) }
+    };
+    each_piece(graph, buffers, check).err()
 }
 
-/// Appends every parameter as ops read it, piece by piece: a bf16 one is its rounded half.
+/// Appends every parameter as ops read it: a bf16 one is its rounded half.
 pub(crate) fn append_params<F: ByteSink>(
     file: &mut SafetensorsWriter<F>,
     graph: &Graph,
     buffers: &mut Buffers<'_>,
 ) -> Result<()> {
+    each_piece(graph, buffers, |param, part| Ok(file.append_f32(&param.name, part)?))
+}
+
+/// Hands out every parameter in the arena, piece by piece; stops at the first error.
+fn each_piece<E>(
+    graph: &Graph,
+    buffers: &mut Buffers<'_>,
+    mut take: impl FnMut(&Param, &[f32]) -> std::result::Result<(), E>,
+) -> std::result::Result<(), E> {
     let mut piece = vec![0.0; PIECE_ELEMS];
     for (id, param) in graph.params.iter() {
         let n_elems = param.shape.row_elems() as usize;
         for start in (0..n_elems).step_by(PIECE_ELEMS) {
             let part = &mut piece[..PIECE_ELEMS.min(n_elems - start)];
             buffers.read_param(id, start, part);
-            file.append_f32(&param.name, part)?;
+            take(param, part)?;
         }
     }
     Ok(())
