@@ -202,6 +202,24 @@ fn another_run_goes_on_with_what_an_interrupted_one_left() {
     assert!(hub.requests().iter().any(|r| r.contains("bytes=")));
 }
 
+/// Two that append to one file would destroy what both have fetched.
+#[test]
+fn a_pull_beside_another_one_is_refused_and_touches_nothing() {
+    let (hub, dir) = (Hub::start(None), tempfile::tempdir().unwrap());
+    let settings = hub.settings(dir.path(), "some/one");
+    let mut refused = None;
+    // While the first is in the middle of its large file, a second one begins.
+    let record = pull(&settings, &mut |p| {
+        if p.n_bytes > 400_000 && refused.is_none() {
+            refused = Some(hub.pull(dir.path(), "some/one").unwrap_err().to_string());
+        }
+        true
+    });
+    assert_whole(dir.path(), &record.unwrap());
+    let refused = refused.expect("a second pull was tried");
+    assert!(refused.contains("another pull is fetching it"), "{refused}");
+}
+
 #[test]
 fn a_hub_without_ranges_sends_all_of_it_again() {
     let (hub, dir) = (Hub::start(None), tempfile::tempdir().unwrap());
