@@ -3,8 +3,8 @@
 //! Files, in reading order: `shell` (running programs), `ci` (the list of checks), `tidy` (what the
 //! compiler does not check), `golden` (making golden data anew), `record` (results kept under
 //! `bench/runs`), `bench` (speed, side by side with PyTorch; `instructions`), `accept` (demonstrations; those that
-//! are longer than a page in `budgets`, `grid`, `plan_times`, `killed`, `cgroup_runs`, `smollm2`, `speed` and
-//! `tokenising`, with `random` and `cgroup`), `quickstart` (the README's first command).
+//! are longer than a page in `budgets`, `grid`, `plan_times`, `killed`, `cgroup_runs`, `smollm2`, `finetuning`,
+//! `fuzzing`, `speed` and `tokenising`, with `random` and `cgroup`), `quickstart` (the README's first command).
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "chores speak to people")]
 
