@@ -7,6 +7,7 @@
 //! looks for the low end, which short lists keep exactly, so it takes a small part of the time.
 
 use ounce_exec::MeasuredMachine;
+use ounce_exec::heap::release_free_heap;
 use ounce_ir::{Graph, OpId, OptimizerKind};
 use ounce_plan::{Frontier, PlanError, PlanOptions};
 use ounce_program::{Category, FixedMachine, GRANULE_TOKENS, Instr, Machine, Plan, StepShape};
@@ -69,17 +70,24 @@ impl Planner<'_> {
         shape: StepShape,
         reserved_bytes: u64,
     ) -> Option<Plan> {
-        let mut options = options(reserved_bytes);
+        // Lists are held for every stage and number of micro-batches: a small budget has room for short ones.
+        let free_bytes = self.budget_bytes.saturating_sub(self.baseline.bytes());
+        let max_points = (free_bytes / BYTES_PER_POINT).clamp(64, 1024) as usize;
+        let mut options = PlanOptions { max_points, ..options(reserved_bytes) };
         if self.wanted.train.is_some_and(|train| train.fastest) {
             options.unconstrained_permille = 0;
         }
         let declared = Declared(self.machine);
-        let least = Frontier::solve(graph, &shape, &declared, &low_end(reserved_bytes));
-        if least.smallest_bytes().max(self.baseline.tokenizing_peak_bytes()) > self.budget_bytes {
+        let least = || Frontier::solve(graph, &shape, &declared, &low_end(reserved_bytes));
+        let smallest_bytes = least().smallest_bytes();
+        if smallest_bytes.max(self.baseline.tokenizing_peak_bytes()) > self.budget_bytes {
             return None;
         }
+        // Kernels are timed while the frontier is solved, and never while plans are unrolled: either has the memory.
+        release_free_heap();
         let measured = Frontier::solve(graph, &shape, self.machine, &options);
-        measured.plan(self.budget_bytes).or_else(|_| self.least(graph, &least, &measured)).ok()
+        self.machine.release_memory();
+        measured.plan(self.budget_bytes).or_else(|_| self.least(graph, &least(), &measured)).ok()
     }
 
     /// A plan near the least peak that measured costs do not find, with its measured times.
@@ -169,6 +177,8 @@ impl Planner<'_> {
     }
 }
 
+/// Free bytes of a budget per point of the planner's lists.
+const BYTES_PER_POINT: u64 = 64 << 10;
 const NO_CLIPPING: &str = "--max-grad-norm 0";
 const SGD: &str = "--optimizer sgd";
 
