@@ -6,9 +6,9 @@
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, Value};
+use minijinja::{Environment, Error, ErrorKind, State, Value};
 
-use super::{Bounded, MARKS, markup, python, strftime};
+use super::{Bounded, MARKS, markup, methods, python, strftime};
 
 /// The filter that marks what stands in a `{% generation %}` block.
 const GENERATION: &str = "ounce_generation";
@@ -23,14 +23,18 @@ pub(super) fn environment(now_s: u64) -> Environment<'static> {
             .build()
             .expect("the usual delimiters"),
     );
-    env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    env.set_formatter(|out, _, value| {
+    env.set_unknown_method_callback(methods::call);
+    env.set_formatter(|out, state, value| {
         let write = match value.as_str() {
             Some(text) => out.write_str(text),
-            None => out.write_str(&python::text(value)),
+            None => out.write_str(&python::text(value, state)?),
         };
         write.map_err(Error::from)
     });
+    // Not of Jinja; each would keep its input as it is, a level deeper every time. `pprint` takes the square of it.
+    for filter in ["chain", "zip", "pprint"] {
+        env.remove_filter(filter);
+    }
     env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
@@ -41,7 +45,7 @@ pub(super) fn environment(now_s: u64) -> Environment<'static> {
         !matches!(value.kind(), ValueKind::None | ValueKind::Bool | ValueKind::Number)
     });
     env.add_filter("tojson", to_json);
-    env.add_filter("string", |value: Value| python::text(&value));
+    env.add_filter("string", |state: &State, value: Value| python::text(&value, state));
     env.add_filter(GENERATION, |text: String| format!("{}{text}{}", MARKS[0], MARKS[1]));
     env
 }
@@ -63,7 +67,7 @@ pub(super) fn render(
 
 /// `tojson(indent, ensure_ascii, separators, sort_keys)`.
 #[expect(clippy::needless_pass_by_value, reason = "filters are given values")]
-fn to_json(value: Value, kwargs: Kwargs) -> Result<String, Error> {
+fn to_json(state: &State, value: Value, kwargs: Kwargs) -> Result<String, Error> {
     let indent: Option<u32> = kwargs.get("indent")?;
     let separators: Option<Vec<String>> = kwargs.get("separators")?;
     let style = python::JsonStyle {
@@ -73,7 +77,7 @@ fn to_json(value: Value, kwargs: Kwargs) -> Result<String, Error> {
         separators: separators.and_then(|s| <[String; 2]>::try_from(s).ok()),
     };
     kwargs.assert_all_used()?;
-    Ok(python::json(&value, &style))
+    python::json(&value, &style, state)
 }
 
 /// The template as it is compiled: `{% generation %}` blocks are blocks of a filter, which mark their output, and the
