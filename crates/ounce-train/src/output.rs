@@ -61,6 +61,8 @@ pub(crate) struct Output {
     flushed: Instant,
     losses: Curve,
     eval_losses: Curve,
+    /// The step of the last evaluation.
+    evaluated: Option<u64>,
 }
 
 /// A line of `metrics.jsonl` for an evaluation.
@@ -71,12 +73,31 @@ struct EvalLine {
     eval_tokens: u64,
 }
 
-/// A line of `metrics.jsonl`.
-#[derive(Deserialize)]
+/// A line of `metrics.jsonl`: what has a curve of it.
+#[derive(Default, Deserialize)]
 struct AnyLine {
     step: u64,
     loss: Option<f64>,
+    learning_rate: Option<f64>,
+    grad_norm: Option<f64>,
+    tokens_per_s: Option<f64>,
+    loss_scale: Option<f64>,
     eval_loss: Option<f64>,
+}
+
+impl AnyLine {
+    /// The numbers that are there, by their TensorBoard tags.
+    fn scalars(&self) -> impl Iterator<Item = (&'static str, f64)> {
+        let tags = [
+            ("train/loss", self.loss),
+            ("train/learning_rate", self.learning_rate),
+            ("train/grad_norm", self.grad_norm),
+            ("train/tokens_per_s", self.tokens_per_s),
+            ("train/loss_scale", self.loss_scale),
+            ("eval/loss", self.eval_loss),
+        ];
+        tags.into_iter().filter_map(|(tag, value)| Some((tag, value?)))
+    }
 }
 
 impl Staged {
@@ -135,10 +156,14 @@ impl Staged {
         let events = EventWriter::create(place).map_err(|e| Error::file(place, &e))?;
         let (losses, eval_losses) = (Curve::default(), Curve::default());
         let flushed = Instant::now();
-        let mut output = Output { staged: self, metrics, events, flushed, losses, eval_losses };
+        // The events before this run lie beside, unless they waited in another hidden directory and went with it.
+        let are_lost = place != self.dir;
+        let evaluated = None;
+        let mut output =
+            Output { staged: self, metrics, events, flushed, losses, eval_losses, evaluated };
         if first_step > 1 {
+            output.read_curves(are_lost)?;
             output.restart(first_step)?;
-            output.read_curves()?;
         }
         Ok(output)
     }
@@ -162,15 +187,15 @@ impl Output {
         }
         let metrics = self.metrics.path().to_path_buf();
         self.metrics.append(r).map_err(|e| Error::file(&metrics, &e))?;
-        let scalars = [
-            ("train/loss", r.loss),
-            ("train/learning_rate", r.learning_rate),
-            ("train/grad_norm", r.grad_norm),
-            ("train/tokens_per_s", r.tokens_per_s),
-        ];
-        let scale = r.loss_scale.map(|scale| ("train/loss_scale", f64::from(scale)));
-        let mut all = scalars.into_iter().chain(scale);
-        all.try_for_each(|(tag, value)| self.scalar(r.step, tag, value))?;
+        self.scalars(&AnyLine {
+            step: r.step,
+            loss: Some(r.loss),
+            learning_rate: Some(r.learning_rate),
+            grad_norm: Some(r.grad_norm),
+            tokens_per_s: Some(r.tokens_per_s),
+            loss_scale: r.loss_scale.map(f64::from),
+            eval_loss: None,
+        })?;
         if self.flushed.elapsed() >= FLUSH_EVERY { self.flush() } else { Ok(()) }
     }
 
@@ -180,11 +205,17 @@ impl Output {
     /// A failed write.
     pub(crate) fn evaluated(&mut self, step: u64, r: &EvalRecord) -> Result<()> {
         self.eval_losses.add(step, r.loss);
+        self.evaluated = Some(step);
         let line = EvalLine { step, eval_loss: r.loss, eval_tokens: r.tokens };
         let metrics = self.metrics.path().to_path_buf();
         self.metrics.append(&line).map_err(|e| Error::file(&metrics, &e))?;
-        self.scalar(step, "eval/loss", r.loss)?;
+        self.scalars(&AnyLine { step, eval_loss: Some(r.loss), ..AnyLine::default() })?;
         self.flush()
+    }
+
+    /// Whether this run, or the one it goes on from, was evaluated after `step` steps.
+    pub(crate) fn is_evaluated(&self, step: u64) -> bool {
+        self.evaluated == Some(step)
     }
 
     /// Hands the events so far to whoever watches.
@@ -214,8 +245,8 @@ impl Output {
         copied.and_then(|_| std::fs::rename(&hidden, &path)).map_err(|e| Error::file(&path, &e))
     }
 
-    /// Takes the curves of the steps before this run from its metrics.
-    fn read_curves(&mut self) -> Result<()> {
+    /// Takes the curves of the steps before this run from its metrics; their events too, if those are lost.
+    fn read_curves(&mut self, events_are_lost: bool) -> Result<()> {
         let path = self.metrics.path().to_path_buf();
         let file = File::open(&path).map_err(|e| Error::file(&path, &e))?;
         for line in BufReader::new(file).lines() {
@@ -224,12 +255,19 @@ impl Output {
             let Ok(line) = serde_json::from_str::<AnyLine>(&line) else { continue };
             line.loss.into_iter().for_each(|x| self.losses.add(line.step, x));
             line.eval_loss.into_iter().for_each(|x| self.eval_losses.add(line.step, x));
+            self.evaluated = line.eval_loss.map(|_| line.step).or(self.evaluated);
+            if events_are_lost {
+                self.scalars(&line)?;
+            }
         }
         Ok(())
     }
 
-    fn scalar(&mut self, step: u64, tag: &str, value: f64) -> Result<()> {
-        let written = self.events.scalar(step, tag, value as f32, wall_time_s());
+    fn scalars(&mut self, line: &AnyLine) -> Result<()> {
+        let now_s = wall_time_s();
+        let written = line
+            .scalars()
+            .try_for_each(|(tag, value)| self.events.scalar(line.step, tag, value as f32, now_s));
         written.map_err(|e| Error::file(self.events.path(), &e))
     }
 

@@ -216,7 +216,12 @@ impl Run<'_> {
     /// The steps that are left, with all that happens between them; tokens and seconds they took.
     fn steps(&mut self, observer: &mut dyn Observer) -> Result<(u64, f64)> {
         let (mut tokens, mut seconds) = (0, 0.0);
-        let every = |n: Option<u64>, step: u64| n.is_some_and(|n| n > 0 && step.is_multiple_of(n));
+        // A run that was stopped while it evaluated, or before, has that still before it.
+        let (first, settings) = (self.place.step, self.settings);
+        let is_due = self.session.eval.is_some() && every(settings.eval_steps, first);
+        if is_due && !self.output.is_evaluated(first) {
+            self.look(observer)?;
+        }
         for step in self.place.step + 1..=self.n_steps {
             if observer.stop_requested() {
                 return Err(Error::Interrupted { step: step - 1, checkpoint: None });
@@ -234,19 +239,26 @@ impl Run<'_> {
                     observer.note(&format!("warning: {warning}"));
                 }
             }
-            if every(self.settings.save_steps, step) {
+            if every(settings.save_steps, step) {
                 self.save()?;
             }
-            if every(self.settings.eval_steps, step) && step < self.n_steps {
-                self.evaluate(observer)?;
-            }
-            if every(self.settings.sample_steps, step) && step < self.n_steps {
-                self.sample(observer)?;
-            }
+            self.look(observer)?;
         }
         self.evaluate(observer)?;
         self.sample(observer)?;
         Ok((tokens, seconds))
+    }
+
+    /// Evaluates and samples, if it is time for it before the last step.
+    fn look(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        let (settings, step) = (self.settings, self.place.step);
+        if every(settings.eval_steps, step) && step < self.n_steps {
+            self.evaluate(observer)?;
+        }
+        if every(settings.sample_steps, step) && step < self.n_steps {
+            self.sample(observer)?;
+        }
+        Ok(())
     }
 
     /// Writes a checkpoint of the place where the run stands.
@@ -310,6 +322,11 @@ impl Run<'_> {
         observer.sample(self.place.step, &text);
         Ok(())
     }
+}
+
+/// Whether something that is done every `n` steps is due after this one.
+fn every(n: Option<u64>, step: u64) -> bool {
+    n.is_some_and(|n| n > 0 && step > 0 && step.is_multiple_of(n))
 }
 
 /// What a step's health is judged by.

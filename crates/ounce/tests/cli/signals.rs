@@ -69,6 +69,34 @@ fn stopped_while_evaluating_sampling_or_saving_a_run_is_saved_and_goes_on_with_t
     }
 }
 
+/// What was shown of the run whole: each evaluation that was due, and a point of the curve for every step.
+#[test]
+fn an_evaluation_that_was_interrupted_is_made_up_for_and_no_event_is_lost() {
+    let lab = Lab::with_model(&words("--arch gpt2 --n-layers 1 --hidden-size 32"));
+    let text = std::fs::read_to_string(crate::lab::SHAKESPEARE).unwrap();
+    std::fs::write(lab.path("long.txt"), &text[..400_000]).unwrap();
+    // The directory holds a model: until the run is done its own files wait in a hidden one.
+    lab.succeed(&words(&format!("{RUN} --sample-steps 0 --output-dir out --max-steps 1")));
+    let run = format!(
+        "{RUN} --sample-steps 0 --output-dir out --max-steps 3 --eval-data long.txt --eval-steps 1 \
+         --resume-from-checkpoint auto"
+    );
+    let (code, error) = stop(&lab, &run, "TERM", first_step);
+    assert_eq!(code, Some(143), "{error}");
+    lab.succeed(&words(&run));
+    let metrics = std::fs::read_to_string(lab.path("out/metrics.jsonl")).unwrap();
+    assert_eq!(metrics.matches("\"eval_loss\"").count(), 3, "{metrics}");
+    let events: Vec<u8> = std::fs::read_dir(lab.path("out"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.to_string_lossy().contains("tfevents"))
+        .flat_map(|path| std::fs::read(path).unwrap())
+        .collect();
+    let count = |tag: &[u8]| events.windows(tag.len()).filter(|w| *w == tag).count();
+    // One of the run before, which stays, and one for each step and evaluation of this one.
+    assert_eq!((count(b"train/loss"), count(b"eval/loss")), (1 + 3, 3));
+}
+
 #[test]
 fn stopped_while_tokenizing_nothing_is_left() {
     let lab = Lab::empty();
