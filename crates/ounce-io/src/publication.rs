@@ -188,7 +188,14 @@ fn write_list(disk: &dyn Disk, path: &Path, names: &[String]) -> io::Result<()> 
 
 fn read_list(publishing: &Path) -> Result<Vec<String>, IoError> {
     let path = publishing.join(LIST);
-    let bytes = read_small_file(&path, MAX_LIST_BYTES)?;
+    let bytes = read_small_file(&path, MAX_LIST_BYTES).map_err(|e| match e {
+        IoError::Missing { .. } => IoError::bad_file(
+            publishing,
+            "is left of a model that was being put in place, but its list of files is gone",
+            "move what belongs to the model out of it and remove it",
+        ),
+        e => e,
+    })?;
     let names: Vec<String> = String::from_utf8_lossy(&bytes).lines().map(str::to_owned).collect();
     match names.iter().find(|name| !is_plain_name(name)) {
         None => Ok(names),

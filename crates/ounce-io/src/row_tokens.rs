@@ -320,9 +320,16 @@ impl RowTokens<'_> {
 
     /// A text all of which is supervised, between the tokens that begin and end a text.
     fn whole_text(&self, text: &str) -> SupervisedText {
-        let special = |name: &str| self.template.special_token(name).unwrap_or_default();
-        let bos = if self.tokenizer.adds_bos() { special("bos_token") } else { "" };
-        let whole = format!("{bos}{text}{}", special("eos_token"));
+        let tokenizer = self.tokenizer;
+        let special = |name: &str, id: Option<u32>| {
+            // Only what the tokenizer makes one token of.
+            let own =
+                || tokenizer.token_name(id?).filter(|t| tokenizer.added_token_id(t).is_some());
+            self.template.special_token(name).map(str::to_owned).or_else(own).unwrap_or_default()
+        };
+        let bos = special("bos_token", tokenizer.bos_id().filter(|_| tokenizer.adds_bos()));
+        let bos = if tokenizer.adds_bos() { bos } else { String::new() };
+        let whole = format!("{bos}{text}{}", special("eos_token", tokenizer.eos_id()));
         let supervised = std::iter::once(bos.len()..whole.len()).collect();
         SupervisedText { text: whole, supervised, n_lost: 0 }
     }

@@ -47,6 +47,12 @@ impl StagingDir {
                     hint: "choose another output directory".into(),
                 });
             }
+            Err(_) if fs::symlink_metadata(final_dir).is_ok_and(|m| m.is_symlink()) => {
+                return Err(IoError::Usage {
+                    what: format!("{} is a link to nothing", final_dir.display()),
+                    hint: "remove it, or choose another output directory".into(),
+                });
+            }
             Err(_) => split(final_dir)?,
         };
         create_dirs(&*disk, &dir)?;
@@ -192,5 +198,8 @@ mod tests {
         let path = dir.path().join("out");
         fs::write(&path, "x").unwrap();
         assert_eq!(StagingDir::create(&path).unwrap_err().kind(), crate::ErrorKind::Usage);
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink("nowhere", &link).unwrap();
+        assert_eq!(StagingDir::create(&link).unwrap_err().kind(), crate::ErrorKind::Usage);
     }
 }

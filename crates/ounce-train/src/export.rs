@@ -165,8 +165,14 @@ impl Job<'_> {
         let ids: Vec<ParamId> = self.graph.params.ids().collect();
         let tensors: Vec<(String, Vec<usize>)> =
             specs(self.graph).into_iter().map(|spec| (spec.name, spec.shape)).collect();
-        // As it was read, with keys that the graph does not need.
-        let config = ounce_io::read_config(&self.model.dir)?;
+        // As it was read, with keys that the graph does not need, and with what its family has where it says nothing.
+        let mut config = ounce_io::read_config(&self.model.dir)?;
+        let resolved: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_str(&self.model.config.to_json()).expect("an object");
+        let read = config.as_object_mut().expect("a configuration is an object");
+        resolved.into_iter().for_each(|(key, value)| {
+            read.entry(key).or_insert(value);
+        });
         let export = GgufExport {
             name: &self.model.path,
             config: &config,

@@ -15,7 +15,7 @@ use crate::{Environment, Error, Result, Settings};
 /// Rows are at most this long where neither the user nor the model says less.
 const DEFAULT_MAX_LENGTH: u64 = 1024;
 /// Changes when a GGUF file would become other files.
-const SIDE_FILES_VERSION: u32 = 1;
+const SIDE_FILES_VERSION: u32 = 2;
 
 /// A configuration and where it came from.
 #[derive(Debug, Clone)]
@@ -108,7 +108,11 @@ fn side_files(path: &Path, env: &Environment) -> Result<PathBuf> {
     let dir = env.cache_dir.join("gguf").join(format!("{hash:016x}-{SIDE_FILES_VERSION}"));
     // Files appear in it all at once.
     if !dir.join("config.json").exists() {
-        tokenize::unpack(env, path, &dir)?;
+        let unpacked = tokenize::unpack(env, path, &dir);
+        // Another process may have been faster.
+        if !dir.join("config.json").exists() {
+            unpacked?;
+        }
     }
     Ok(dir)
 }

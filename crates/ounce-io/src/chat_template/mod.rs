@@ -130,6 +130,12 @@ impl ChatTemplate {
             Value::Null
         };
         let mut special = special_tokens(&config);
+        let map_path = dir.join("special_tokens_map.json");
+        if map_path.exists() {
+            for (name, token) in special_tokens(&read_json(&map_path, MAX_CONFIG_BYTES)?) {
+                special.entry(name).or_insert(token);
+            }
+        }
         let found = Found::read(dir, &config)?;
         let pick = |names: &[&str]| names.iter().find_map(|n| found.templates.get(*n).cloned());
         let default = pick(&["default"]).or_else(|| found.templates.values().next().cloned());

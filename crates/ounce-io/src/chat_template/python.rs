@@ -152,11 +152,27 @@ fn quote(text: &str, out: &mut Spelling) -> fmt::Result {
             '\r' => out.write_str("\\r")?,
             '\t' => out.write_str("\\t")?,
             c if c == mark => write!(out, "\\{c}")?,
-            c if c.is_control() => write!(out, "\\x{:02x}", u32::from(c))?,
-            c => out.write_char(c)?,
+            c if is_printable(c) => out.write_char(c)?,
+            c => match u32::from(c) {
+                code @ ..0x100 => write!(out, "\\x{code:02x}")?,
+                code @ ..0x1_0000 => write!(out, "\\u{code:04x}")?,
+                code => write!(out, "\\U{code:08x}")?,
+            },
         }
     }
     out.write_char(mark)
+}
+
+/// Python's `str.isprintable`: no control, format or private character, and of spaces only the usual one. Which
+/// characters exist at all changes from one Unicode to the next: those that do not are written as they are.
+fn is_printable(c: char) -> bool {
+    use unicode_categories::UnicodeCategories;
+    let is_hidden = c.is_control()
+        || c.is_other_format()
+        || c.is_other_private_use()
+        || c.is_separator()
+        || c.is_whitespace();
+    c == ' ' || !is_hidden
 }
 
 /// `json.dumps(value, ...)`.
@@ -295,6 +311,7 @@ mod tests {
             ("[1e-5, 1e16, 123456.75, 1e22]", "[1e-05, 1e+16, 123456.75, 1e+22]"),
             (r#""as\nit is""#, "as\nit is"),
             (r#"["a\n'\"\\"]"#, r#"['a\n\'"\\']"#),
+            (r#"["\u00a0\u00ad\u200b\u2028\ue000é"]"#, r"['\xa0\xad\u200b\u2028\ue000é']"),
         ];
         for (json, python) in spelled {
             assert_eq!(text(&value(json), &env.empty_state()).unwrap(), python);

@@ -102,14 +102,20 @@ impl ChatTemplate {
         let all: Vec<usize> = (0..messages.len()).filter(answers).collect();
         let is_supervised = |i: &usize| conversation.is_supervised(*i);
         if self.generates(tools.is_some()) {
-            // Where each answer has its block, those that are given stay unsupervised.
-            let supervised = if full.generated.len() == all.len() {
-                let pairs = all.iter().zip(full.generated);
-                pairs.filter(|(i, _)| is_supervised(i)).map(|(_, span)| span).collect()
+            let wanted: Vec<usize> = all.iter().copied().filter(is_supervised).collect();
+            let (supervised, n_lost) = if wanted.len() == all.len() {
+                (full.generated, 0)
             } else {
-                full.generated
+                match self.blocks_of(&messages, tools, &all, full.generated.len())? {
+                    // Those of answers that are given, or of no weight, stay unsupervised.
+                    Some(owners) => {
+                        let blocks = full.generated.into_iter().zip(owners);
+                        (blocks.filter(|(_, i)| is_supervised(i)).map(|(b, _)| b).collect(), 0)
+                    }
+                    None => (Vec::new(), wanted.len()),
+                }
             };
-            return Ok(SupervisedText { text: full.text, supervised, n_lost: 0 });
+            return Ok(SupervisedText { text: full.text, supervised, n_lost });
         }
         let wanted = all.into_iter().filter(is_supervised).collect();
         let search = Search { template: self, messages: &messages, tools, text: &full.text, end };
@@ -117,6 +123,41 @@ impl ChatTemplate {
         supervised.retain(|span: &Range<usize>| !span.is_empty());
         supervised.sort_by_key(|span| span.start);
         Ok(SupervisedText { text: full.text, supervised, n_lost })
+    }
+}
+
+impl ChatTemplate {
+    /// The answer that each of `n_blocks` `{% generation %}` blocks is of: that of the stand-in it holds, or of the
+    /// last one before it. `None` where they cannot be told apart.
+    fn blocks_of(
+        &self,
+        messages: &[Value],
+        tools: Option<&Value>,
+        answers: &[usize],
+        n_blocks: usize,
+    ) -> Result<Option<Vec<usize>>, String> {
+        let is_text = |i: &usize| messages[*i]["content"].as_str().is_some_and(|c| !c.is_empty());
+        if !answers.iter().all(is_text) {
+            // Calls may be written instead of the text: only a block for each answer is clear.
+            return Ok((n_blocks == answers.len()).then(|| answers.to_vec()));
+        }
+        let mut outline = messages.to_vec();
+        for &i in answers {
+            outline[i]["content"] = stand_in(i).into();
+        }
+        let outline = self.render(&outline, tools, false)?;
+        let mut owners = Vec::with_capacity(n_blocks);
+        let mut left = answers.iter().copied().peekable();
+        for block in &outline.generated {
+            let text = &outline.text[block.clone()];
+            let owner = match left.next_if(|&i| text.contains(&stand_in(i))) {
+                Some(i) => Some(i),
+                None => owners.last().copied(),
+            };
+            let Some(owner) = owner else { return Ok(None) };
+            owners.push(owner);
+        }
+        Ok((left.peek().is_none() && owners.len() == n_blocks).then_some(owners))
     }
 }
 
@@ -149,7 +190,8 @@ impl Search<'_> {
         let (mut spans, mut n_lost) = (Vec::new(), 0);
         wanted.retain(|&i| {
             let plain = self.messages[i]["content"].as_str().is_some_and(|c| !c.is_empty());
-            let plain = plain && !self.messages[i]["tool_calls"].is_array();
+            let calls = self.messages[i]["tool_calls"].as_array();
+            let plain = plain && calls.is_none_or(Vec::is_empty);
             if !plain {
                 match self.by_prefix(i) {
                     Some(span) => spans.push(span),
@@ -273,6 +315,31 @@ mod tests {
         ]);
         let found = supervised(source, &messages, "<end>").expect("rendered");
         assert_eq!(found, ["CALL<call>", "a<end>"]);
+    }
+
+    #[test]
+    fn an_empty_list_of_calls_is_no_call() {
+        let source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}\
+            {% if add_generation_prompt %}<assistant><think>{% endif %}";
+        let messages = json!([
+            { "role": "user", "content": "q" },
+            { "role": "assistant", "content": "a", "tool_calls": [] },
+        ]);
+        assert_eq!(supervised(source, &messages, "<end>").expect("rendered"), ["a<end>"]);
+    }
+
+    #[test]
+    fn answers_without_weight_stay_unsupervised_whatever_blocks_they_have() {
+        let source = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}\
+            {% generation %}{{ m.content }}{% endgeneration %}|{% generation %}<end>{% endgeneration %}\
+            {% else %}{{ m.content }}{% endif %}{% endfor %}";
+        let messages = json!([
+            { "role": "user", "content": "q" },
+            { "role": "assistant", "content": "a", "weight": 0 },
+            { "role": "user", "content": "r" },
+            { "role": "assistant", "content": "b" },
+        ]);
+        assert_eq!(supervised(source, &messages, "<end>").expect("rendered"), ["b", "<end>"]);
     }
 
     #[test]

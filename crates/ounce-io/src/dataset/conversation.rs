@@ -162,7 +162,7 @@ impl Row<'_> {
 
     /// The chosen answer after its prompt; without a prompt, what both answers have in common is the prompt.
     fn preference(&self) -> Result<Conversation, Fault> {
-        if self.get("prompt").is_some() {
+        if self.get("prompt").is_some() && !self.repeats_prompt() {
             return self.pair("prompt", "chosen");
         }
         if self.get("conversations").is_some() {
@@ -186,6 +186,15 @@ impl Row<'_> {
         };
         let n_given = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
         self.with_tools(chosen, n_given)
+    }
+
+    /// Whether `prompt` is a text that both answers, whole conversations, begin with once more.
+    fn repeats_prompt(&self) -> bool {
+        let first = self.get("chosen").and_then(Value::as_array).and_then(|list| list.first());
+        let role = first.map(|m| if m["role"].is_null() { &m["from"] } else { &m["role"] });
+        let asks =
+            role.and_then(Value::as_str).is_some_and(|r| matches!(r, "system" | "user" | "human"));
+        asks && self.get("prompt").is_some_and(Value::is_string)
     }
 
     fn alpaca(&self) -> Result<Conversation, Fault> {

@@ -150,19 +150,27 @@ fn rotary_config(gguf: &Gguf, arch: &Arch, map: &mut Map<String, Value>) -> Resu
         }
     }
     map.insert("rope_theta".into(), json!(gguf.f64(&key("rope.freq_base")).unwrap_or(10000.0)));
+    let attention = key("rope.scaling.attn_factor");
+    if gguf.f64(&attention).is_some_and(|x| x != 1.0) {
+        let hint = "it changes what attention computes: take a model without it";
+        return Err(gguf.bad_key(&attention, "is not 1, which is not supported", hint));
+    }
     let factor = gguf.f64(&key("rope.scaling.factor"));
-    let scaling = match (gguf.text(&key("rope.scaling.type")), factor) {
-        (None | Some("none"), _) => Value::Null,
-        (Some("linear"), Some(factor)) => json!({"rope_type": "linear", "factor": factor}),
-        (Some("yarn"), Some(factor)) => {
+    // Llama.cpp's default, and no stretching by its word.
+    let kind = gguf.text(&key("rope.scaling.type")).unwrap_or("linear");
+    let scaling = match (kind, factor) {
+        ("none", _) | ("linear", None | Some(0.0 | 1.0)) => Value::Null,
+        ("linear", Some(factor)) => json!({"rope_type": "linear", "factor": factor}),
+        ("yarn", Some(factor)) => {
             let original = gguf.u64(&key("rope.scaling.original_context_length"));
+            let context = original.map_or(map["max_position_embeddings"].clone(), Value::from);
             json!({
                 "rope_type": "yarn",
                 "factor": factor,
-                "original_max_position_embeddings": original,
+                "original_max_position_embeddings": context,
             })
         }
-        (Some(other), _) => {
+        (other, _) => {
             let reason = format!("is `{other}`, which is not supported with these numbers");
             let hint = "supported are none, linear and yarn with a factor";
             return Err(gguf.bad_key(&key("rope.scaling.type"), &reason, hint));

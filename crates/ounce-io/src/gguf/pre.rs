@@ -34,7 +34,7 @@ const LLAMA3: &str = concat!(
 );
 
 const GPT2: Pre = Pre {
-    names: &["gpt-2", "phi-2", "olmo", "mpt", "default"],
+    names: &["gpt-2", "phi-2", "olmo", "mpt"],
     pattern: None,
     single_digits: false,
     normalizes: false,

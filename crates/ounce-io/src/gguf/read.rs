@@ -136,6 +136,11 @@ impl Gguf {
         }
     }
 
+    /// Elements of the array `key`, none where there is no such array.
+    pub(super) fn array_len(&self, key: &str) -> usize {
+        self.array(key).map_or(0, |array| array.n as usize)
+    }
+
     /// Hands every element of the array `key` to `see`; nothing happens where there is no such array.
     pub(super) fn for_each(
         &self,

@@ -18,6 +18,8 @@ use super::read::Gguf;
 use crate::error::IoError;
 use crate::tokenizer::MAX_IDS;
 
+/// Most merges that are read or made: four times those of the largest published tokenizers.
+const MAX_MERGES: usize = 2_000_000;
 /// Longest token of a `llama` vocabulary that is split into merges, in characters.
 const MAX_MERGED_CHARS: usize = 64;
 
@@ -123,12 +125,16 @@ struct Vocab {
 impl Vocab {
     fn read(gguf: &Gguf) -> Result<Self, IoError> {
         let key = "tokenizer.ggml.tokens";
+        let n_tokens = gguf.array_len(key);
+        if n_tokens > MAX_IDS {
+            let reason = format!("holds {n_tokens} tokens, 1 to {MAX_IDS} are read");
+            return Err(gguf.bad_key(key, &reason, DAMAGED));
+        }
         let tokens = gguf.texts(key)?;
         let hint = "take the tokenizer from the model's Hugging Face directory";
         let tokens = tokens.ok_or_else(|| gguf.bad_key(key, "is missing", hint))?;
-        if tokens.is_empty() || tokens.len() > MAX_IDS {
-            let reason = format!("holds {} tokens, 1 to {MAX_IDS} are read", tokens.len());
-            return Err(gguf.bad_key(key, &reason, DAMAGED));
+        if tokens.is_empty() {
+            return Err(gguf.bad_key(key, "holds no tokens", DAMAGED));
         }
         let mut kinds = Vec::new();
         gguf.for_each("tokenizer.ggml.token_type", |value| {
@@ -203,6 +209,9 @@ impl Vocab {
             gguf.bad_key(key, &reason, hint)
         })?;
         let key = "tokenizer.ggml.merges";
+        if gguf.array_len(key) > MAX_MERGES {
+            return Err(gguf.bad_key(key, &too_many_merges(), DAMAGED));
+        }
         let mut merges = Vec::new();
         gguf.for_each(key, |value| {
             let GgufValue::Text(text) = &value else {
@@ -219,7 +228,10 @@ impl Vocab {
                 let reason = format!("number {} (`{text}`) joins no two tokens", merges.len());
                 gguf.bad_key(key, &reason, DAMAGED)
             })?;
-            merges.push(json!([a, b]));
+            // A merge to what only fills the embedding up has no entry to lead to.
+            if [a, b, &[a, b].concat()].iter().all(|token| self.kind(self.ids[*token]) != UNUSED) {
+                merges.push(json!([a, b]));
+            }
             Ok(())
         })?;
         let model = json!({
@@ -266,7 +278,7 @@ impl Vocab {
             "byte_fallback": true,
             "ignore_merges": false,
             "vocab": self.entries(),
-            "merges": self.merges(&scores),
+            "merges": self.merges(&scores).map_err(|reason| gguf.bad_key(key, &reason, DAMAGED))?,
         });
         let prepends = gguf.bool("tokenizer.ggml.add_space_prefix").unwrap_or(true);
         let spaces = json!({"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"});
@@ -289,23 +301,32 @@ impl Vocab {
     }
 
     /// Every split of a token into two tokens, by score of the token and ids of the parts.
-    fn merges(&self, scores: &[f64]) -> Vec<Value> {
+    fn merges(&self, scores: &[f64]) -> Result<Vec<Value>, String> {
         let mut splits: Vec<(usize, usize, usize)> = Vec::new();
+        let used = |part: &str| self.ids.get(part).copied().filter(|&id| self.kind(id) != UNUSED);
         for (id, token) in self.tokens.iter().enumerate() {
-            if self.kind(id) == CONTROL || token.chars().count() > MAX_MERGED_CHARS {
+            let is_made = !matches!(self.kind(id), CONTROL | UNUSED);
+            if !is_made || token.chars().count() > MAX_MERGED_CHARS {
                 continue;
             }
             let cuts = token.char_indices().skip(1);
             splits.extend(cuts.filter_map(|(at, _)| {
                 let (left, right) = token.split_at(at);
-                Some((id, *self.ids.get(left)?, *self.ids.get(right)?))
+                Some((id, used(left)?, used(right)?))
             }));
+            if splits.len() > MAX_MERGES {
+                return Err(too_many_merges());
+            }
         }
         splits
             .sort_by(|a, b| scores[b.0].total_cmp(&scores[a.0]).then((a.1, a.2).cmp(&(b.1, b.2))));
         let pair = |&(_, left, right): &(usize, usize, usize)| {
             json!([self.tokens[left], self.tokens[right]])
         };
-        splits.iter().map(pair).collect()
+        Ok(splits.iter().map(pair).collect())
     }
+}
+
+fn too_many_merges() -> String {
+    format!("makes more than {MAX_MERGES} merges, as no real vocabulary does")
 }

@@ -49,11 +49,17 @@ pub(super) fn tokenizer_fields(
             model["type"]
         )));
     }
+    let is_llama = model["byte_fallback"] == json!(true);
+    let allowed: &[&str] = if is_llama { &["Prepend", "Replace"] } else { &["NFC"] };
+    if let Some(step) = unknown_step(&tokenizer["normalizer"], allowed) {
+        return Err(refuse(format!(
+            "has a tokenizer that changes text by {step} first, which llama.cpp does not"
+        )));
+    }
     let vocab = Vocab::of(&tokenizer, vocab_size.min(MAX_IDS)).map_err(&refuse)?;
     let merges = merges(model);
     let mut fields = Vec::new();
     let mut put = |name: &str, field| fields.push((format!("tokenizer.ggml.{name}"), field));
-    let is_llama = model["byte_fallback"] == json!(true);
     if is_llama {
         put("model", GgufField::Text("llama".into()));
         put("pre", GgufField::Text("default".into()));
@@ -109,6 +115,14 @@ pub(super) fn chat_template(dir: &Path, config: &Value) -> Result<Option<String>
     let named = template.as_array().and_then(|all| all.iter().find(|t| t["name"] == "default"));
     let text = template.as_str().or_else(|| named?["template"].as_str());
     Ok(text.map(str::to_owned))
+}
+
+/// The first step of a normalizer that is not of these types.
+fn unknown_step<'a>(normalizer: &'a Value, allowed: &[&str]) -> Option<&'a str> {
+    let all = normalizer["normalizers"].as_array();
+    let all = all.map_or(std::slice::from_ref(normalizer), Vec::as_slice);
+    let mut kinds = all.iter().filter(|s| !s.is_null()).map(|s| s["type"].as_str().unwrap_or("?"));
+    kinds.find(|kind| !allowed.contains(kind))
 }
 
 /// Whether a text begins with a space that is not part of it.

@@ -26,6 +26,9 @@ pub const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// Most tensors accepted in one file.
 pub const MAX_TENSORS: usize = 1_000_000;
 
+/// Most dims of a tensor, twice those of any known model.
+const MAX_DIMS: usize = 8;
+
 const DAMAGED: &str = "the file is damaged or was not copied completely: fetch or save it again";
 
 /// Element types of the format that Ounce knows.
@@ -152,8 +155,36 @@ struct RawHeader {
 #[serde(deny_unknown_fields)]
 struct RawTensor {
     dtype: Dtype,
+    #[serde(deserialize_with = "read_shape")]
     shape: Vec<u64>,
     data_offsets: (u64, u64),
+}
+
+/// A shape of at most [`MAX_DIMS`] sizes, none of which is kept before they are known to be so few.
+fn read_shape<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<u64>, D::Error> {
+    struct Sizes;
+    impl<'de> serde::de::Visitor<'de> for Sizes {
+        type Value = Vec<u64>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "at most {MAX_DIMS} sizes")
+        }
+
+        fn visit_seq<A: serde::de::SeqAccess<'de>>(
+            self,
+            mut list: A,
+        ) -> Result<Vec<u64>, A::Error> {
+            let mut sizes = Vec::new();
+            while let Some(size) = list.next_element()? {
+                if sizes.len() == MAX_DIMS {
+                    return Err(serde::de::Error::invalid_length(MAX_DIMS + 1, &self));
+                }
+                sizes.push(size);
+            }
+            Ok(sizes)
+        }
+    }
+    deserializer.deserialize_seq(Sizes)
 }
 
 /// Parses the JSON from the file, with one small buffer.

@@ -76,7 +76,7 @@ impl Tokenizer {
                 }
             }
             FilesKind::VocabMerges(vocab, merges) => {
-                Backend::Library(Box::new(load_vocab_merges(vocab, merges)?))
+                Backend::Library(Box::new(load_vocab_merges(&files.dir, vocab, merges)?))
             }
         };
         if let Backend::Library(library) = &mut backend {
@@ -384,7 +384,9 @@ impl TokenizerFiles {
     fn fingerprint(&self) -> Result<u64, IoError> {
         let mut paths = match &self.kind {
             FilesKind::Json(path) => vec![path.clone()],
-            FilesKind::VocabMerges(vocab, merges) => vec![vocab.clone(), merges.clone()],
+            FilesKind::VocabMerges(vocab, merges) => {
+                vec![vocab.clone(), merges.clone(), self.dir.join(special::ADDED_TOKENS)]
+            }
         };
         // Whether and with which id rows are joined is said in these.
         paths.extend(special::CONFIG_FILES.map(|name| self.dir.join(name)));
@@ -421,8 +423,8 @@ fn guard<T, E: ToString>(read: impl FnOnce() -> Result<T, E>) -> Result<T, Strin
     }
 }
 
-/// Builds the GPT-2 tokenizer from its two published files.
-fn load_vocab_merges(vocab: &Path, merges: &Path) -> Result<Library, IoError> {
+/// Builds the GPT-2 tokenizer from its two published files, and the tokens that others in `dir` add.
+fn load_vocab_merges(dir: &Path, vocab: &Path, merges: &Path) -> Result<Library, IoError> {
     for path in [vocab, merges] {
         let n_bytes = open_regular(path)?.metadata().map_err(|e| IoError::reading(path, e))?.len();
         if n_bytes > MAX_TOKENIZER_BYTES {
@@ -442,5 +444,6 @@ fn load_vocab_merges(vocab: &Path, merges: &Path) -> Result<Library, IoError> {
         let added = library.add_special_tokens([AddedToken::from(END_OF_TEXT, true)]);
         added.map_err(|e| IoError::bad_file(vocab, e.to_string(), "fetch the file again"))?;
     }
+    special::add_tokens(dir, &mut library)?;
     Ok(library)
 }

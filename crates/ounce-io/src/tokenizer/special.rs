@@ -5,10 +5,11 @@
 //! tokenizer: a fresh model's config may carry its family's default ids, which mean `"` or `!` to a small tokenizer.
 //! Without any configuration the usual names are looked for among the special tokens.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::Value;
-use tokenizers::Tokenizer as Library;
+use tokenizers::{AddedToken, Tokenizer as Library};
 
 use crate::error::IoError;
 use crate::json::read_json;
@@ -16,6 +17,9 @@ use crate::json::read_json;
 /// The files that are read, in order of precedence.
 pub(super) const CONFIG_FILES: [&str; 4] =
     ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"];
+
+/// Tokens with their ids beside `vocab.json`.
+pub(super) const ADDED_TOKENS: &str = "added_tokens.json";
 
 /// Tokenizer configurations carry chat templates and token lists.
 const MAX_BYTES: u64 = 16 << 20;
@@ -59,6 +63,51 @@ impl SpecialIds {
             add_bos_token: named[0]["add_bos_token"].as_bool(),
         })
     }
+}
+
+/// Adds the tokens of `added_tokens.json` and of `added_tokens_decoder` in `tokenizer_config.json`, which a `vocab.json`
+/// does not have. Special are those that the latter calls so, or that a configuration names.
+///
+/// # Errors
+/// `BadFile` where an id is not the next one: the ids of the model would be others. `Read`, `BadLine`.
+pub(super) fn add_tokens(dir: &Path, library: &mut Library) -> Result<(), IoError> {
+    let read = |name: &str| {
+        let path = dir.join(name);
+        if path.exists() { read_json(&path, MAX_BYTES) } else { Ok(Value::Null) }
+    };
+    let configs = [read(CONFIG_FILES[0])?, read(CONFIG_FILES[1])?];
+    let mut tokens = BTreeMap::new();
+    for (content, id) in read(ADDED_TOKENS)?.as_object().into_iter().flatten() {
+        let is_special = configs.iter().any(|config| names(config, content));
+        tokens.extend(id.as_u64().map(|id| (id, (content.clone(), is_special))));
+    }
+    for (id, token) in configs[0]["added_tokens_decoder"].as_object().into_iter().flatten() {
+        let content = token["content"].as_str().map(str::to_owned);
+        let is_special = token["special"] == true;
+        tokens.extend(id.parse().ok().zip(content).map(|(id, c)| (id, (c, is_special))));
+    }
+    for (id, (content, is_special)) in tokens {
+        let next = library.get_vocab_size(true) as u64;
+        let known = library.token_to_id(&content).map_or(next, u64::from);
+        if known != id {
+            let reason = format!("gives `{content}` the id {id}, where it is {known}");
+            let hint =
+                "save it again with `AutoTokenizer.save_pretrained`, which writes tokenizer.json";
+            return Err(IoError::bad_file(&dir.join(ADDED_TOKENS), reason, hint));
+        }
+        let token = AddedToken::from(content, is_special).normalized(false);
+        let added = library.add_tokens([token]);
+        added.map_err(|e| IoError::bad_file(dir, e.to_string(), "fetch the files again"))?;
+    }
+    Ok(())
+}
+
+/// Whether a configuration has `token` as one of its special tokens.
+fn names(config: &Value, token: &str) -> bool {
+    let is_it = |value: &Value| value.as_str().or_else(|| value["content"].as_str()) == Some(token);
+    config.as_object().is_some_and(|all| {
+        all.iter().filter(|(key, _)| key.ends_with("_token")).any(|(_, value)| is_it(value))
+    }) || config["additional_special_tokens"].as_array().is_some_and(|list| list.iter().any(is_it))
 }
 
 /// The id for `key` (`eos_token` or `bos_token`).
