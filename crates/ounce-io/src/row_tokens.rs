@@ -350,7 +350,7 @@ impl RowTokens<'_> {
                     .to_owned(),
             ),
         }
-        if template.writes_date() {
+        if template.written_s().is_some() {
             remarks.push(
                 "the chat template writes the date: the rows keep that of the day they were tokenized on".to_owned(),
             );
@@ -435,6 +435,9 @@ pub(crate) fn count(
     keep(row)
 }
 
+/// Changes when rows become other tokens than before.
+const ROWS_VERSION: u32 = 2;
+
 /// What a cache of rows or of a stream goes by: the tokenizer, how rows are read, and for rows the template and where
 /// they are cut.
 pub fn data_fingerprint(
@@ -448,7 +451,10 @@ pub fn data_fingerprint(
     let columns: Vec<_> = options.columns.pairs().collect();
     hash.update(format!("{format} {columns:?} {:?} ", options.on_bad_row).as_bytes());
     if let Some((template, max_length)) = rows {
-        hash.update(format!("{max_length} {}", template.source()).as_bytes());
+        let time = template.written_s();
+        hash.update(
+            format!("{ROWS_VERSION} {max_length} {time:?} {}", template.source()).as_bytes(),
+        );
     }
     hash.digest()
 }

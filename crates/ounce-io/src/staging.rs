@@ -38,6 +38,7 @@ impl StagingDir {
     pub fn create_on(disk: Arc<dyn Disk>, final_dir: &Path) -> Result<Self, IoError> {
         let (dir, name) = match fs::metadata(final_dir) {
             Ok(metadata) if metadata.is_dir() => {
+                refuse_checkpoint(final_dir)?;
                 complete_on(&*disk, final_dir)?;
                 (final_dir.to_path_buf(), "staging".to_owned())
             }
@@ -102,6 +103,17 @@ impl StagingDir {
         names.sort_by_key(|name| (weight_rank(name), name.clone()));
         Ok(names)
     }
+}
+
+/// A model in the place of a checkpoint's files would leave the rest of it without use.
+fn refuse_checkpoint(dir: &Path) -> Result<(), IoError> {
+    if ["manifest.json", "trainer_state.json"].iter().all(|name| dir.join(name).is_file()) {
+        return Err(IoError::Usage {
+            what: format!("{} is a checkpoint, which a model would destroy", dir.display()),
+            hint: "choose another output directory".into(),
+        });
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -198,6 +210,12 @@ mod tests {
         let path = dir.path().join("out");
         fs::write(&path, "x").unwrap();
         assert_eq!(StagingDir::create(&path).unwrap_err().kind(), crate::ErrorKind::Usage);
+        let checkpoint = dir.path().join("checkpoint-1");
+        fs::create_dir(&checkpoint).unwrap();
+        for name in ["manifest.json", "trainer_state.json"] {
+            fs::write(checkpoint.join(name), "{}").unwrap();
+        }
+        assert_eq!(StagingDir::create(&checkpoint).unwrap_err().kind(), crate::ErrorKind::Usage);
         let link = dir.path().join("link");
         std::os::unix::fs::symlink("nowhere", &link).unwrap();
         assert_eq!(StagingDir::create(&link).unwrap_err().kind(), crate::ErrorKind::Usage);

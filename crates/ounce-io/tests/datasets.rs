@@ -145,6 +145,15 @@ fn every_format_is_found_out_and_only_answers_with_their_end_are_supervised() {
             }),
             "preference",
         ),
+        // The prompt is said once more at the beginning of both answers.
+        (
+            json!({
+                "prompt": "q",
+                "chosen": [turn("user", "q"), turn("assistant", "a")],
+                "rejected": [turn("user", "q"), turn("assistant", "b")],
+            }),
+            "preference",
+        ),
         (json!({ "turns": ["q", "r"], "reference": ["a"] }), "turns"),
         (json!({ "instruction": "q", "instances": [{ "input": "", "output": "a" }] }), "instances"),
     ];

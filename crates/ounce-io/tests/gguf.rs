@@ -307,6 +307,19 @@ fn other_versions_and_other_files_are_told_apart() {
 }
 
 #[test]
+fn a_tokenizer_that_llama_cpp_reads_otherwise_is_not_written() {
+    let (dir, model) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for name in ["stories260k", "bpe512"] {
+        let mut json: Value =
+            serde_json::from_slice(&fs::read(data(name).join("tokenizer.json")).unwrap()).unwrap();
+        json["normalizer"] = json!({"type": "Lowercase"});
+        fs::write(model.path().join("tokenizer.json"), json.to_string()).unwrap();
+        let error = write(dir.path(), model.path(), &llama(512), GgmlType::F16).unwrap_err();
+        assert!(error.to_string().contains("changes text by Lowercase first"), "{error}");
+    }
+}
+
+#[test]
 fn what_is_not_supported_is_named() {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), &data("stories260k"), &llama(512), GgmlType::F16).unwrap();

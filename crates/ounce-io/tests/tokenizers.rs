@@ -286,6 +286,25 @@ fn what_fuzzing_found_in_tokenizers_stays_mended() {
 }
 
 #[test]
+fn tokens_that_are_added_beside_a_vocabulary_have_their_ids() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+    write("vocab.json", r#"{"a": 0, "b": 1, "ab": 2}"#);
+    write("merges.txt", "#version: 0.2\na b\n");
+    write("added_tokens.json", r#"{"<end>": 4, "<user>": 3}"#);
+    write("special_tokens_map.json", r#"{"eos_token": "<end>"}"#);
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    assert_eq!(tokenizer.encode("<user>ab<end>").unwrap(), [3, 2, 4]);
+    assert_eq!((tokenizer.vocab_size(), tokenizer.eos_id()), (5, Some(4)));
+    let before = tokenizer.fingerprint();
+    write("added_tokens.json", r#"{"<end>": 3, "<user>": 4}"#);
+    assert_ne!(Tokenizer::load(dir.path()).unwrap().fingerprint(), before);
+    write("added_tokens.json", r#"{"<end>": 7}"#);
+    let error = Tokenizer::load(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("gives `<end>` the id 7, where it is 3"), "{error}");
+}
+
+#[test]
 fn limits_in_a_tokenizer_file_do_not_cut_the_text() {
     let dir = tempfile::tempdir().unwrap();
     let mut json = read_json(&data("bpe512/tokenizer.json"), 1 << 20).unwrap();

@@ -335,16 +335,24 @@ impl DecoderConfig {
             )
         } else if self.window.is_none() && self.layers.iter().any(|layer| layer.windowed) {
             "layer_types has sliding_attention, but sliding_window is off".to_owned()
-        } else if !(self.query_scalar > 0.0 && self.query_scalar.is_finite()) {
-            format!("query_pre_attn_scalar {} is not above 0", self.query_scalar)
-        } else if let Some(cap) =
-            [self.score_cap, self.logit_cap].into_iter().flatten().find(|cap| *cap <= 0.0)
-        {
-            format!("a soft cap of {cap} is not above 0")
+        } else if self.head_dim > MAX_HEAD_DIM {
+            format!("head_dim {} is above {MAX_HEAD_DIM}", self.head_dim)
         } else {
-            return Ok(());
+            return self.check_numbers();
         };
         Err(ModelError::Inconsistent { what })
+    }
+
+    /// Numbers that must be above 0 and finite, in f32 too, which is what is computed in.
+    fn check_numbers(&self) -> Result<(), ModelError> {
+        let caps = [self.score_cap, self.logit_cap].into_iter().flatten();
+        let thetas = self.local_theta.into_iter().chain([self.rope.theta]);
+        let scale = ("one by the root of query_pre_attn_scalar", 1.0 / self.query_scalar.sqrt());
+        let numbers = caps
+            .map(|cap| ("a soft cap", cap))
+            .chain(thetas.map(|theta| ("rope_theta", theta)))
+            .chain([("rms_norm_eps", self.rms_norm_eps), scale]);
+        check_above_zero(numbers)
     }
 
     /// The forward graph for rows of up to `max_length` tokens.
@@ -399,8 +407,25 @@ fn partial_rotary(r: &Reader<'_>, factor: f64) -> ModelError {
     r.unsupported("partial_rotary_factor", &factor.to_string(), hint)
 }
 
+/// Longest head that the kernels have room for.
+const MAX_HEAD_DIM: u64 = 1024;
+
+/// Refuses numbers, by their names, that are not above 0 and finite in f32.
+pub(crate) fn check_above_zero(
+    numbers: impl IntoIterator<Item = (&'static str, f64)>,
+) -> Result<(), ModelError> {
+    let is_wrong = |x: f64| !(x as f32 > 0.0 && (x as f32).is_finite());
+    match numbers.into_iter().find(|&(_, x)| is_wrong(x)) {
+        None => Ok(()),
+        Some((name, x)) => {
+            let what = format!("{name} of {x:e} is not above 0 and finite in 32 bits");
+            Err(ModelError::Inconsistent { what })
+        }
+    }
+}
+
 /// Layers as a length: more than any model has would only fill memory.
-fn layer_count(n_layers: u64) -> Result<usize, ModelError> {
+pub(crate) fn layer_count(n_layers: u64) -> Result<usize, ModelError> {
     if n_layers <= 4096 {
         return Ok(n_layers as usize);
     }

@@ -16,6 +16,7 @@ use ounce_ir::{
 use serde_json::{Map, Value, json};
 
 use crate::config::{ModelError, Purpose, SpecialTokens};
+use crate::decoder::{check_above_zero, layer_count};
 use crate::json::Reader;
 
 /// Keys of GPT-2 that change nothing here: heads for other tasks; `n_ctx`, an old name of
@@ -114,6 +115,11 @@ impl Gpt2Config {
         r.finish(HARMLESS)?;
         config.gelu()?;
         config.check_heads()?;
+        layer_count(config.n_layers)?;
+        check_above_zero([("layer_norm_epsilon", config.layer_norm_epsilon)])?;
+        if config.n_inner == Some(0) {
+            return Err(ModelError::Inconsistent { what: "n_inner is 0".to_owned() });
+        }
         Ok(config)
     }
 

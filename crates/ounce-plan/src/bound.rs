@@ -13,24 +13,21 @@
 use ounce_ir::EntityId;
 
 use crate::context::Context;
-use crate::options::StageOptions;
+use crate::options::{StageOptions, least_cost_s};
 
 /// Least seconds of one micro-batch's forward and backward if `bytes` are free when the loss runs.
-pub(crate) fn time_bound_s(
-    cx: &Context,
-    kinds: &[usize],
-    options: &[StageOptions],
-    bytes: u64,
-) -> f64 {
+pub(crate) fn time_bound_s(cx: &Context, kinds: &[usize], all: &[StageOptions], bytes: u64) -> f64 {
     let mut total_s = 0.0;
     // (saved seconds per byte, bytes, seconds): steps along the envelopes.
     let mut steps: Vec<(f64, u64, f64)> = Vec::new();
     for (s, stage) in cx.graph.stages.values().enumerate() {
-        let options = &options[kinds[s]];
+        let options = &all[kinds[s]];
         total_s += options.least_s;
         let input = cx.cut_bytes(stage.input);
         let again = stage.input.and_then(|v| cx.producer[v.index()]);
-        let again_s = again.map_or(0.0, |op| cx.chunked_cost_s(op, cx.micro_tokens()));
+        // The stage before wrote it, in chunks of one of its lengths.
+        let before = s.checked_sub(1).map_or(&[][..], |before| &all[kinds[before]].lengths);
+        let again_s = again.map_or(0.0, |op| least_cost_s(cx, op, before));
         let mut points: Vec<(u64, f64)> = Vec::new();
         // The head runs forward just before its backward: its own values cost nothing extra.
         let last = s + 1 == cx.n_stages();

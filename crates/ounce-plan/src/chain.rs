@@ -93,6 +93,12 @@ struct ChainStage {
 }
 
 impl Chain {
+    /// Bytes that the lists take.
+    pub(crate) fn list_bytes(&self) -> u64 {
+        let lists = self.interior.iter().chain(&self.suffix);
+        lists.map(|list| (list.capacity() * size_of::<Point>()) as u64).sum()
+    }
+
     /// Solves the chain for every budget.
     pub(crate) fn solve(
         cx: &Context,
@@ -430,9 +436,10 @@ fn merge(best: &mut Vec<Point>, points: impl Iterator<Item = Point>) {
 }
 
 /// At most `max_points` of a list, both ends among them.
-fn thin(list: Vec<Point>, max_points: usize) -> Vec<Point> {
+fn thin(mut list: Vec<Point>, max_points: usize) -> Vec<Point> {
     let n = list.len();
     if n <= max_points {
+        list.shrink_to_fit();
         return list;
     }
     (0..max_points).map(|k| list[k * (n - 1) / (max_points - 1)]).collect()

@@ -11,7 +11,7 @@
 //! Complexity: 2^k subsets (k <= 16, typically 3 to 5) for the first filter, then one emission per
 //! survivor and chunk length. Source: [Zhao23], with exact enumeration instead of an ILP.
 
-use ounce_ir::{EntityId, ValueId};
+use ounce_ir::{EntityId, OpId, ValueId};
 
 use crate::context::Context;
 use crate::emit::{Emitter, Pass, backward_sequence, peak_load};
@@ -65,8 +65,11 @@ pub(crate) struct StageOptions {
     pub(crate) thrifty: Option<ForwardOption>,
     /// Backward from the stage's input alone, by ascending bytes.
     pub(crate) backward: Vec<BackwardOption>,
-    /// (kept bytes, recomputed seconds) of every undominated subset, for the time bound.
+    /// (kept bytes, recomputed seconds) of every undominated subset, each op at its best chunk length, for the time
+    /// bound.
     pub(crate) recompute: Vec<(u64, f64)>,
+    /// The chunk lengths that were tried.
+    pub(crate) lengths: Vec<u64>,
     /// Seconds of the forward and backward ops, each once, at their best chunk length.
     pub(crate) least_s: f64,
 }
@@ -96,8 +99,7 @@ pub(crate) fn enumerate(cx: &Context, s: usize, limits: Limits) -> StageOptions 
     if !cx.trains() {
         return options;
     }
-    let least =
-        |op| lengths.iter().map(|&c| cx.chunked_cost_s(op, c)).fold(f64::INFINITY, f64::min);
+    let least = |op| least_cost_s(cx, op, &lengths);
     options.least_s = cx.forward[s].iter().chain(&cx.backward[s]).map(|&op| least(op)).sum();
     for &chunk in &lengths {
         let seq = backward_sequence(cx, s, &[]);
@@ -106,15 +108,22 @@ pub(crate) fn enumerate(cx: &Context, s: usize, limits: Limits) -> StageOptions 
         options.backward.push(BackwardOption { chunk_tokens: chunk, bytes, time_s });
     }
     prune(&mut options.backward, |o| ([o.bytes, 0, 0], o.time_s));
-    let subsets = undominated_subsets(cx, s, lengths[0]);
-    options.recompute = subsets.iter().map(|&(_, bytes, time_s)| (bytes, time_s)).collect();
+    let bound = undominated_subsets(cx, s, least);
+    options.recompute = bound.iter().map(|&(_, bytes, time_s)| (bytes, time_s)).collect();
+    let subsets = undominated_subsets(cx, s, |op| cx.chunked_cost_s(op, lengths[0]));
     for &(keep, saved_bytes, _) in &subsets {
         for &chunk in &lengths {
             options.keep.push(keep_option(cx, s, keep, saved_bytes, chunk));
         }
     }
     prune(&mut options.keep, |o| ([o.saved_bytes, o.forward_bytes, o.backward_bytes], o.time_s));
+    options.lengths = lengths;
     options
+}
+
+/// Seconds of one micro-batch of `op` at the best of the chunk lengths.
+pub(crate) fn least_cost_s(cx: &Context, op: OpId, lengths: &[u64]) -> f64 {
+    lengths.iter().map(|&c| cx.chunked_cost_s(op, c)).fold(f64::INFINITY, f64::min)
 }
 
 /// Powers of two of the micro-batch, on the stage's cuts, longest first.
@@ -157,15 +166,19 @@ fn keep_option(cx: &Context, s: usize, keep: u32, saved_bytes: u64, chunk: u64) 
 }
 
 /// Subsets (mask, kept bytes, recomputed seconds) that no other beats in both, fewest bytes first.
-fn undominated_subsets(cx: &Context, s: usize, chunk: u64) -> Vec<(u32, u64, f64)> {
+fn undominated_subsets(
+    cx: &Context,
+    s: usize,
+    cost_s: impl Fn(OpId) -> f64,
+) -> Vec<(u32, u64, f64)> {
     let groups = &cx.keepable[s];
     let bytes: Vec<u64> = groups
         .iter()
         .map(|g| g.iter().map(|&v| cx.value_bytes(v, cx.micro_tokens())).sum())
         .collect();
-    let n_forward = |seq: &[ounce_ir::OpId]| -> f64 {
-        let own = |op: &&ounce_ir::OpId| cx.forward[s].contains(op);
-        seq.iter().filter(own).map(|&op| cx.chunked_cost_s(op, chunk)).sum()
+    let n_forward = |seq: &[OpId]| -> f64 {
+        let own = |op: &&OpId| cx.forward[s].contains(op);
+        seq.iter().filter(own).map(|&op| cost_s(op)).sum()
     };
     let mut subsets: Vec<(u32, u64, f64)> = (0..1_u32 << groups.len())
         .map(|mask| {

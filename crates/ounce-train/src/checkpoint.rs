@@ -18,7 +18,7 @@ use ounce_ir::{DType, Graph, Param, ParamId};
 use ounce_kernels::tier::tier;
 use serde_json::{Map, Value};
 
-use crate::data::TrainRows;
+use crate::data::{Data, TrainRows};
 use crate::model::{Model, missing};
 use crate::precision::config_with_dtype;
 use crate::schedule::Schedule;
@@ -131,15 +131,16 @@ pub(crate) fn state(
     (step, n_steps): (u64, u64),
     n_updates: u64,
     tokens_seen: u64,
-    data: &TrainRows,
+    data: &Data,
     scaler: ScalerState,
 ) -> TrainerState {
-    let (cursor, stream) = data.cursor(step * settings.n_rows());
+    let (cursor, stream) = data.train.cursor(step * settings.n_rows());
     TrainerState {
         step,
         n_updates,
         cursor,
-        data_hash: data.contents(),
+        data_hash: data.train.contents(),
+        rows_made_s: Some(data.rows_made_s),
         stream,
         seed: settings.seed,
         schedule: Map::from_iter([(N_STEPS.to_owned(), n_steps.into())]),
@@ -223,7 +224,8 @@ pub(crate) fn check_settings(
         );
         if !settings.override_begun {
             let value = |name: &&str| {
-                Some(format!("{name} was {} and is {}", then.get(*name)?, now.get(*name)?))
+                let (then, now) = (then.get(*name)?, now.get(*name)?);
+                (then != now).then(|| format!("{name} was {then} and is {now}"))
             };
             let values: Vec<String> = names.iter().filter_map(value).collect();
             let same =

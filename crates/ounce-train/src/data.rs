@@ -17,6 +17,8 @@ use crate::{Environment, Observer, Result, Settings};
 pub(crate) struct Data {
     pub(crate) train: TrainRows,
     pub(crate) eval: Option<EvalData>,
+    /// The time that chat templates wrote, in seconds since 1970.
+    pub(crate) rows_made_s: u64,
     pub(crate) table: TextTable,
     pub(crate) prompt_ids: Vec<u32>,
     pub(crate) stop_ids: Vec<u32>,
@@ -55,6 +57,9 @@ impl Data {
             streams.push(settings.eval_data.clone());
         }
         let max_length = model.max_length(settings) as usize;
+        // A run that goes on has the rows that it was begun with, whatever day it is.
+        let rows_made_s = from.and_then(|checkpoint| checkpoint.state().rows_made_s);
+        let now_s = rows_made_s.unwrap_or_else(tokenize::today_s);
         let request = Request {
             tokenizer: model.dir.clone(),
             cache_dir: tokenize::cache_dir(env),
@@ -62,6 +67,7 @@ impl Data {
             rows: RowRequest::of(settings, max_length as u64).within(&model.dir, limits),
             prompt: Some(settings.sample_prompt.clone()),
             n_threads: tokenize::n_threads(&model.dir, limits),
+            now_s,
         };
         let answer = tokenize::ask(env, &request, observer)?;
         for note in &answer.notes {
@@ -82,6 +88,7 @@ impl Data {
         Ok(Self {
             train,
             eval: eval.transpose()?,
+            rows_made_s: now_s,
             table: TextTable::read(&answer.text_table)?,
             prompt_ids: answer.prompt_ids,
             stop_ids: answer.stop_ids,

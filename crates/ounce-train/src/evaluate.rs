@@ -73,7 +73,7 @@ impl EvalData {
     }
 }
 
-/// The command: loss and perplexity of the model on `data` (or `eval_data`).
+/// The command: loss and perplexity of the model on `eval_data`, or on `data` where there is none.
 ///
 /// # Errors
 /// Wrong settings, model or data; a budget that does not fit; a request to stop.
@@ -83,10 +83,10 @@ pub fn evaluate(
     observer: &mut dyn Observer,
 ) -> Result<EvalRecord> {
     let model = Model::open(settings, env)?;
-    let files: Vec<PathBuf> = if settings.data.is_empty() {
-        settings.eval_data.clone()
-    } else {
+    let files: Vec<PathBuf> = if settings.eval_data.is_empty() {
         settings.data.iter().map(|file| file.path().to_path_buf()).collect()
+    } else {
+        settings.eval_data.clone()
     };
     if files.is_empty() {
         return Err(missing("--data FILE"));
@@ -115,6 +115,7 @@ pub fn evaluate(
         rows: RowRequest::of(settings, max_length).within(&model.dir, &limits),
         prompt: None,
         n_threads: tokenize::n_threads(&model.dir, &limits),
+        now_s: tokenize::today_s(),
     };
     check_tokenizing(&model, &wanted, &limits, env)?;
     let answer = tokenize::ask(env, &request, observer)?;

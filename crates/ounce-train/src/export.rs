@@ -14,6 +14,7 @@ use ounce_models::{Purpose, build};
 use serde::Serialize;
 
 use crate::model::{Model, model_error};
+use crate::output::forget_run;
 use crate::precision::config_with_dtype;
 use crate::weights::{Source, specs};
 use crate::{Environment, Error, Observer, Result};
@@ -98,6 +99,7 @@ pub fn export(
         ExportFormat::Gguf => job.write_gguf(dir, dtype, observer)?,
     }
     let bytes = bytes_of_files(dir)?;
+    forget_run(&wanted.output_dir)?;
     staging.publish()?;
     Ok(ExportRecord {
         output_dir: wanted.output_dir.clone(),

@@ -74,6 +74,7 @@ pub fn generate(
         streams: Vec::new(),
         rows: RowRequest::of(settings, 0),
         prompt: Some(wanted.prompt.clone()),
+        now_s: tokenize::today_s(),
         n_threads: tokenize::n_threads(&model.dir, &limits),
     };
     let most = settings.max_length.unwrap_or(model.config.max_positions());
@@ -155,6 +156,9 @@ pub(crate) fn sample_text(
         let mut buffers = program.executor.buffers(arena);
         let logits = buffers.session_f32(program.output);
         let known = &logits[..table.vocab_size().clamp(1, logits.len())];
+        if !known.iter().any(|x| x.is_finite()) {
+            return Err(Error::BrokenModel { loss: f64::NAN });
+        }
         let id = choose(known, sampler, position, &mut weights);
         if sampler.stop_ids.contains(&id) {
             break;

@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::model::{model_error, read_config};
+use crate::output::forget_run;
 use crate::{Error, Result, weights};
 
 /// Vocabulary of a `bpe` tokenizer, if neither flag nor configuration says.
@@ -110,6 +111,7 @@ pub fn init(wanted: &InitSettings) -> Result<InitRecord> {
     });
     write_json(&dir.join("generation_config.json"), &generation)?;
     weights::write_fresh(dir, &graph, wanted.seed)?;
+    forget_run(&wanted.output_dir)?;
     staging.publish()?;
     Ok(InitRecord {
         output_dir: wanted.output_dir.clone(),

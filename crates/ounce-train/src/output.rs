@@ -8,8 +8,7 @@
 //! files wait in a hidden directory. What is kept in memory for the curve is bounded: when it is full,
 //! every other point goes.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -22,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::Model;
 use crate::precision::config_with_dtype;
 use crate::session::Program;
-use crate::watch::{EventWriter, MetricsWriter, loss_svg};
+use crate::watch::{EventWriter, MetricsWriter, for_each_line, loss_svg};
 use crate::{Environment, Error, EvalRecord, Observer, Result, Settings, StepRecord, weights};
 
 /// Points of the loss curve that are kept.
@@ -39,6 +38,8 @@ pub(crate) struct Staged {
     // Removed before the directory that it may be in.
     staging: StagingDir,
     _made: Made,
+    /// Held as long as the run lasts: two runs in one directory would remove each other's checkpoints.
+    _lock: File,
 }
 
 /// An output directory that we made. Removed when dropped, unless something is in it.
@@ -73,31 +74,12 @@ struct EvalLine {
     eval_tokens: u64,
 }
 
-/// A line of `metrics.jsonl`: what has a curve of it.
-#[derive(Default, Deserialize)]
+/// A line of `metrics.jsonl`.
+#[derive(Deserialize)]
 struct AnyLine {
     step: u64,
     loss: Option<f64>,
-    learning_rate: Option<f64>,
-    grad_norm: Option<f64>,
-    tokens_per_s: Option<f64>,
-    loss_scale: Option<f64>,
     eval_loss: Option<f64>,
-}
-
-impl AnyLine {
-    /// The numbers that are there, by their TensorBoard tags.
-    fn scalars(&self) -> impl Iterator<Item = (&'static str, f64)> {
-        let tags = [
-            ("train/loss", self.loss),
-            ("train/learning_rate", self.learning_rate),
-            ("train/grad_norm", self.grad_norm),
-            ("train/tokens_per_s", self.tokens_per_s),
-            ("train/loss_scale", self.loss_scale),
-            ("eval/loss", self.eval_loss),
-        ];
-        tags.into_iter().filter_map(|(tag, value)| Some((tag, value?)))
-    }
 }
 
 impl Staged {
@@ -117,12 +99,19 @@ impl Staged {
         // A failure is told by what follows.
         let made = Made((is_new && std::fs::create_dir_all(dir).is_ok()).then(|| dir.to_owned()));
         let staging = StagingDir::create_on(env.disk.clone(), dir)?;
+        let lock = lock(dir)?;
         ounce_io::copy_side_files(&model.dir, staging.path())?;
         if let Some(config) = config_with_dtype(&model.dir, stored)? {
             write_file(&staging.path().join("config.json"), config.as_bytes())?;
         }
         write_file(&staging.path().join("plan.html"), plan_html.as_bytes())?;
-        Ok(Self { disk: env.disk.clone(), dir: dir.to_path_buf(), staging, _made: made })
+        Ok(Self {
+            disk: env.disk.clone(),
+            dir: dir.to_path_buf(),
+            staging,
+            _made: made,
+            _lock: lock,
+        })
     }
 
     /// Opens the files that grow from step to step, for a run that begins at `first_step`.
@@ -156,16 +145,39 @@ impl Staged {
         let events = EventWriter::create(place).map_err(|e| Error::file(place, &e))?;
         let (losses, eval_losses) = (Curve::default(), Curve::default());
         let flushed = Instant::now();
-        // The events before this run lie beside, unless they waited in another hidden directory and went with it.
-        let are_lost = place != self.dir;
         let evaluated = None;
         let mut output =
             Output { staged: self, metrics, events, flushed, losses, eval_losses, evaluated };
+        output.restart(first_step)?;
         if first_step > 1 {
-            output.read_curves(are_lost)?;
-            output.restart(first_step)?;
+            output.read_curves()?;
         }
         Ok(output)
+    }
+}
+
+/// Takes the output directory for this run alone.
+fn lock(dir: &Path) -> Result<File> {
+    let file = File::open(dir).map_err(|e| Error::file(dir, &e))?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(Error::Usage {
+            message: format!("another run is writing to {}", dir.display()),
+            hint: "wait for it or stop it, or give another `--output-dir`".to_owned(),
+        }),
+        // Not every file system has locks.
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+    }
+}
+
+/// Removes the settings of a run whose model is replaced by one of no run: they would be taken for those of the new one.
+///
+/// # Errors
+/// A failed removal.
+pub(crate) fn forget_run(dir: &Path) -> Result<()> {
+    let path = dir.join("run.yaml");
+    match std::fs::remove_file(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::file(&path, &e)),
+        _ => Ok(()),
     }
 }
 
@@ -187,15 +199,15 @@ impl Output {
         }
         let metrics = self.metrics.path().to_path_buf();
         self.metrics.append(r).map_err(|e| Error::file(&metrics, &e))?;
-        self.scalars(&AnyLine {
-            step: r.step,
-            loss: Some(r.loss),
-            learning_rate: Some(r.learning_rate),
-            grad_norm: Some(r.grad_norm),
-            tokens_per_s: Some(r.tokens_per_s),
-            loss_scale: r.loss_scale.map(f64::from),
-            eval_loss: None,
-        })?;
+        let scalars = [
+            ("train/loss", r.loss),
+            ("train/learning_rate", r.learning_rate),
+            ("train/grad_norm", r.grad_norm),
+            ("train/tokens_per_s", r.tokens_per_s),
+        ];
+        let scale = r.loss_scale.map(|scale| ("train/loss_scale", f64::from(scale)));
+        let mut all = scalars.into_iter().chain(scale);
+        all.try_for_each(|(tag, value)| self.scalar(r.step, tag, value))?;
         if self.flushed.elapsed() >= FLUSH_EVERY { self.flush() } else { Ok(()) }
     }
 
@@ -209,7 +221,7 @@ impl Output {
         let line = EvalLine { step, eval_loss: r.loss, eval_tokens: r.tokens };
         let metrics = self.metrics.path().to_path_buf();
         self.metrics.append(&line).map_err(|e| Error::file(&metrics, &e))?;
-        self.scalars(&AnyLine { step, eval_loss: Some(r.loss), ..AnyLine::default() })?;
+        self.scalar(step, "eval/loss", r.loss)?;
         self.flush()
     }
 
@@ -230,44 +242,41 @@ impl Output {
         written.map_err(|e| Error::file(self.events.path(), &e))
     }
 
-    /// Flushes, and copies the metrics so far to where a run that goes on finds them, if they are not there.
+    /// Flushes, and copies metrics and events so far to where a run that goes on finds them, if they are not there.
     ///
     /// # Errors
     /// A failed write.
     pub(crate) fn keep_metrics(&mut self) -> Result<()> {
         self.flush()?;
         let dir = &self.staged.dir;
-        let (path, hidden) = (dir.join(METRICS), dir.join(".metrics.tmp"));
-        if self.metrics.path() == path {
-            return Ok(());
-        }
-        let copied = std::fs::copy(self.metrics.path(), &hidden);
-        copied.and_then(|_| std::fs::rename(&hidden, &path)).map_err(|e| Error::file(&path, &e))
-    }
-
-    /// Takes the curves of the steps before this run from its metrics; their events too, if those are lost.
-    fn read_curves(&mut self, events_are_lost: bool) -> Result<()> {
-        let path = self.metrics.path().to_path_buf();
-        let file = File::open(&path).map_err(|e| Error::file(&path, &e))?;
-        for line in BufReader::new(file).lines() {
-            let line = line.map_err(|e| Error::file(&path, &e))?;
-            // Lines of another make have no curve.
-            let Ok(line) = serde_json::from_str::<AnyLine>(&line) else { continue };
-            line.loss.into_iter().for_each(|x| self.losses.add(line.step, x));
-            line.eval_loss.into_iter().for_each(|x| self.eval_losses.add(line.step, x));
-            self.evaluated = line.eval_loss.map(|_| line.step).or(self.evaluated);
-            if events_are_lost {
-                self.scalars(&line)?;
+        for written in [self.metrics.path(), self.events.path()] {
+            let path = dir.join(written.file_name().expect("both are files"));
+            if written == path {
+                continue;
             }
+            let hidden = dir.join(".metrics.tmp");
+            let copied = std::fs::copy(written, &hidden);
+            let moved = copied.and_then(|_| std::fs::rename(&hidden, &path));
+            moved.map_err(|e| Error::file(&path, &e))?;
         }
         Ok(())
     }
 
-    fn scalars(&mut self, line: &AnyLine) -> Result<()> {
-        let now_s = wall_time_s();
-        let written = line
-            .scalars()
-            .try_for_each(|(tag, value)| self.events.scalar(line.step, tag, value as f32, now_s));
+    /// Takes the curves of the steps before this run from its metrics.
+    fn read_curves(&mut self) -> Result<()> {
+        let path = self.metrics.path().to_path_buf();
+        for_each_line(&path, |line| {
+            // Lines of another make have no curve.
+            let Ok(line) = serde_json::from_slice::<AnyLine>(line) else { return };
+            line.loss.into_iter().for_each(|x| self.losses.add(line.step, x));
+            line.eval_loss.into_iter().for_each(|x| self.eval_losses.add(line.step, x));
+            self.evaluated = line.eval_loss.map(|_| line.step).or(self.evaluated);
+        })
+        .map_err(|e| Error::file(&path, &e))
+    }
+
+    fn scalar(&mut self, step: u64, tag: &str, value: f64) -> Result<()> {
+        let written = self.events.scalar(step, tag, value as f32, wall_time_s());
         written.map_err(|e| Error::file(self.events.path(), &e))
     }
 

@@ -70,10 +70,11 @@ impl Planner<'_> {
         shape: StepShape,
         reserved_bytes: u64,
     ) -> Option<Plan> {
-        // Lists are held for every stage and number of micro-batches: a small budget has room for short ones.
+        let mut options = options(reserved_bytes);
+        // A small budget has room for short lists.
         let free_bytes = self.budget_bytes.saturating_sub(self.baseline.bytes());
-        let max_points = (free_bytes / BYTES_PER_POINT).clamp(64, 1024) as usize;
-        let mut options = PlanOptions { max_points, ..options(reserved_bytes) };
+        let point_bytes = Frontier::n_lists(graph, &shape, &options) * Frontier::POINT_BYTES;
+        options.max_points = (free_bytes / LISTS_SHARE / point_bytes).clamp(16, 1024) as usize;
         if self.wanted.train.is_some_and(|train| train.fastest) {
             options.unconstrained_permille = 0;
         }
@@ -83,11 +84,21 @@ impl Planner<'_> {
         if smallest_bytes.max(self.baseline.tokenizing_peak_bytes()) > self.budget_bytes {
             return None;
         }
-        // Kernels are timed while the frontier is solved, and never while plans are unrolled: either has the memory.
+        // Kernels are timed before there are lists, and lists are made before plans are unrolled: timing has the memory
+        // of the budget to itself, and what unrolling takes beside the lists is in a plan's need.
         release_free_heap();
-        let measured = Frontier::solve(graph, &shape, self.machine, &options);
+        for op in graph.ops.ids() {
+            self.machine.cost_s(graph, op, &shape, shape.n_tokens());
+        }
         self.machine.release_memory();
-        measured.plan(self.budget_bytes).or_else(|_| self.least(graph, &least(), &measured)).ok()
+        let measured = Frontier::solve(graph, &shape, self.machine, &options);
+        release_free_heap();
+        if let Ok(plan) = measured.plan(self.budget_bytes) {
+            return Some(plan);
+        }
+        let fastest_s = measured.fastest_s();
+        drop(measured);
+        self.least(graph, &least(), fastest_s).ok()
     }
 
     /// A plan near the least peak that measured costs do not find, with its measured times.
@@ -95,10 +106,9 @@ impl Planner<'_> {
         &self,
         graph: &Graph,
         least: &Frontier<'_>,
-        measured: &Frontier<'_>,
+        (bound_s, fastest_s): (f64, f64),
     ) -> Result<Plan, PlanError> {
         let mut plan = least.plan(self.budget_bytes)?;
-        let fastest = measured.plan(u64::MAX)?.certificate;
         let cost = |instr: &Instr| match instr {
             Instr::Run { op, tokens, .. } => {
                 self.machine.cost_s(graph, *op, &plan.shape, tokens.end - tokens.start)
@@ -106,8 +116,8 @@ impl Planner<'_> {
             Instr::Zero { .. } | Instr::Copy { .. } | Instr::Wait { .. } => 0.0,
         };
         plan.certificate.step_s = plan.instrs.iter().map(cost).sum();
-        plan.certificate.step_bound_s = fastest.step_bound_s;
-        plan.certificate.unconstrained_step_s = fastest.unconstrained_step_s;
+        plan.certificate.step_bound_s = bound_s;
+        plan.certificate.unconstrained_step_s = fastest_s;
         Ok(plan)
     }
 
@@ -177,8 +187,8 @@ impl Planner<'_> {
     }
 }
 
-/// Free bytes of a budget per point of the planner's lists.
-const BYTES_PER_POINT: u64 = 64 << 10;
+/// The planner's lists take one of so many parts of what a budget leaves free.
+const LISTS_SHARE: u64 = 16;
 const NO_CLIPPING: &str = "--max-grad-norm 0";
 const SGD: &str = "--optimizer sgd";
 

@@ -197,7 +197,8 @@ impl Scaler {
 
     /// What gradients are multiplied with.
     pub(crate) fn scale(&self) -> f32 {
-        self.state.scale
+        // That of a checkpoint in f16 is kept, but scales nothing in a precision without a scale.
+        if self.scales { self.state.scale } else { 1.0 }
     }
 
     /// Whether there is a scale to speak of.
@@ -306,8 +307,10 @@ mod tests {
         assert_eq!(scaler.scale(), 32768.0, "an overflow starts the count anew");
         scaler.good_step();
         assert_eq!(scaler.scale(), 65536.0);
-        let again = Scaler::new(&Settings::default(), Some(scaler.state().clone()));
+        let again = Scaler::new(&f16(), Some(scaler.state().clone()));
         assert_eq!(again.scale(), 65536.0, "a run goes on with the scale of its checkpoint");
+        let other = Scaler::new(&Settings::default(), Some(scaler.state().clone()));
+        assert_eq!(other.scale(), 1.0, "f32 has no scale to divide out again");
     }
 
     #[test]

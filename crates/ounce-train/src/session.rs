@@ -476,7 +476,7 @@ impl Session {
     ///
     /// # Errors
     /// A state that is missing or of another shape, a failed read.
-    pub(crate) fn load_states(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+    pub(crate) fn load_states(&mut self, checkpoint: &Checkpoint, moments: bool) -> Result<()> {
         let Self { train, arena, .. } = self;
         let program = train.as_ref().expect("a run that goes on has a training plan");
         let mut buffers = program.executor.buffers(arena);
@@ -485,7 +485,7 @@ impl Session {
             if state.dtype == DType::I16 {
                 let halves = buffers.state_i16(id, k as u32);
                 checkpoint.read_state_i16(&state.name, &param.name, halves)?;
-            } else {
+            } else if moments {
                 checkpoint.read_state(&state.name, &param.name, buffers.state(id, k as u32))?;
             }
         }

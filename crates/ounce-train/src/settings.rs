@@ -332,12 +332,28 @@ impl Settings {
     /// The settings as a YAML file that [`Settings::resolve`] reads back; what is not set is left out.
     pub fn to_yaml(&self) -> String {
         let map = self.to_map();
-        // A JSON value is a YAML value.
+        // A JSON value is a YAML value, but for characters that YAML allows as escapes only.
+        let is_escaped = |c: char| {
+            matches!(
+                c,
+                '\u{7f}'
+                    ..='\u{9f}' | '\u{2028}' | '\u{2029}' | '\u{feff}' | '\u{fffe}' | '\u{ffff}'
+            )
+        };
         let mut text = String::new();
         for (key, value) in map.iter().filter(|(_, v)| !v.is_null()) {
             writeln!(text, "{key}: {value}").expect("writing to a string cannot fail");
         }
-        text
+        let mut escaped = String::with_capacity(text.len());
+        for c in text.chars() {
+            if is_escaped(c) {
+                write!(escaped, "\\u{:04x}", u32::from(c))
+                    .expect("writing to a string cannot fail");
+            } else {
+                escaped.push(c);
+            }
+        }
+        escaped
     }
 
     fn check_built(&self) -> Result<()> {

@@ -45,6 +45,8 @@ pub(crate) struct Request {
     pub(crate) prompt: Option<String>,
     /// Threads that encode.
     pub(crate) n_threads: usize,
+    /// The time that chat templates write, in seconds since 1970.
+    pub(crate) now_s: u64,
 }
 
 /// How the rows of data files are read and cut.
@@ -242,7 +244,7 @@ fn row_file(
     tokenizer: &Tokenizer,
     notes: &mut Vec<String>,
 ) -> Result<PathBuf> {
-    let template = load_template(&request.tokenizer, tokenizer, now_s())?;
+    let template = load_template(&request.tokenizer, tokenizer, request.now_s)?;
     let max_length = request.rows.max_length as usize;
     let fingerprint = data_fingerprint(tokenizer, options, Some((&template, max_length)));
     let path = ounce_io::cache_path(&request.cache_dir, files, fingerprint)?;
@@ -263,6 +265,11 @@ fn row_file(
 pub(crate) fn now_s() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.map_or(0, |since| since.as_secs())
+}
+
+/// When this day began, in UTC, in seconds since 1970: rows that hold the date are the same all day.
+pub(crate) fn today_s() -> u64 {
+    now_s() / 86400 * 86400
 }
 
 /// The chat template of a model directory, to which it is `now_s`.

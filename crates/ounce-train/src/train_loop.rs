@@ -27,12 +27,18 @@ use crate::{DoneRecord, Environment, Error, Observer, PlanRecord, Result, Settin
 /// As [`train`] before its first step.
 pub fn plan(settings: &Settings, env: &Environment) -> Result<PlanRecord> {
     let model = Model::open(settings, env)?;
+    check_files(settings)?;
+    let session = compile(&model, &wanted(settings, &model), &Limits::of(settings), env)?;
+    Ok(session.record())
+}
+
+/// Refuses data files that are not there, before anything else is said of them.
+fn check_files(settings: &Settings) -> Result<()> {
     let files = settings.data.iter().map(crate::settings::DataFile::path);
     for path in files.chain(settings.eval_data.iter().map(PathBuf::as_path)) {
         ounce_io::check_readable(path)?;
     }
-    let session = compile(&model, &wanted(settings, &model), &Limits::of(settings), env)?;
-    Ok(session.record())
+    Ok(())
 }
 
 /// Trains a model and writes the result to the output directory.
@@ -72,6 +78,7 @@ fn train_from(
     };
     let (plans, limits) = (wanted(settings, &model), Limits::of(settings));
     check_tokenizing(&model, &plans, &limits, env)?;
+    check_files(settings)?;
     if let (Some(checkpoint), Some(n_steps)) = (&from, settings.max_steps) {
         checkpoint::check_settings(checkpoint, settings, n_steps, observer)?;
     }
@@ -102,9 +109,9 @@ fn train_from(
     drop(weights);
     let tokens_seen = from.as_ref().map_or(0, |c| c.state().tokens_seen);
     if let Some(checkpoint) = &from {
-        if checkpoint::has_states_of(checkpoint, settings) {
-            session.load_states(checkpoint)?;
-        } else {
+        let has_states = checkpoint::has_states_of(checkpoint, settings);
+        session.load_states(checkpoint, has_states)?;
+        if !has_states {
             observer.note("warning: the optimizer is another one: its states begin at zero");
         }
     }
@@ -115,7 +122,8 @@ fn train_from(
     let vocab_size = model.config.vocab_size();
     let health = Health::new(vocab_size, is_fresh);
     let checkpoint = from.map(|c| c.path().to_path_buf());
-    let place = Place { step: first_step - 1, tokens_seen, eval_loss: None, checkpoint };
+    let step = first_step - 1;
+    let place = Place { step, tokens_seen, eval_loss: None, checkpoint, saved_step: step };
     Run { settings, session, trainer, data, output, saver, health, n_steps, place }.go(observer)
 }
 
@@ -158,6 +166,8 @@ struct Place {
     eval_loss: Option<f64>,
     /// The last checkpoint.
     checkpoint: Option<PathBuf>,
+    /// Steps done when it was saved.
+    saved_step: u64,
 }
 
 impl Place {
@@ -176,7 +186,10 @@ impl Run<'_> {
         let (tokens, seconds) = match self.steps(observer) {
             // Whatever phase was interrupted, the parameters are those after the last whole step.
             Err(Error::Interrupted { .. }) if self.place.step > 0 => {
-                let (step, path) = (self.place.step, self.save()?);
+                let step = self.place.step;
+                // A checkpoint that stands here already is not written once more.
+                let saved = self.place.checkpoint.clone().filter(|_| self.place.saved_step == step);
+                let path = saved.map_or_else(|| self.save(), Ok)?;
                 return Err(Error::Interrupted { step, checkpoint: Some(path) });
             }
             other => other?,
@@ -276,11 +289,11 @@ impl Run<'_> {
             (step, n_steps),
             n_updates,
             tokens_seen,
-            &self.data.train,
+            &self.data,
             scaler,
         );
         let path = self.saver.save(&mut self.session, &state)?;
-        self.place.checkpoint = Some(path.clone());
+        (self.place.checkpoint, self.place.saved_step) = (Some(path.clone()), step);
         self.output.keep_metrics()?;
         Ok(path)
     }
@@ -310,7 +323,7 @@ impl Run<'_> {
         let mut text = self.settings.sample_prompt.clone();
         let mut append = |piece: &str| text.push_str(piece);
         let (table, prompt) = (&self.data.table, &self.data.prompt_ids);
-        sample_text(
+        let sampled = sample_text(
             program,
             &mut self.session.arena,
             table,
@@ -318,7 +331,11 @@ impl Run<'_> {
             &sampler,
             observer,
             &mut append,
-        )?;
+        );
+        match sampled {
+            Err(Error::BrokenModel { .. }) => Err(self.broken("no logit of a sample is finite"))?,
+            other => other?,
+        };
         observer.sample(self.place.step, &text);
         Ok(())
     }

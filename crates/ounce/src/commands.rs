@@ -149,7 +149,11 @@ fn train(flags: &RunFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
 }
 
 fn eval(flags: &RunFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
-    let settings = settings(flags)?;
+    let mut settings = settings(flags)?;
+    // A flag wins over both kinds of data of a file of settings.
+    if flags.names_data_only() {
+        settings.eval_data.clear();
+    }
     let mut console = Console::new(flags.json, None, signal.clone());
     let record = ounce_train::evaluate(&settings, &environment()?, &mut console)?;
     if flags.json {

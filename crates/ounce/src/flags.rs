@@ -318,6 +318,11 @@ fn as_object<S: Serializer>(pairs: &[(String, String)], s: S) -> Result<S::Ok, S
 }
 
 impl RunFlags {
+    /// Whether `--data` is given and `--eval-data` is not.
+    pub(crate) fn names_data_only(&self) -> bool {
+        !self.data.is_empty() && self.eval_data.is_empty()
+    }
+
     /// The settings that were given, as an object.
     ///
     /// # Errors

@@ -17,6 +17,7 @@ mod export;
 #[cfg(feature = "hub")]
 mod pull;
 
+use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -24,7 +25,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use clap::FromArgMatches;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use ounce_train::{Error, ErrorClass};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 /// Exit code of wrong usage.
 const USAGE: u8 = 2;
@@ -42,7 +43,8 @@ fn main() -> ExitCode {
     let seen = Arc::new(AtomicBool::new(false));
     // Commands that ask for no signal end as any program does.
     let asks = cli.command.asks_for_signals();
-    for number in [SIGINT, SIGTERM].into_iter().filter(|_| asks) {
+    let hangs_up = (!is_ignored(SIGHUP)).then_some(SIGHUP);
+    for number in [SIGINT, SIGTERM].into_iter().chain(hangs_up).filter(|_| asks) {
         let code = 128 + number;
         let registered =
             signal_hook::flag::register_conditional_shutdown(number, code, seen.clone())
@@ -54,13 +56,24 @@ fn main() -> ExitCode {
             console::print_err(&format!("warning: signals end the run at once: {e}\n"));
         }
     }
-    match commands::run(cli.command, &signal).and_then(|()| console::check_output()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
+    let run = || commands::run(cli.command, &signal).and_then(|()| console::check_output());
+    match std::panic::catch_unwind(AssertUnwindSafe(run)) {
+        // It has said what happened.
+        Err(_) => ExitCode::from(BUG),
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(e)) => {
             console::print_err(&format!("error: {e}\n"));
             exit_code(&e, signal.load(Ordering::Relaxed))
         }
     }
+}
+
+/// Whether the process was started to outlive this signal, as `nohup` does.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
 /// The contract's exit code of a failure.

@@ -92,6 +92,7 @@ pub struct ChatTemplate {
     special: Map<String, Value>,
     origin: TemplateOrigin,
     name: String,
+    now_s: u64,
 }
 
 /// What a conversation was rendered to.
@@ -190,7 +191,7 @@ impl ChatTemplate {
             add(&mut environment, "tools", tools)?;
         }
         let (origin, name) = (TemplateOrigin::Model, String::new());
-        Ok(Self { environment, source, tool_source, special, origin, name })
+        Ok(Self { environment, source, tool_source, special, origin, name, now_s })
     }
 
     /// Where the template comes from.
@@ -225,9 +226,9 @@ impl ChatTemplate {
         (source.contains("tool_calls"), source.contains("tools"))
     }
 
-    /// Whether the template writes the date.
-    pub fn writes_date(&self) -> bool {
-        self.source.contains("strftime_now")
+    /// The time that the template writes, if it writes one, in seconds since 1970.
+    pub fn written_s(&self) -> Option<u64> {
+        self.source().contains("strftime_now").then_some(self.now_s)
     }
 
     /// Where this is the template for models that have none, with these tokens for those that the configuration does

@@ -56,7 +56,10 @@ pub struct TrainerState {
     /// What the data files held, in hexadecimal digits; of a stream `stream` says it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data_hash: Option<String>,
-    /// The same for streamed data.
+    /// The time that chat templates wrote into the rows, in seconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows_made_s: Option<u64>,
+    /// The same as `data_hash` for streamed data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream: Option<StreamCursor>,
     /// The run's seed.
@@ -159,6 +162,7 @@ mod tests {
             n_updates: 11,
             cursor: DataCursor { epoch: 1, row: 3 },
             data_hash: Some("0123456789abcdef".into()),
+            rows_made_s: Some(1_795_824_000),
             stream: None,
             seed: u64::MAX,
             schedule: Map::new(),

@@ -106,6 +106,7 @@ impl SmallRun {
             n_updates: step - step / 8,
             cursor: DataCursor { epoch: step / 5, row: step % 5 },
             data_hash: None,
+            rows_made_s: None,
             stream: None,
             seed: 42,
             schedule: Map::from_iter([("warmup_steps".to_owned(), Value::from(3))]),

@@ -78,6 +78,19 @@ impl MetricsWriter {
     }
 }
 
+/// Hands the beginning of every whole line of a file to `see`, [`MAX_LINE_BYTES`] of it at most.
+///
+/// # Errors
+/// Reading failed.
+pub fn for_each_line(path: &Path, mut see: impl FnMut(&[u8])) -> io::Result<()> {
+    let mut reader = BufReader::new(File::open(path)?);
+    let mut head = Vec::with_capacity(MAX_LINE_BYTES);
+    while let (_, true) = read_line(&mut reader, &mut head)? {
+        see(&head);
+    }
+    Ok(())
+}
+
 /// Bytes up to the first line of a step after `last_step`, or to the end of the last whole line.
 /// Lines without a step, or that are not ours, are kept.
 fn kept_bytes(file: &mut File, last_step: u64) -> io::Result<u64> {

@@ -28,7 +28,7 @@ mod health;
 
 pub use health::{Health, StepNumbers, Warning};
 pub use loss_svg::loss_svg;
-pub use metrics::{MAX_LINE_BYTES, MetricsWriter};
+pub use metrics::{MAX_LINE_BYTES, MetricsWriter, for_each_line};
 pub use plan_html::plan_html;
 pub use plan_svg::plan_svg;
 pub use tensorboard::{EventWriter, MAX_TAG_BYTES};

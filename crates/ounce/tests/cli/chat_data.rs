@@ -56,6 +56,40 @@ fn the_loss_of_packed_rows_is_the_token_weighted_loss_of_the_samples_one_by_one(
     assert!((packed - single).abs() < 1e-12, "{packed} for {single}");
 }
 
+/// A template may write the date: a run that goes on another day, without its token cache, has the rows it began with.
+#[test]
+fn a_run_goes_on_with_the_date_it_began_with() {
+    let lab = lab();
+    let template = "{{ strftime_now('%Y-%m-%d %H:%M') }}{% for m in messages %}{{ m.content + '\\n' }}{% endfor %}";
+    std::fs::write(lab.path("model/chat_template.jinja"), template).unwrap();
+    lab.succeed(&words(&format!("{TRAIN} --save-steps 2 --output-dir whole")));
+    let state = lab.path("whole/checkpoint-2/trainer_state.json");
+    let state: Value = serde_json::from_slice(&std::fs::read(state).unwrap()).unwrap();
+    assert_eq!(
+        state["state"]["rows_made_s"].as_u64().unwrap() % 86400,
+        0,
+        "the day, not the second"
+    );
+    std::fs::remove_dir_all(lab.path("cache/tokens")).unwrap();
+    lab.succeed(&words(&format!(
+        "{TRAIN} --resume-from-checkpoint whole/checkpoint-2 --output-dir rest"
+    )));
+    let weights = |dir: &str| std::fs::read(lab.path(dir).join("model.safetensors")).unwrap();
+    assert!(weights("rest") == weights("whole"));
+}
+
+#[test]
+fn held_out_data_that_is_named_is_what_is_evaluated() {
+    let lab = lab();
+    std::fs::write(lab.path("run.yaml"), "data: [train.txt]\n").unwrap();
+    let text = std::fs::read_to_string(lab.path("train.txt")).unwrap();
+    std::fs::write(lab.path("held.txt"), &text[..2000]).unwrap();
+    let (loss, n) = eval(&lab, "--data held.txt");
+    assert_eq!(eval(&lab, "--config run.yaml --eval-data held.txt"), (loss, n));
+    std::fs::write(lab.path("run.yaml"), "data: [train.txt]\neval_data: [train.txt]\n").unwrap();
+    assert_eq!(eval(&lab, "--config run.yaml --data held.txt"), (loss, n));
+}
+
 #[test]
 fn a_packed_run_that_is_resumed_ends_in_the_same_bits() {
     let lab = lab();

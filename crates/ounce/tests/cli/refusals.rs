@@ -213,6 +213,26 @@ fn weights_that_the_last_update_broke_are_not_published() {
     assert!(!lab.path("out/checkpoint-1").exists());
 }
 
+/// Numbers of a configuration that no kernel can work with.
+#[test]
+fn a_configuration_that_cannot_be_computed_is_refused_by_name() {
+    let lab = Lab::llama();
+    let config = std::fs::read_to_string(lab.path("model/config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    for (key, value) in [
+        ("rms_norm_eps", serde_json::json!(0.0)),
+        ("rms_norm_eps", serde_json::json!(1e-50)),
+        ("rope_theta", serde_json::json!(-5.0)),
+        ("head_dim", serde_json::json!(1100)),
+    ] {
+        let mut changed = config.clone();
+        changed[key] = value;
+        std::fs::write(lab.path("model/config.json"), changed.to_string()).unwrap();
+        let error = lab.fail(4, &words("plan --model model --data train.txt --max-length 64"));
+        assert!(error.contains(key), "{error}");
+    }
+}
+
 #[test]
 fn a_path_that_is_no_text_is_refused() {
     use std::os::unix::ffi::OsStrExt;

@@ -221,6 +221,41 @@ fn another_optimizer_counts_its_own_updates() {
     assert!(weights(&lab, "rest") == weights(&lab, "adamw"));
 }
 
+/// A scale of 65536 that nothing divides out again would make the first update of f32 that much too large.
+#[test]
+fn a_run_that_leaves_f16_leaves_its_scale_behind() {
+    let lab = gpt2();
+    let run = "train --model model --data train.txt --max-length 64 --per-device-train-batch-size 4 --optimizer sgd \
+        --learning-rate 1e-3 --lr-scheduler-type constant --max-grad-norm 0 --sample-steps 0 --output-dir out";
+    lab.succeed(&words(&format!("{run} --precision f16 --max-steps 3 --save-steps 3")));
+    let over =
+        format!("{run} --precision f32 --max-steps 6 --resume-from-checkpoint auto --override");
+    let losses = steps(&lab.json(&words(&over)));
+    assert!(losses.iter().all(|&(_, loss)| loss < 5.0), "{losses:?}");
+}
+
+#[test]
+fn two_runs_in_one_directory_are_refused_and_so_is_a_checkpoint_as_one() {
+    let lab = gpt2();
+    let run = RUN.replace("--max-steps 8", "--max-steps 3000 --save-steps 1");
+    let mut first = lab
+        .command(&words(&format!("{run} --output-dir out --json")))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(first.stdout.take().unwrap());
+    lines.read_line(&mut String::new()).unwrap();
+    lines.read_line(&mut String::new()).unwrap();
+    let error = lab.fail(2, &words(&format!("{RUN} --output-dir out")));
+    assert!(error.contains("another run is writing to out"), "{error}");
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let error = lab.fail(2, &words(&format!("{RUN} --output-dir out/checkpoint-1")));
+    assert!(error.contains("is a checkpoint"), "{error}");
+    lab.succeed(&words(&format!("{RUN} --output-dir out")));
+}
+
 #[test]
 fn data_that_changed_under_a_run_is_noticed() {
     let lab = gpt2();

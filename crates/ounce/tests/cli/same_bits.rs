@@ -18,7 +18,8 @@ fn many_micro_batches_are_planned_within_the_budget() {
     let lab = Lab::with_model(&words(
         "--arch gpt2 --n-layers 6 --n-heads 2 --hidden-size 16 --context-length 64",
     ));
-    for rows in [64, 512] {
+    // 240 has twenty divisors, each a number of micro-batches with lists of its own.
+    for rows in [64, 240, 512] {
         let run = format!(
             "--model model --data train.txt --max-length 64 --per-device-train-batch-size 1 \
              --gradient-accumulation-steps {rows} --threads 1 --max-steps 1 --sample-steps 0"

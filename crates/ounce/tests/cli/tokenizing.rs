@@ -36,7 +36,7 @@ fn peaks(lab: &Lab, model: &str, file: &str) -> (u64, u64) {
     });
     let request = json!({ "Tokenize": {
         "tokenizer": lab.path(model), "cache_dir": lab.path("tokens"), "streams": [[lab.path(file)]],
-        "rows": rows, "prompt": null, "n_threads": 2,
+        "rows": rows, "prompt": null, "n_threads": 2, "now_s": 0,
     } });
     let mut child = lab.command(&["__tokenize"]);
     let mut child = child.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
