@@ -1,6 +1,6 @@
 //! Plan and graph to tasks: everything that can be looked up before the first step.
 //!
-//! Idea: a task is 16 bytes and four per operand, because a step has thousands. Sizes are not in it:
+//! Idea: a task is 24 bytes and four per operand, because a step has thousands. Sizes are not in it:
 //! they follow from the op (one table entry per op of the graph) and the number of tokens. Offsets
 //! are in units of 64 bytes, which is what plans align to.
 //!

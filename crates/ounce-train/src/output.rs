@@ -169,7 +169,7 @@ fn lock(dir: &Path) -> Result<File> {
     }
 }
 
-/// Removes the settings of a run whose model is replaced by one of no run: they would be taken for those of the new one.
+/// Removes the settings of a run whose model is replaced by one of no run, of which they would be taken to speak.
 ///
 /// # Errors
 /// A failed removal.

@@ -65,7 +65,7 @@ impl SpecialIds {
     }
 }
 
-/// Adds the tokens of `added_tokens.json` and of `added_tokens_decoder` in `tokenizer_config.json`, which a `vocab.json`
+/// Adds the tokens of `added_tokens.json` and of `added_tokens_decoder` in `tokenizer_config.json`, which `vocab.json`
 /// does not have. Special are those that the latter calls so, or that a configuration names.
 ///
 /// # Errors
