@@ -4,7 +4,8 @@
 //! slices, plus the thread pool they run on.
 //! Scratch memory comes from the caller, who asks a pure `*_scratch_elems` function for its size.
 //! Results do not depend on the number of threads, on blocking, on how the token axis is cut into
-//! calls, or on the instruction set that was chosen at run time.
+//! calls, or on the instruction set that was chosen at run time, but for products in bf16, which AVX-512 BF16
+//! adds in another order ([`tier`]).
 //!
 //! ```
 //! use ounce_kernels::{gemm, pool::Pool, view::FloatType};

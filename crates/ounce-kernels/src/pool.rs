@@ -1,7 +1,8 @@
 //! A thread pool with static partitions, and the one place where threads share a mutable slice.
 //!
 //! Idea: every kernel is one call of [`Pool::run`]; thread `i` of `n` computes its part of the
-//! outputs from `(i, n)` alone, so there is no queue and no stealing, and a run is reproducible.
+//! outputs from `(i, n)` alone, or takes items of unequal size from a common counter ([`Pool::run_items`]), where each
+//! item's result depends on the item alone. So there is no stealing within outputs, and a run is reproducible.
 //! The caller is thread 0; the others spin for a moment, because kernels follow each other within
 //! microseconds, and then sleep, because the machine may be shared.
 //!

@@ -11,6 +11,8 @@
 //! Complexity: 2^k subsets (k <= 16, typically 3 to 5) for the first filter, then one emission per
 //! survivor and chunk length. Source: [Zhao23], with exact enumeration instead of an ILP.
 
+use std::collections::BTreeMap;
+
 use ounce_ir::{EntityId, OpId, ValueId};
 
 use crate::context::Context;
@@ -176,10 +178,9 @@ fn undominated_subsets(
         .iter()
         .map(|g| g.iter().map(|&v| cx.value_bytes(v, cx.micro_tokens())).sum())
         .collect();
-    let n_forward = |seq: &[OpId]| -> f64 {
-        let own = |op: &&OpId| cx.forward[s].contains(op);
-        seq.iter().filter(own).map(|&op| cost_s(op)).sum()
-    };
+    // Priced once: subsets are many.
+    let prices: BTreeMap<OpId, f64> = cx.forward[s].iter().map(|&op| (op, cost_s(op))).collect();
+    let n_forward = |seq: &[OpId]| -> f64 { seq.iter().filter_map(|op| prices.get(op)).sum() };
     let mut subsets: Vec<(u32, u64, f64)> = (0..1_u32 << groups.len())
         .map(|mask| {
             let saved = (0..groups.len()).filter(|i| mask & (1 << i) != 0).map(|i| bytes[i]).sum();
