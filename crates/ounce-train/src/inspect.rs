@@ -5,7 +5,9 @@
 use std::path::{Path, PathBuf};
 
 use ounce_io::dataset::has_conversations;
-use ounce_io::{EncodedRow, FileNotes, IdTable, RowTokens, TextPieces, Tokenizer, Words};
+use ounce_io::{
+    EncodedRow, FileNotes, IdTable, PieceStart, RowTokens, TextPieces, Tokenizer, Words,
+};
 use serde::Serialize;
 
 use crate::limits::Limits;
@@ -153,7 +155,9 @@ fn text_record(
     let (mut tokens, mut rows, mut ids, mut words) = (0, 0, Vec::new(), Words::default());
     while let Some(piece) = pieces.next_piece()? {
         ids.clear();
-        rows += u64::from(matches!(piece.start, ounce_io::PieceStart::Row { .. }));
+        rows += u64::from(matches!(piece.start, PieceStart::Row { .. }));
+        let is_joined = piece.start == PieceStart::Row { joined: true };
+        tokens += u64::from(is_joined && tokenizer.eos_id().is_some());
         tokenizer.encode_piece(&piece, &mut words, &mut ids)?;
         tokens += ids.len() as u64;
     }
