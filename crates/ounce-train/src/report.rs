@@ -38,7 +38,7 @@ pub struct DoneRecord {
     pub steps: u64,
     /// Tokens of all steps over their time.
     pub tokens_per_s: f64,
-    /// Peak that the plan promised, process baseline included.
+    /// Peak that was promised of all phases, process baseline included; timing kernels may be the largest of them.
     pub plan_peak_bytes: u64,
     /// The budget.
     pub budget_bytes: u64,

@@ -421,11 +421,20 @@ impl Session {
         )
     }
 
+    /// What timing kernels took, if they were timed, which is once on a machine.
+    fn timed_peak_bytes(&self) -> Option<u64> {
+        (self.touched_bytes > 0).then(|| self.baseline.bytes() + self.touched_bytes)
+    }
+
+    /// Peak of the process over all plans, and over timing kernels before them.
+    pub(crate) fn whole_peak_bytes(&self) -> u64 {
+        self.peak_bytes.max(self.timed_peak_bytes().unwrap_or(0))
+    }
+
     /// What each phase takes. Saving streams from where training has left the tensors: nothing is added.
     fn phases(&self) -> Vec<PhaseRecord> {
         let peak = |program: &Program| program.certificate.peak_bytes;
-        // Only where kernels were timed, which is once on a machine.
-        let timed = (self.touched_bytes > 0).then(|| self.baseline.bytes() + self.touched_bytes);
+        let timed = self.timed_peak_bytes();
         let loaded = self.baseline.bytes() + self.main().stored_bytes;
         [
             ("tokenize", Some(self.baseline.tokenizing_peak_bytes())),

@@ -205,7 +205,7 @@ impl Run<'_> {
             done: true,
             steps: self.n_steps,
             tokens_per_s: if tokens == 0 { 0.0 } else { tokens as f64 / seconds },
-            plan_peak_bytes: self.session.peak_bytes,
+            plan_peak_bytes: self.session.whole_peak_bytes(),
             budget_bytes: self.session.budget_bytes,
             rss_peak_bytes: peak_resident_bytes(),
             eval_loss: self.place.eval_loss,

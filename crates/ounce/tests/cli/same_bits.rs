@@ -32,6 +32,7 @@ fn many_micro_batches_are_planned_within_the_budget() {
         let done = lines.last().unwrap();
         let bytes = |key: &str| done[key].as_u64().unwrap();
         assert!(bytes("rss_peak_bytes") <= bytes("budget_bytes"), "{rows} rows: {done}");
+        assert!(bytes("rss_peak_bytes") <= bytes("plan_peak_bytes"), "{rows} rows: {done}");
     }
 }
 
