@@ -48,7 +48,8 @@ const LEAST_ROW_BYTES: u64 = 256 << 10;
 /// as ours and as the template's, and what the template makes of them, twice.
 const ROW_SHARE: u64 = 10;
 
-const JSON_HINT: &str = "each row must be an object like {\"text\": \"...\"} or {\"messages\": [...]}, on one line or in an array";
+const JSON_HINT: &str = "each row must be an object like {\"text\": \"...\"} or {\"messages\": [...]}, on one line \
+                         or in an array";
 
 /// What to do with a row that cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
