@@ -28,6 +28,8 @@ use crate::{Environment, Error, EvalRecord, Observer, Result, Settings, StepReco
 const MAX_POINTS: usize = 4096;
 /// Between two flushes of the events, for whoever watches.
 const FLUSH_EVERY: Duration = Duration::from_secs(10);
+/// How long the directory of another run is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 /// The file of the numbers of every step.
 const METRICS: &str = "metrics.jsonl";
 
@@ -156,10 +158,16 @@ impl Staged {
     }
 }
 
-/// Takes the output directory for this run alone.
+/// Takes the output directory for this run alone. A run that was just killed may take a moment to be gone.
 fn lock(dir: &Path) -> Result<File> {
     let file = File::open(dir).map_err(|e| Error::file(dir, &e))?;
-    match file.try_lock() {
+    let begun = Instant::now();
+    let mut locked = file.try_lock();
+    while matches!(locked, Err(TryLockError::WouldBlock)) && begun.elapsed() < LOCK_PATIENCE {
+        std::thread::sleep(LOCK_PATIENCE / 20);
+        locked = file.try_lock();
+    }
+    match locked {
         Err(TryLockError::WouldBlock) => Err(Error::Usage {
             message: format!("another run is writing to {}", dir.display()),
             hint: "wait for it or stop it, or give another `--output-dir`".to_owned(),
