@@ -6,7 +6,7 @@ use ounce_check::check;
 use ounce_ir::{Graph, OpId, OptimizerKind};
 use ounce_models::Purpose;
 use ounce_plan::{Frontier, PlanOptions, explain};
-use ounce_program::{FixedMachine, Instr, LoopOrder, Plan, StepShape};
+use ounce_program::{FixedMachine, Instr, LoopOrder, Machine, Plan, StepShape};
 
 fn training_graph(model: &str, clip: bool) -> Graph {
     let config = ounce_models::preset(model).expect("a preset trains");
@@ -34,6 +34,44 @@ fn gpt2_fits_in_a_third_of_what_keeping_everything_takes() {
     }
     let roomy = frontier.plan(2500 << 20).expect("fits").certificate;
     assert!(roomy.step_s < 1.03 * roomy.step_bound_s, "within 3 % of the bound: {roomy:?}");
+}
+
+/// A machine on which a token costs more in a long chunk than in a short one, as where caches are small.
+struct SmallCaches(FixedMachine);
+
+impl Machine for SmallCaches {
+    fn n_threads(&self) -> u32 {
+        self.0.n_threads()
+    }
+
+    fn scratch_bytes(&self, graph: &Graph, op: OpId, n_tokens: u64) -> u64 {
+        self.0.scratch_bytes(graph, op, n_tokens)
+    }
+
+    fn cost_s(&self, graph: &Graph, op: OpId, shape: &StepShape, n_tokens: u64) -> f64 {
+        self.0.cost_s(graph, op, shape, n_tokens) * (1.0 + n_tokens as f64 / 64.0)
+    }
+
+    fn baseline_bytes(&self) -> u64 {
+        self.0.baseline_bytes()
+    }
+}
+
+#[test]
+fn no_plan_beats_its_bound_where_short_chunks_are_the_cheaper_ones() {
+    let graph = training_graph("gpt2", false);
+    let machine = SmallCaches(FixedMachine::default());
+    let shape = StepShape::new(1, 2048);
+    let frontier = Frontier::solve(&graph, &shape, &machine, &PlanOptions::default());
+    let (smallest, largest) =
+        (frontier.smallest_bytes(), frontier.points().last().expect("a frontier has points").0);
+    for k in 0..=8 {
+        let budget = smallest + (largest - smallest) * k / 8;
+        let plan = frontier.plan(budget).expect("fits");
+        let c = plan.certificate;
+        assert!(c.step_bound_s <= c.step_s, "{budget} bytes: {c:?}");
+        check(&graph, &plan, &machine).expect("the checker accepts the plan");
+    }
 }
 
 /// How many tokens each op runs on, all its runs together.
