@@ -120,6 +120,24 @@ fn say(user: &str, assistant: &str) -> String {
 }
 
 #[test]
+fn a_template_knows_the_special_tokens_of_either_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, value: Value| {
+        std::fs::write(dir.path().join(name), value.to_string()).unwrap();
+    };
+    write(
+        "tokenizer_config.json",
+        json!({ "bos_token": "<b>", "chat_template": "{{ bos_token }}|{{ eos_token }}" }),
+    );
+    write(
+        "special_tokens_map.json",
+        json!({ "bos_token": "<other>", "eos_token": { "content": "<e>" } }),
+    );
+    let template = ChatTemplate::load(dir.path(), 0, false, |_| false).unwrap();
+    assert_eq!(template.render(&[], None, false).unwrap().text, "<b>|<e>");
+}
+
+#[test]
 fn every_format_is_found_out_and_only_answers_with_their_end_are_supervised() {
     let turn = |role: &str, content: &str| json!({ "role": role, "content": content });
     let said = |from: &str, value: &str| json!({ "from": from, "value": value });

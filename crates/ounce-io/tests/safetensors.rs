@@ -246,6 +246,16 @@ fn impossible_headers_are_refused_before_anything_is_allocated() {
 }
 
 #[test]
+fn shapes_of_more_dims_than_any_tensor_has_are_refused() {
+    let header = |n: usize| {
+        let ones = vec!["1"; n].join(",");
+        format!(r#"{{"a":{{"dtype":"F32","shape":[{ones}],"data_offsets":[0,4]}}}}"#)
+    };
+    assert!(open_bytes(&raw(&header(8), 4)).is_ok());
+    assert!(fault(&raw(&header(9), 4)).contains("at most 8 sizes"));
+}
+
+#[test]
 fn headers_that_lie_about_their_tensors_are_refused() {
     let one = |dtype: &str, shape: &str, offsets: &str, n: usize| {
         let header =

@@ -621,6 +621,7 @@ mod tests {
             "dropout": 0.2,
             "precision": "bf16",
             "precision_overrides": { "rope": "f32" },
+            "sample_prompt": "a\u{7f}\u{85}\u{2028}\u{feff}\n\u{1}b: \"é\"",
         });
         let s = resolve("", flags).unwrap();
         assert_eq!(resolve(&s.to_yaml(), json!({})).unwrap(), s);

@@ -213,6 +213,28 @@ fn weights_that_the_last_update_broke_are_not_published() {
     assert!(!lab.path("out/checkpoint-1").exists());
 }
 
+#[test]
+fn a_model_whose_weights_are_broken_generates_nothing() {
+    let lab = Lab::llama();
+    let path = lab.path("model/model.safetensors");
+    let mut file = std::fs::read(&path).unwrap();
+    let header_bytes = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    file[8 + header_bytes..].fill(0xff);
+    std::fs::write(&path, file).unwrap();
+    let error = lab.fail(5, &words("generate --model model --prompt a --max-new-tokens 3"));
+    assert!(error.contains("not finite"), "{error}");
+}
+
+/// What a former run recorded beside its model, its precision above all, is not said of one that replaces it.
+#[test]
+fn a_model_of_no_run_has_no_settings_of_one() {
+    let lab = Lab::llama();
+    std::fs::create_dir(lab.path("out")).unwrap();
+    std::fs::write(lab.path("out/run.yaml"), "precision: bf16\n").unwrap();
+    lab.succeed(&words("export --model model --format hf --output-dir out"));
+    assert!(lab.path("out/model.safetensors").exists() && !lab.path("out/run.yaml").exists());
+}
+
 /// Numbers of a configuration that no kernel can work with.
 #[test]
 fn a_configuration_that_cannot_be_computed_is_refused_by_name() {

@@ -239,6 +239,23 @@ fn a_run_that_leaves_f16_leaves_its_scale_behind() {
     assert!(losses.iter().all(|&(_, loss)| loss < 5.0), "{losses:?}");
 }
 
+/// The lower halves of bf16's masters belong to the weights, not to the optimizer that has changed.
+#[test]
+fn another_optimizer_keeps_the_exact_masters() {
+    let lab = gpt2();
+    let run = "train --model model --data train.txt --max-length 64 --per-device-train-batch-size 4 --precision bf16 \
+        --lr-scheduler-type constant --sample-steps 0 --output-dir out --save-steps 1";
+    lab.succeed(&words(&format!("{run} --learning-rate 1e-3 --max-steps 1")));
+    let sgd = format!("{run} --optimizer sgd --learning-rate 0 --max-steps 2");
+    lab.succeed(&words(&format!("{sgd} --resume-from-checkpoint auto --override")));
+    // SGD has no other state.
+    let file = std::fs::read(lab.path("out/checkpoint-2/optimizer.safetensors")).unwrap();
+    let header_bytes = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let halves = &file[8 + header_bytes..];
+    let n_set = halves.chunks_exact(2).filter(|half| **half != [0, 0]).count();
+    assert!(n_set * 4 > halves.len(), "{n_set} of {} halves are not zero", halves.len() / 2);
+}
+
 #[test]
 fn two_runs_in_one_directory_are_refused_and_so_is_a_checkpoint_as_one() {
     let lab = gpt2();

@@ -97,6 +97,42 @@ fn an_evaluation_that_was_interrupted_is_made_up_for_and_no_event_is_lost() {
     assert_eq!((count(b"train/loss"), count(b"eval/loss")), (1 + 3, 3));
 }
 
+/// A stop before the first step of a run that goes on: the checkpoint it stands on is not written again.
+#[test]
+fn a_run_that_is_stopped_on_its_checkpoint_writes_no_second_one() {
+    use std::os::unix::fs::MetadataExt;
+    let lab = Lab::with_model(&words("--arch gpt2 --n-layers 1 --hidden-size 32"));
+    let text = std::fs::read_to_string(crate::lab::SHAKESPEARE).unwrap();
+    std::fs::write(lab.path("long.txt"), &text[..400_000]).unwrap();
+    let run = format!("{RUN} --sample-steps 0 --output-dir out --save-steps 2");
+    let (code, _) = stop(&lab, &format!("{run} --max-steps 100000"), "TERM", first_step);
+    assert_eq!(code, Some(143));
+    let newest = || {
+        let entries =
+            std::fs::read_dir(lab.path("out")).unwrap().map(|entry| entry.unwrap().path());
+        let step = |path: &std::path::Path| {
+            path.to_str()?.rsplit_once("checkpoint-")?.1.parse::<u64>().ok()
+        };
+        entries.filter_map(|path| Some((step(&path)?, path))).max().unwrap()
+    };
+    let (step, path) = newest();
+    let inode = || std::fs::metadata(path.join("optimizer.safetensors")).unwrap().ino();
+    let before = inode();
+    // The evaluation of that step is made up for, which takes long enough to be stopped in.
+    let events = || {
+        let entries = std::fs::read_dir(lab.path("out")).unwrap();
+        entries
+            .filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().contains("tfevents"))
+            .count()
+    };
+    let resume = format!(
+        "{run} --max-steps 100000 --eval-data long.txt --eval-steps {step} --resume-from-checkpoint auto"
+    );
+    let (code, error) = stop(&lab, &resume, "TERM", |_| events() == 2);
+    assert_eq!(code, Some(143), "{error}");
+    assert_eq!((newest().0, inode()), (step, before), "{error}");
+}
+
 #[test]
 fn stopped_while_tokenizing_nothing_is_left() {
     let lab = Lab::empty();
