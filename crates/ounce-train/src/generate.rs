@@ -4,6 +4,8 @@
 //! of the likeliest ids; above 0, an id is drawn by a random number that is a pure function of (seed,
 //! position). Ids that the tokenizer does not have are never taken.
 
+use std::ops::ControlFlow;
+
 use ounce_exec::{Arena, StepInputs};
 use ounce_kernels::philox::philox4x32_10;
 use serde::Serialize;
@@ -48,7 +50,7 @@ pub(crate) struct Sampler<'a> {
     pub(crate) stop_ids: &'a [u32],
 }
 
-/// The command: continues a prompt, handing out text as it comes.
+/// The command: continues a prompt, handing out text as it comes, until `on_text` breaks off.
 ///
 /// # Errors
 /// Wrong settings or model; a budget that does not fit; a request to stop.
@@ -57,7 +59,7 @@ pub fn generate(
     wanted: &GenerateSettings,
     env: &Environment,
     observer: &mut dyn Observer,
-    on_text: &mut dyn FnMut(&str),
+    on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<GenerateRecord> {
     if !(wanted.temperature.is_finite() && wanted.temperature >= 0.0) {
         return Err(Error::Usage {
@@ -110,7 +112,7 @@ pub fn generate(
     let mut text = String::new();
     let mut emit = |piece: &str| {
         text.push_str(piece);
-        on_text(piece);
+        on_text(piece)
     };
     let program = session.sample.as_ref().expect("decoding has a plan");
     let prompt = &answer.prompt_ids;
@@ -119,7 +121,7 @@ pub fn generate(
     Ok(GenerateRecord { text, token_ids, prompt_tokens: prompt.len() as u64 })
 }
 
-/// Continues a prompt with the parameters that are in the arena; returns the new ids.
+/// Continues a prompt with the parameters that are in the arena, until `emit` breaks off; returns the new ids.
 pub(crate) fn sample_text(
     program: &Program,
     arena: &mut Arena,
@@ -127,7 +129,7 @@ pub(crate) fn sample_text(
     prompt: &[u32],
     sampler: &Sampler<'_>,
     observer: &mut dyn Observer,
-    emit: &mut dyn FnMut(&str),
+    emit: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Vec<u32>> {
     let mut batch = Batch::new(program.shape, program.vocab_size);
     let mut stream = TextStream::default();
@@ -164,9 +166,11 @@ pub(crate) fn sample_text(
             break;
         }
         ids.push(id);
-        emit(&stream.push(table, id));
+        if emit(&stream.push(table, id)).is_break() {
+            return Ok(ids.split_off(n_prompt));
+        }
     }
-    emit(&stream.finish());
+    let _ = emit(&stream.finish());
     Ok(ids.split_off(n_prompt))
 }
 

@@ -47,7 +47,7 @@ pub struct InitSettings {
     pub model: ModelShape,
     /// `char`, `bpe`, a model directory, or a `tokenizer.json`.
     pub tokenizer: String,
-    /// Ids of a `bpe` tokenizer.
+    /// Most ids of a `bpe` tokenizer; with another tokenizer those of the model, which may be more than it has.
     pub vocab_size: Option<u64>,
     /// Text that the tokenizer is trained on.
     pub data: Vec<PathBuf>,
@@ -85,17 +85,9 @@ pub fn init(wanted: &InitSettings) -> Result<InitRecord> {
     let n_ids = tokenizer.vocab_size() as u64;
     let mut config = match given {
         Some(config) => config,
-        None => from_sizes(&wanted.model, n_ids)?,
+        None => from_sizes(&wanted.model, model_vocab(wanted, n_ids))?,
     };
-    if n_ids > config.vocab_size() {
-        return Err(Error::Input {
-            message: format!(
-                "the tokenizer has {n_ids} ids, the configuration's vocab_size is {}",
-                config.vocab_size()
-            ),
-            hint: format!("set vocab_size to at least {n_ids} in the configuration"),
-        });
-    }
+    check_vocab(wanted, n_ids, config.vocab_size())?;
     config.set_special_tokens(SpecialTokens {
         bos: tokenizer.bos_id().map(u64::from),
         eos: tokenizer.eos_id().map(u64::from).into_iter().collect(),
@@ -131,6 +123,35 @@ fn check_target(dir: &Path) -> Result<()> {
         message: format!("{}: holds a model whose weights are not fresh", dir.display()),
         hint: "choose another `--output-dir`, or remove the model first".to_owned(),
     })
+}
+
+/// Ids of a model from sizes whose tokenizer has `n_ids`.
+fn model_vocab(wanted: &InitSettings, n_ids: u64) -> u64 {
+    // A text may have fewer pairs to merge than a `bpe` tokenizer was allowed.
+    wanted.vocab_size.filter(|_| wanted.tokenizer != "bpe").unwrap_or(n_ids)
+}
+
+/// Refuses a vocabulary of the model that is smaller than its tokenizer's, or another one than was asked for.
+fn check_vocab(wanted: &InitSettings, n_ids: u64, vocab_size: u64) -> Result<()> {
+    let is_given = matches!(wanted.model, ModelShape::Config(_));
+    let usage = |message, hint| Err(Error::Usage { message, hint });
+    match wanted.vocab_size {
+        Some(asked) if is_given && wanted.tokenizer != "bpe" && asked != vocab_size => usage(
+            format!("`--vocab-size {asked}`: the configuration's vocab_size is {vocab_size}"),
+            "the configuration decides; leave out one of them".to_owned(),
+        ),
+        Some(asked) if !is_given && n_ids > vocab_size => usage(
+            format!("`--vocab-size {asked}`: the tokenizer has {n_ids} ids"),
+            format!("give at least `--vocab-size {n_ids}`, or leave it out"),
+        ),
+        _ if n_ids > vocab_size => Err(Error::Input {
+            message: format!(
+                "the tokenizer has {n_ids} ids, the configuration's vocab_size is {vocab_size}"
+            ),
+            hint: format!("set vocab_size to at least {n_ids} in the configuration"),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Trains or copies the tokenizer into `dir`.
@@ -189,6 +210,13 @@ fn from_sizes(shape: &ModelShape, vocab_size: u64) -> Result<ModelConfig> {
         });
     }
     let config = if family == Family::Gpt2 {
+        if n_kv_heads.is_some_and(|n| n != n_heads) {
+            return Err(Error::Usage {
+                message: "`--n-kv-heads`: every head of gpt2 has keys and values of its own"
+                    .to_owned(),
+                hint: "leave it out, or choose another `--arch`".to_owned(),
+            });
+        }
         json!({
             "model_type": "gpt2", "vocab_size": vocab_size, "n_positions": context_length,
             "n_embd": hidden_size, "n_layer": n_layers, "n_head": n_heads,

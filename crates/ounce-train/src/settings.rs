@@ -507,9 +507,15 @@ fn read_yaml(path: &Path) -> Result<Map<String, Value>> {
         let line = e.location().map_or(1, |l| l.line());
         usage(format!("{file}:{line}: {e}"), "the file is a mapping of settings, `key: value`")
     })?;
+    // That map holds the last of a key's values; YAML's own refuses a second one.
+    if let Err(e) = serde_yaml_ng::from_str::<serde_yaml_ng::Mapping>(&text) {
+        let second = map.keys().find_map(|key| lines_of(&text, key).nth(1));
+        let line = second.or(e.location().map(|l| l.line())).unwrap_or(1);
+        return Err(usage(format!("{file}:{line}: {e}"), "give each key once"));
+    }
     let known = Settings::default().to_map();
     for (key, value) in &mut map {
-        let line = line_of(&text, key);
+        let line = lines_of(&text, key).next().unwrap_or(1);
         // One file needs no list.
         if known.get(key).is_some_and(Value::is_array) && !value.is_array() {
             *value = Value::Array(vec![value.take()]);
@@ -535,14 +541,14 @@ fn read_yaml(path: &Path) -> Result<Map<String, Value>> {
     Ok(map)
 }
 
-/// The line on which a top-level key stands.
-fn line_of(text: &str, key: &str) -> usize {
+/// The lines on which a top-level key stands.
+fn lines_of<'a>(text: &'a str, key: &'a str) -> impl Iterator<Item = usize> + 'a {
     let quotes = ['"', '\''];
-    let starts = |l: &str| {
+    let starts = move |l: &str| {
         let behind = l.trim_start_matches(quotes).strip_prefix(key);
         behind.is_some_and(|rest| rest.trim_start_matches(quotes).trim_start().starts_with(':'))
     };
-    text.lines().position(starts).map_or(1, |i| i + 1)
+    text.lines().enumerate().filter(move |(_, l)| starts(l)).map(|(i, _)| i + 1)
 }
 
 /// The candidate most like `word`, if any is alike.
@@ -577,6 +583,16 @@ mod tests {
         let e = resolve("max_steps: 7\nlerning_rate: 1\n", json!({})).unwrap_err().to_string();
         assert!(e.contains(":2: unknown setting `lerning_rate`"), "{e}");
         assert!(e.ends_with("hint: the nearest setting is `learning_rate`"), "{e}");
+    }
+
+    #[test]
+    fn a_key_that_is_given_twice_is_refused() {
+        let e =
+            resolve("max_steps: 7\nseed: 1\nmax_steps: 9\n", json!({})).unwrap_err().to_string();
+        assert!(e.contains(":3: duplicate entry with key \"max_steps\""), "{e}");
+        let e =
+            resolve("seed: 1\ndata: [{path: a, path: b}]\n", json!({})).unwrap_err().to_string();
+        assert!(e.contains(":2: data[0]: duplicate entry with key \"path\""), "{e}");
     }
 
     #[test]

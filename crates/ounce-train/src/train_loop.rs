@@ -1,5 +1,6 @@
 //! Training: settings to plans, plans to steps, steps to a model directory.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use ounce_io::checkpoint::Checkpoint;
@@ -76,6 +77,8 @@ fn train_from(
         Some(checkpoint) => Model::at(checkpoint.path())?,
         None => Model::open(settings, env)?,
     };
+    // Settings that are kept name the length, whether it was given or is the model's.
+    let settings = &Settings { max_length: Some(model.max_length(settings)), ..settings.clone() };
     let (plans, limits) = (wanted(settings, &model), Limits::of(settings));
     check_tokenizing(&model, &plans, &limits, env)?;
     check_files(settings)?;
@@ -321,7 +324,10 @@ impl Run<'_> {
             stop_ids: &self.data.stop_ids,
         };
         let mut text = self.settings.sample_prompt.clone();
-        let mut append = |piece: &str| text.push_str(piece);
+        let mut append = |piece: &str| {
+            text.push_str(piece);
+            ControlFlow::Continue(())
+        };
         let (table, prompt) = (&self.data.table, &self.data.prompt_ids);
         let sampled = sample_text(
             program,

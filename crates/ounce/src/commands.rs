@@ -1,6 +1,7 @@
 //! One function per command: flags to settings, a call into `ounce-train`, the result printed.
 
 use std::io::{IsTerminal, Read};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
@@ -11,7 +12,7 @@ use ounce_train::{
     format_bytes,
 };
 
-use crate::console::{Console, print_err, print_json, print_out};
+use crate::console::{Console, print_err, print_json, print_out, print_while_read};
 use crate::export::export;
 use crate::flags::{
     BenchFlags, BenchStepFlags, BenchWhat, Command, DataFlags, DataWhat, DoctorFlags,
@@ -177,9 +178,7 @@ fn generate(flags: GenerateFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
     let json = flags.run.json;
     let mut console = Console::new(json, None, signal.clone());
     let mut print = |text: &str| {
-        if !json {
-            print_out(text);
-        }
+        if json { ControlFlow::Continue(()) } else { print_while_read(text) }
     };
     let record =
         ounce_train::generate(&settings, &wanted, &environment()?, &mut console, &mut print)?;

@@ -4,6 +4,7 @@
 //! lines: one at step 1, then one every `logging_steps`, or every few seconds if that is not given.
 
 use std::io::{ErrorKind, IsTerminal, Write};
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -25,15 +26,22 @@ pub(crate) fn print_json(record: &impl Serialize) {
 /// Why standard output could not be written, if it could not.
 static OUTPUT_FAULT: OnceLock<String> = OnceLock::new();
 
-/// Prints text on stdout. A closed pipe is nobody reading, which is no failure of ours; anything else is told at the
-/// end.
+/// Prints text on stdout.
 pub(crate) fn print_out(text: &str) {
+    let _ = print_while_read(text);
+}
+
+/// Prints text on stdout, and breaks off where nobody takes it. A closed pipe is no failure of ours; anything else is
+/// told at the end.
+pub(crate) fn print_while_read(text: &str) -> ControlFlow<()> {
     let mut out = std::io::stdout().lock();
-    if let Err(e) = out.write_all(text.as_bytes()).and_then(|()| out.flush())
-        && e.kind() != ErrorKind::BrokenPipe
-    {
+    let Err(e) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) else {
+        return ControlFlow::Continue(());
+    };
+    if e.kind() != ErrorKind::BrokenPipe {
         OUTPUT_FAULT.get_or_init(|| e.to_string());
     }
+    ControlFlow::Break(())
 }
 
 /// Whether all that was printed on stdout arrived.

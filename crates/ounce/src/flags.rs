@@ -432,7 +432,7 @@ pub(crate) struct InitFlags {
     /// `char` or `bpe` (trained on --data), a model directory, or a tokenizer.json
     #[arg(long, value_name = "KIND")]
     pub(crate) tokenizer: String,
-    /// Size of the `bpe` vocabulary [default: 1024]
+    /// Size of the `bpe` vocabulary [default: 1024]; of the model's with another tokenizer [default: the tokenizer's]
     #[arg(long, value_name = "N")]
     pub(crate) vocab_size: Option<u64>,
     /// Text that the tokenizer is trained on; repeatable

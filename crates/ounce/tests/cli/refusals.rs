@@ -35,8 +35,17 @@ fn wrong_usage_names_the_nearest_match() {
         ("train --max-steps 0", "at least 1"),
         ("plan --data x", "`--model DIR`"),
         ("init --output-dir m --arch gpt2 --tokenizer char", "`--data FILE`"),
+        (
+            "init --output-dir m --arch gpt2 --tokenizer char --data abc.txt --vocab-size 2",
+            "--vocab-size 3",
+        ),
+        (
+            "init --output-dir m --arch gpt2 --tokenizer char --data abc.txt --n-kv-heads 2",
+            "leave it out",
+        ),
         ("bench step --model gpt3", "tinyllama-1.1b"),
     ];
+    std::fs::write(lab.path("abc.txt"), "abc").unwrap();
     for (line, hint) in hints {
         let error = lab.fail(2, &words(line));
         assert!(error.lines().last().unwrap().contains(hint), "{line}: {error}");

@@ -55,6 +55,19 @@ fn check_checkpoints(precision: &str, steps_to_try: impl IntoIterator<Item = usi
     lab.succeed(&words("generate --model whole/checkpoint-3 --prompt ROMEO: --max-new-tokens 3"));
 }
 
+/// The length of gpt2's rows is 64 in the model already.
+#[test]
+fn a_length_that_is_the_model_s_is_the_same_whether_it_is_given_or_not() {
+    let lab = gpt2();
+    let run = RUN.replace("--max-length 64 --max-steps 8", "--max-steps 2");
+    lab.succeed(&words(&format!("{run} --output-dir out --save-steps 1")));
+    let settings = std::fs::read_to_string(lab.path("out/run.yaml")).unwrap();
+    assert!(settings.contains("max_length: 64"), "{settings}");
+    let resume = format!("{run} --output-dir on --resume-from-checkpoint out/checkpoint-1");
+    lab.succeed(&words(&format!("{resume} --max-length 64")));
+    lab.fail(2, &words(&format!("{resume} --max-length 32")));
+}
+
 #[test]
 fn an_interrupted_run_ends_with_the_signal_s_code_and_goes_on_by_itself() {
     let lab = gpt2();

@@ -1,6 +1,6 @@
 //! SIGINT and SIGTERM in every phase: the exit code, what is saved, and that a second one ends at once.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -171,6 +171,17 @@ fn commands_that_save_nothing_end_with_the_signal_s_code() {
         let (found, error) = stop(&lab, generate, signal, is_talking);
         assert_eq!(found, Some(code), "{error}");
     }
+}
+
+#[test]
+fn generating_ends_where_nobody_reads_on() {
+    let lab = Lab::with_model(&words("--arch gpt2 --n-layers 1 --hidden-size 32"));
+    let line = words("generate --model model --prompt ROMEO: --max-new-tokens 100000000");
+    let mut child = lab.command(&line).stdout(Stdio::piped()).spawn().unwrap();
+    let mut first = [0];
+    // The pipe is closed behind its first byte.
+    child.stdout.take().unwrap().read_exact(&mut first).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 /// Hundredths of a second that a process has used, on all its threads.
