@@ -300,7 +300,7 @@ fn clip_factor(op: &OpSpec, o: &Operands<'_>) -> f32 {
 /// The step's constants of AdamW; bias corrections in f64, where `beta^t` keeps its digits.
 fn adamw_hyper(inputs: &StepInputs<'_>, decay: bool, grad_scale: f32) -> AdamwHyper {
     let hyper = inputs.hyper;
-    let correction = |beta: f32| (1.0 - f64::from(beta).powf(inputs.update as f64)) as f32;
+    let correction = |beta: f32| (1.0 - libm::pow(f64::from(beta), inputs.update as f64)) as f32;
     AdamwHyper {
         lr: inputs.lr,
         beta1: hyper.beta1,

@@ -248,7 +248,7 @@ tiered! {
             }
         }
         let (max, sum) = max_and_sum(logits);
-        let loss = (max - logits[target]) + sum.ln();
+        let loss = (max - logits[target]) + libm::logf(sum);
         let Some(scale) = grad_scale else { return loss };
         let factor = scale / sum;
         if let Some(cap) = soft_cap {

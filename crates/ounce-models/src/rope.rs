@@ -229,7 +229,7 @@ impl RopeConfig {
                 // Within max_positions the base is multiplied by one to a power.
                 let grown = stretch - (factor - 1.0);
                 let base =
-                    if grown == 1.0 { self.theta } else { self.theta * grown.powf(exponent) };
+                    if grown == 1.0 { self.theta } else { self.theta * libm::pow(grown, exponent) };
                 (inverse(&powers(base, d)), 1.0)
             }
             RopeScaling::Yarn { .. } => self.yarn(d),
@@ -249,7 +249,7 @@ impl RopeConfig {
                 let computed = if factor <= 1.0 {
                     1.0
                 } else {
-                    (1.0 + factor.ln() / (original as f64).ln()).sqrt()
+                    (1.0 + libm::log(factor) / libm::log(original as f64)).sqrt()
                 };
                 (inv.collect(), attention_factor.unwrap_or(computed) as f32)
             }
@@ -274,7 +274,7 @@ impl RopeConfig {
         };
         let pair_of = |turns: f64| {
             let context = original_max_position_embeddings as f64;
-            d as f64 * (context / (turns * 2.0 * PI)).ln() / (2.0 * self.theta.ln())
+            d as f64 * libm::log(context / (turns * 2.0 * PI)) / (2.0 * libm::log(self.theta))
         };
         let (mut low, mut high) = (pair_of(beta_fast), pair_of(beta_slow));
         if truncate {
@@ -289,7 +289,7 @@ impl RopeConfig {
             let keep = 1.0 - ramp;
             (1.0 / (factor as f32 * p)) * (1.0 - keep) + (1.0 / p) * keep
         });
-        let scale_of = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
+        let scale_of = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * libm::log(factor) + 1.0 };
         let computed = match (mscale, mscale_all_dim) {
             (Some(m), Some(all)) if m != 0.0 && all != 0.0 => scale_of(m) / scale_of(all),
             _ => scale_of(1.0),
@@ -407,7 +407,7 @@ fn without_nulls(mut value: Value) -> Value {
 
 /// `theta^(2i/D)` for every pair: exponents in f32, powers in f64, rounded to f32.
 fn powers(theta: f64, head_dim: u64) -> Vec<f32> {
-    let power = |i: u64| theta.powf(f64::from(i as f32 / head_dim as f32)) as f32;
+    let power = |i: u64| libm::pow(theta, f64::from(i as f32 / head_dim as f32)) as f32;
     (0..head_dim).step_by(2).map(power).collect()
 }
 

@@ -183,7 +183,7 @@ fn choose(logits: &[f32], sampler: &Sampler<'_>, position: u64, weights: &mut [f
     }
     let mut total = 0.0;
     for (w, &x) in weights.iter_mut().zip(logits) {
-        *w = (f64::from(x - most) / sampler.temperature).exp();
+        *w = libm::exp(f64::from(x - most) / sampler.temperature);
         total += *w;
     }
     let key = [sampler.seed as u32, (sampler.seed >> 32) as u32];

@@ -61,7 +61,7 @@ impl Schedule {
         let share = match self.kind {
             SchedulerType::Constant => return self.peak,
             SchedulerType::Linear => 1.0 - progress,
-            SchedulerType::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
+            SchedulerType::Cosine => 0.5 * (1.0 + libm::cos(std::f64::consts::PI * progress)),
         };
         self.peak * (share * (1.0 - self.min_ratio) + self.min_ratio)
     }

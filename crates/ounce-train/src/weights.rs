@@ -48,8 +48,8 @@ fn normal_pair(a: u32, b: u32) -> (f64, f64) {
     // In (0, 1]: the logarithm of 0 does not exist.
     let u = (f64::from(a) + 1.0) / 4294967296.0;
     let angle = std::f64::consts::TAU * f64::from(b) / 4294967296.0;
-    let radius = (-2.0 * u.ln()).sqrt();
-    (radius * angle.cos(), radius * angle.sin())
+    let radius = (-2.0 * libm::log(u)).sqrt();
+    (radius * libm::cos(angle), radius * libm::sin(angle))
 }
 
 /// FNV-1a, 64 bits.

@@ -184,7 +184,7 @@ impl Forward<'_> {
             let at = token * h + head;
             // SAFETY: a (token, head) belongs to one block and so to one thread.
             let lse = unsafe { self.lse.range(at..at + 1) };
-            lse[0] = max + sum.ln();
+            lse[0] = max + libm::logf(*sum);
         }
         // SAFETY: as above, and `o` is `n_heads` heads wide.
         unsafe { self.o.store(tokens, head, d, o) };
