@@ -171,7 +171,7 @@ fn needed_residents(graph: &Graph, plan: &Plan) -> Vec<Needed> {
     for (v, value) in graph.values.iter().filter(|(v, _)| values[v.0 as usize]) {
         let data = Some(Thing::Value(v));
         let (before, after) = match value.kind {
-            ValueKind::Input(_) => (data, None),
+            ValueKind::Input(_) => (data, data),
             ValueKind::Scalar | ValueKind::Loss | ValueKind::Result => (None, data),
             ValueKind::Activation | ValueKind::Gradient | ValueKind::Sum(_) => continue,
         };

@@ -30,8 +30,8 @@
 //!   after op in program order, and is complete when it is read. Rounding is thus the same for all
 //!   plans of a step;
 //! * every backward and update op runs exactly once per token or step; forward ops and backward ops
-//!   read parameters from before the update, and afterwards parameters, states, loss, results and
-//!   scalars lie where the session looks for them;
+//!   read parameters from before the update, and afterwards data, parameters, states, loss, results
+//!   and scalars lie where the session looks for them;
 //! * an op writes over its own operands only where `Graph::in_place` lists the pair;
 //! * a transfer's source stays as it is and its destination is left alone until the wait, and every
 //!   transfer is waited for;
@@ -41,7 +41,7 @@
 //! # What is not
 //!
 //! That the graph is the derivative of the model (`ounce-passes` and the oracle's finite differences
-//! are about that) and is well formed, that kernels do what the op table says and need no more
+//! are about that; that it is well formed, `ounce_ir::verify` says, which is asked first), that kernels do what the op table says and need no more
 //! scratch than the machine promises, and that the predicted times are true.
 //!
 //! Complexity: `O((instructions x operands + buffers) log)`; no step of it looks at a whole table.
@@ -49,7 +49,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use ounce_ir::{Graph, Op, OpId, Phase, ValueId};
+use ounce_ir::{Graph, Op, OpId, Phase, ValueId, verify};
 use ounce_program::{BufferRef, GRANULE_TOKENS, Instr, Machine, Plan, Tag, Tier};
 
 use crate::buffers::{ALIGN_BYTES, Resident, check_packing, find_residents};
@@ -74,12 +74,15 @@ pub struct Proof {
 /// how many threads, and how large the process is outside the arena.
 ///
 /// # Errors
-/// The first defect, in the order: packing, resident buffers, instructions, what the step leaves
+/// The first defect, in the order: threads, graph, packing, resident buffers, instructions, what the step leaves
 /// behind, certificate.
 pub fn check(graph: &Graph, plan: &Plan, machine: &dyn Machine) -> Result<Proof, CheckError> {
     if plan.n_threads != machine.n_threads() {
         let (plan_threads, machine_threads) = (plan.n_threads, machine.n_threads());
         return Err(CheckError::Threads { plan_threads, machine_threads });
+    }
+    if let Some(defect) = verify(graph).err().and_then(|errors| errors.into_iter().next()) {
+        return Err(CheckError::Graph(defect));
     }
     let load_bytes = check_packing(graph, plan)?;
     let residents = find_residents(graph, plan)?;

@@ -73,6 +73,9 @@ pub enum CheckError {
     #[error("buffer {buffer} ({role:?}) has {bytes} bytes, but needs {need_bytes}{}", HINT)]
     ResidentTooSmall { buffer: BufferId, role: BufferRole, bytes: u64, need_bytes: u64 },
 
+    #[error("the graph itself is wrong: {0}")]
+    Graph(ounce_ir::VerifyError),
+
     // The certificate.
     #[error(
         "the plan is for {plan_threads} threads, but the machine has {machine_threads}{}",

@@ -394,6 +394,31 @@ impl<'a> Mutants<'a> {
         }
     }
 
+    /// Lets the scratch of runs lie in the largest buffer of such a role.
+    fn scratch_on_top_of(
+        &mut self,
+        what: &str,
+        victims: &[usize],
+        is_such: impl Fn(BufferRole) -> bool,
+    ) {
+        let such =
+            self.plan.buffers.iter().filter(|(_, b)| is_such(b.role) && b.tier == Tier::Host);
+        let Some((buffer, target)) = such.max_by_key(|(_, b)| b.bytes) else { return };
+        let fits = |&i: &usize| match &self.plan.instrs[i] {
+            Instr::Run { operands, .. } => {
+                operands.last().is_some_and(|scratch| scratch.bytes <= target.bytes)
+            }
+            _ => false,
+        };
+        let fitting: Vec<usize> = victims.iter().copied().filter(fits).collect();
+        for i in pick(&fitting) {
+            self.add(&format!("scratch on top of {what}"), self.show(i), |p| {
+                let scratch = last_reference(p, i);
+                *scratch = BufferRef { buffer, at: 0, bytes: scratch.bytes };
+            });
+        }
+    }
+
     fn wrong_scratch(&mut self) {
         let with_scratch = self.runs.iter().filter(|r| r.refs.len() > r.operands.len());
         let victims: Vec<usize> = with_scratch.map(|r| r.instr).collect();
@@ -408,27 +433,15 @@ impl<'a> Mutants<'a> {
                 }
             });
         }
-        // A parameter must survive the step, updated or not.
-        let params = self
-            .plan
-            .buffers
-            .iter()
-            .filter(|(_, b)| matches!(b.role, BufferRole::Param(_)) && b.tier == Tier::Host);
-        if let Some((buffer, param)) = params.max_by_key(|(_, b)| b.bytes) {
-            let fits = |&i: &usize| match &self.plan.instrs[i] {
-                Instr::Run { operands, .. } => {
-                    operands.last().is_some_and(|scratch| scratch.bytes <= param.bytes)
-                }
-                _ => false,
-            };
-            let fitting: Vec<usize> = victims.iter().copied().filter(fits).collect();
-            for i in pick(&fitting) {
-                self.add("scratch on top of a parameter", self.show(i), |p| {
-                    let scratch = last_reference(p, i);
-                    *scratch = BufferRef { buffer, at: 0, bytes: scratch.bytes };
-                });
-            }
-        }
+        // A parameter must survive the step, updated or not; so must the data.
+        self.scratch_on_top_of("a parameter", &victims, |role| {
+            matches!(role, BufferRole::Param(_))
+        });
+        let graph = self.graph;
+        self.scratch_on_top_of("data", &victims, |role| match role {
+            BufferRole::Session(v) => matches!(graph.values[v].kind, ValueKind::Input(_)),
+            _ => false,
+        });
         for i in pick(&without) {
             self.add("one operand too many", self.show(i), |p| {
                 if let Instr::Run { operands, .. } = &mut p.instrs[i] {

@@ -269,7 +269,10 @@ fn resolve(
 ) -> Result<Program> {
     let proof = ounce_check::check(graph, plan, machine)
         .map_err(|e| Error::Bug { message: format!("the checker refuses the plan: {e}") })?;
-    // Not the budget that the plan itself says it was made for.
+    // Not the step and the budget that the plan itself says it was made for.
+    if plan.shape != shape {
+        return Err(Error::Bug { message: format!("the plan is for {:?}", plan.shape) });
+    }
     if proof.peak_bytes > budget_bytes {
         let peak = format_bytes(proof.peak_bytes);
         return Err(Error::Bug {

@@ -133,6 +133,7 @@ fn every_kind_of_mutation_finds_victims_and_is_rejected_for_its_own_reason() {
         repeat a zero: ZeroedTwice
         run another op of this kind: Misread, OperandBytes, SumAfterUpdate, SumOrder
         scratch on top of a parameter: Misread, NotWritten
+        scratch on top of data: NotWritten
         shift an operand down by 64 bytes: Misread
         shift an operand up by 64 bytes: Misread, OutsideBuffer
         swap a run with its first reader: Misread, SumOrder
