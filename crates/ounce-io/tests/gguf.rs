@@ -356,3 +356,38 @@ fn what_is_not_supported_is_named() {
     );
     assert!(kind.contains("`tokenizer.ggml.model` is Some(\"plamo\")"), "{kind}");
 }
+
+/// The stretching of rotary positions in a file of a model with linear stretching, after its header was edited.
+fn stretching(edits: &[(&str, &str)]) -> Result<Value, IoError> {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut config, tensors) = llama(512);
+    config["rope_scaling"] = json!({"rope_type": "linear", "factor": 2.0});
+    write(dir.path(), &data("stories260k"), &(config, tensors), GgmlType::F16).unwrap();
+    let path = dir.path().join(GGUF_FILE);
+    let mut bytes = fs::read(&path).unwrap();
+    for (from, to) in edits {
+        let key = |name: &str| [&(name.len() as u64).to_le_bytes(), name.as_bytes()].concat();
+        let (from, to) = (key(from), key(to));
+        let at = bytes.windows(from.len()).position(|w| w == from).unwrap();
+        bytes.splice(at..at + from.len(), to);
+    }
+    // A header of another length moves the tensors, which are not read here.
+    bytes.extend([0; 64]);
+    fs::write(&path, bytes).unwrap();
+    Ok(GgufModel::open(&path)?.config()["rope_scaling"].clone())
+}
+
+#[test]
+fn rotary_stretching_is_read_as_llama_cpp_reads_it() {
+    let linear = json!({"rope_type": "linear", "factor": 2.0});
+    assert_eq!(stretching(&[]).unwrap(), linear);
+    // Without a type it is linear.
+    let kind = "llama.rope.scaling.type";
+    assert_eq!(stretching(&[(kind, "general.no_type")]).unwrap(), linear);
+    assert_eq!(stretching(&[("linear", "none")]).unwrap(), Value::Null);
+    let error = stretching(&[("linear", "longrope")]).unwrap_err().to_string();
+    assert!(error.contains("`llama.rope.scaling.type` is `longrope`"), "{error}");
+    let factor = ("llama.rope.scaling.factor", "llama.rope.scaling.attn_factor");
+    let error = stretching(&[factor]).unwrap_err().to_string();
+    assert!(error.contains("`llama.rope.scaling.attn_factor` is not 1"), "{error}");
+}
