@@ -272,14 +272,6 @@ impl Graph {
         let mut trained = self.params.values().filter(|p| p.trainable);
         trained.next().map_or(DType::F32, |p| p.dtype)
     }
-
-    /// Ops of one stage and phase, in program order.
-    pub fn stage_ops(&self, stage: StageId, phase: Phase) -> impl Iterator<Item = OpId> + '_ {
-        self.ops
-            .iter()
-            .filter(move |(_, op)| op.stage == Some(stage) && op.phase == phase)
-            .map(|(id, _)| id)
-    }
 }
 
 impl Default for Graph {

@@ -124,6 +124,16 @@ pub fn set_tier(tier: Option<Tier>) {
 ///
 /// The body must call only functions that are inlined into it, or they run at the portable tier.
 macro_rules! tiered {
+    ($(#[$meta:meta])* $vis:vis unsafe fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
+        $(#[$meta])*
+        $vis unsafe fn $name($($arg: $ty),*) {
+            tiered! {
+                /// The body relies on what the caller of the function around it promises.
+                fn promised($($arg: $ty),*) $body
+            }
+            promised($($arg),*);
+        }
+    };
     ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
         $vis fn $name($($arg: $ty),*) $(-> $ret)? {

@@ -23,8 +23,8 @@ pub enum ModelError {
     /// A family that is not built.
     #[error(
         "model type {model_type:?} is not supported\n\
-         hint: supported are gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, smollm3 \
-         and olmo2"
+         hint: supported are {}",
+        Family::ALL.map(Family::name).join(", ")
     )]
     UnknownFamily {
         /// `model_type`, or the architecture.
@@ -270,14 +270,6 @@ impl ModelConfig {
         match self {
             Self::Gpt2(c) => c.vocab_size,
             Self::Decoder(c) => c.vocab_size,
-        }
-    }
-
-    /// Replaces `V`, for a fresh model whose vocabulary the tokenizer decides.
-    pub const fn set_vocab_size(&mut self, vocab_size: u64) {
-        match self {
-            Self::Gpt2(c) => c.vocab_size = vocab_size,
-            Self::Decoder(c) => c.vocab_size = vocab_size,
         }
     }
 

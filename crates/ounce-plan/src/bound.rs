@@ -6,7 +6,7 @@
 //! either must at least run the op that wrote that input again. The least total over all stages for
 //! the bytes there are is a multiple-choice knapsack; its linear relaxation, greedy over the convex
 //! envelopes of the stages' trade-offs, is a lower bound for every recompute schedule, persistent or
-//! not. It holds for the given number of micro-batches.
+//! not. It holds for the given number of micro-batches, and for stages of at most `MAX_KEEPABLE_GROUPS` values.
 //!
 //! Complexity: O(stages * options log). Source: the knapsack bound for [Jain20]-style schedules, ours.
 

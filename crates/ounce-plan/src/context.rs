@@ -7,6 +7,10 @@ use ounce_ir::{
 };
 use ounce_program::{Machine, StepShape};
 
+/// Groups of a stage (the outputs of an op that the backward reads) that may be kept, whose subsets are enumerated. No
+/// family has as many; the later ones of a larger stage, in a graph of one's own, are always recomputed.
+pub(crate) const MAX_KEEPABLE_GROUPS: usize = 12;
+
 /// A graph with its step shape, its machine and the tables that emission needs.
 pub(crate) struct Context<'a> {
     pub(crate) graph: &'a Graph,
@@ -117,8 +121,7 @@ impl<'a> Context<'a> {
         };
         let mut groups: Vec<_> = self.forward[stage].iter().map(group).collect();
         groups.retain(|g| !g.is_empty());
-        // Subsets are enumerated; later groups of an unusually large stage are always recomputed.
-        groups.truncate(12);
+        groups.truncate(MAX_KEEPABLE_GROUPS);
         groups
     }
 

@@ -7,7 +7,8 @@ use ounce_program::Category;
 pub enum PlanError {
     /// Even the least-peak plan is larger than the budget.
     #[error(
-        "the plan does not fit: budget {}, smallest feasible budget: {}; of that {}",
+        "the plan does not fit: budget {}, smallest feasible budget: {}; of that {}\n\
+         hint: give that budget, or plan a smaller step",
         mib(*budget_bytes), mib_up(*smallest_bytes), table(dominating)
     )]
     DoesNotFit {
@@ -26,7 +27,7 @@ pub(crate) fn mib(bytes: u64) -> String {
 }
 
 /// Bytes as MiB with two digits, rounded up, so that the figure works as a budget.
-pub fn mib_up(bytes: u64) -> String {
+fn mib_up(bytes: u64) -> String {
     const MIB: u64 = 1 << 20;
     let hundredths = (u128::from(bytes) * 100).div_ceil(u128::from(MIB));
     format!("{}.{:02} MiB", hundredths / 100, hundredths % 100)

@@ -176,15 +176,6 @@ impl<'a> Frontier<'a> {
         (up_to_rounding(self.step_bound_s(u64::MAX), fastest_s), fastest_s)
     }
 
-    /// How much more budget the next faster plan takes, and the seconds per step that it saves,
-    /// by the model.
-    pub fn next_better(&self, plan: &Plan) -> Option<(u64, f64)> {
-        let Certificate { budget_bytes, step_s, .. } = plan.certificate;
-        let mut better = self.entries.iter();
-        let entry = better.find(|e| e.bytes > budget_bytes && e.time_s < step_s)?;
-        Some((entry.bytes - budget_bytes, step_s - entry.time_s))
-    }
-
     /// The smallest budget that works; less is refused.
     pub fn smallest_bytes(&self) -> u64 {
         self.smallest().certificate.peak_bytes

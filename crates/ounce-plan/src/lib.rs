@@ -30,7 +30,7 @@ mod error;
 use ounce_ir::Graph;
 use ounce_program::{Machine, Plan, StepShape};
 
-pub use error::{PlanError, mib_up};
+pub use error::PlanError;
 pub use frontier::{Frontier, InstrBytes, PlanOptions, n_runs};
 pub use report::{category_bytes_at_peak, explain, timeline};
 

@@ -13,12 +13,12 @@ use serde::Serialize;
 
 use crate::batch::Row;
 use crate::budget::{Memory, peak_resident_bytes};
+use crate::compile::compile;
 use crate::graphs::{TrainWanted, Wanted};
 use crate::limits::Limits;
 use crate::model::Model;
 use crate::planning::ONE_ROW_FLAGS;
 use crate::schedule::SchedulerType;
-use crate::session::compile;
 use crate::settings::{Optimizer, Precision};
 use crate::step::{Rows, Trainer};
 use crate::{Environment, Error, Observer, Result, Settings};
@@ -141,11 +141,9 @@ pub fn bench_step(
     let shape = StepShape::new(wanted.n_rows, wanted.max_length);
     let plans = Wanted {
         train: Some(TrainWanted { fastest: wanted.fastest, ..TrainWanted::of(&settings, shape) }),
-        eval: None,
-        sample_tokens: None,
-        stream: None,
         max_length: wanted.max_length,
         policy: settings.policy(),
+        ..Wanted::default()
     };
     let limits = Limits::of(&settings);
     let mut session = compile(&model, &plans, &limits, env).map_err(with_own_flags)?;

@@ -19,6 +19,7 @@ use ounce_kernels::tier::tier;
 use serde_json::{Map, Value};
 
 use crate::data::{Data, TrainRows};
+use crate::graphs::states;
 use crate::model::{Model, missing};
 use crate::precision::config_with_dtype;
 use crate::schedule::Schedule;
@@ -412,12 +413,6 @@ impl Saver {
         }
         Ok(path)
     }
-}
-
-/// Every state of every trained parameter: (parameter, number of the state), in `ParamId` order.
-pub(crate) fn states(graph: &Graph) -> impl Iterator<Item = (ParamId, &Param, usize)> {
-    let trained = graph.params.iter().filter(|(_, p)| p.trainable);
-    trained.flat_map(|(id, p)| (0..graph.states.len()).map(move |k| (id, p, k)))
 }
 
 /// The optimizer's states as tensors of a file.

@@ -17,10 +17,10 @@ use ounce_program::StepShape;
 use serde::Serialize;
 
 use crate::budget::{AUTO_PERCENT, Memory, MemoryOfMachine, memory_of_machine};
+use crate::compile::estimate;
 use crate::graphs::{TrainWanted, Wanted};
 use crate::limits::{Limits, n_cores};
 use crate::model::Model;
-use crate::session::estimate;
 use crate::{Environment, Result, Settings};
 
 /// Bytes of the file that is written and read.
@@ -149,14 +149,7 @@ fn expect(
     let settings = Settings::default();
     let train = TrainWanted::of(&settings, shape);
     let policy = settings.policy();
-    let wanted = Wanted {
-        train: Some(train),
-        eval: None,
-        sample_tokens: None,
-        stream: None,
-        max_length,
-        policy,
-    };
+    let wanted = Wanted { train: Some(train), max_length, policy, ..Wanted::default() };
     let (smallest_bytes, step_s) = estimate(&model, &wanted, limits, env)?;
     Ok((smallest_bytes, step_s.map(|s| (n_rows * max_length) as f64 / s)))
 }

@@ -153,6 +153,15 @@ fn how_to_go_on(checkpoint: Option<&Path>) -> String {
     }
 }
 
+/// What an error of any crate of the workspace says, and the hint that its text ends in.
+pub fn message_and_hint(e: &impl std::fmt::Display) -> (String, String) {
+    let text = e.to_string();
+    let parts = text.split_once("\nhint: ");
+    debug_assert!(parts.is_some(), "without a hint: {text}");
+    let (message, hint) = parts.unwrap_or((&text, "please report this message"));
+    (message.to_owned(), hint.to_owned())
+}
+
 impl Error {
     /// What kind of failure it is.
     pub fn class(&self) -> ErrorClass {
@@ -169,9 +178,7 @@ impl Error {
 
     /// Bytes on disk: their own message and hint, and their own class.
     fn from_io(e: &ounce_io::IoError) -> Self {
-        let text = e.to_string();
-        let (message, hint) = text.split_once("\nhint: ").unwrap_or((&text, "check the file"));
-        let (message, hint) = (message.to_owned(), hint.to_owned());
+        let (message, hint) = message_and_hint(e);
         match e.kind() {
             ounce_io::ErrorKind::Usage => Self::Usage { message, hint },
             ounce_io::ErrorKind::BadInput => Self::Input { message, hint },
@@ -199,16 +206,14 @@ impl From<ounce_io::IoError> for Error {
 
 impl From<ounce_passes::PassError> for Error {
     fn from(e: ounce_passes::PassError) -> Self {
-        let text = e.to_string();
-        let (message, hint) = text.split_once("\nhint: ").unwrap_or((&text, "see above"));
-        Self::Input { message: message.to_owned(), hint: hint.to_owned() }
+        let (message, hint) = message_and_hint(&e);
+        Self::Input { message, hint }
     }
 }
 
 impl From<ounce_exec::ExecError> for Error {
     fn from(e: ounce_exec::ExecError) -> Self {
-        let text = e.to_string();
-        let (message, hint) = text.split_once("\nhint: ").unwrap_or((&text, "see above"));
-        Self::Usage { message: message.to_owned(), hint: hint.to_owned() }
+        let (message, hint) = message_and_hint(&e);
+        Self::Usage { message, hint }
     }
 }

@@ -11,11 +11,12 @@ use ounce_io::{EvalBlocks, RowNotes, RowSampler, TokenCache};
 use ounce_program::StepShape;
 
 use crate::batch::{Batch, Row};
+use crate::compile::{check_tokenizing, compile_and_load};
 use crate::graphs::Wanted;
 use crate::limits::Limits;
 use crate::model::{Model, missing};
 use crate::precision::policy_for;
-use crate::session::{Program, check_tokenizing, compile};
+use crate::program::Program;
 use crate::tokenize::{self, Request, RowRequest};
 use crate::{Environment, Error, EvalRecord, Observer, Result, Settings};
 
@@ -101,12 +102,10 @@ pub fn evaluate(
     }
     let (limits, max_length) = (Limits::of(settings), model.max_length(settings));
     let wanted = Wanted {
-        train: None,
         eval: Some(StepShape::new(settings.per_device_train_batch_size, max_length)),
-        sample_tokens: None,
-        stream: None,
         max_length,
         policy: policy_for(settings, &model.dir),
+        ..Wanted::default()
     };
     let request = Request {
         tokenizer: model.dir.clone(),
@@ -125,12 +124,7 @@ pub fn evaluate(
     tokenize::check_vocab(&model.dir, &answer, model.config.vocab_size())?;
     let (path, packing) = (&answer.token_files[0], settings.packing);
     let data = EvalData::open(path, max_length as usize, packing, settings.seed)?;
-    let mut session = compile(&model, &wanted, &limits, env)?;
-    let weights = session.open_weights(&model)?;
-    session.check_baseline()?;
-    session.load(&weights)?;
-    drop(weights);
-    session.warnings.iter().for_each(|warning| observer.note(warning));
+    let mut session = compile_and_load(&model, &wanted, &limits, env, observer)?;
     let program = session.eval.as_ref().expect("an evaluation has a plan");
     let record = evaluate_in(program, &mut session.arena, &data, observer)?;
     if record.loss.is_finite() { Ok(record) } else { Err(Error::BrokenModel { loss: record.loss }) }

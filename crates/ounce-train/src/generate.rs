@@ -11,11 +11,12 @@ use ounce_kernels::philox::philox4x32_10;
 use serde::Serialize;
 
 use crate::batch::Batch;
+use crate::compile::{check_tokenizing, compile_and_load};
 use crate::graphs::Wanted;
 use crate::limits::Limits;
 use crate::model::Model;
 use crate::precision::policy_for;
-use crate::session::{Program, check_tokenizing, compile};
+use crate::program::Program;
 use crate::text_table::{TextStream, TextTable};
 use crate::tokenize::{self, Request, RowRequest};
 use crate::{Environment, Error, Observer, Result, Settings};
@@ -83,12 +84,10 @@ pub fn generate(
     let plans = |n_prompt: u64| {
         let row_tokens = (n_prompt + wanted.max_new_tokens).clamp(1, most);
         Wanted {
-            train: None,
-            eval: None,
             sample_tokens: Some(row_tokens),
-            stream: None,
             max_length: row_tokens,
             policy: policy_for(settings, &model.dir),
+            ..Wanted::default()
         }
     };
     // A token of the prompt is at least a byte, and one more may begin it.
@@ -97,12 +96,7 @@ pub fn generate(
     tokenize::check_vocab(&model.dir, &answer, model.config.vocab_size())?;
     let table = TextTable::read(&answer.text_table)?;
     let plans = plans(answer.prompt_ids.len() as u64);
-    let mut session = compile(&model, &plans, &limits, env)?;
-    let weights = session.open_weights(&model)?;
-    session.check_baseline()?;
-    session.load(&weights)?;
-    drop(weights);
-    session.warnings.iter().for_each(|warning| observer.note(warning));
+    let mut session = compile_and_load(&model, &plans, &limits, env, observer)?;
     let sampler = Sampler {
         temperature: wanted.temperature,
         seed: settings.seed,

@@ -1,6 +1,6 @@
 //! What a run computes: its graphs, built, differentiated, in their precision, with their update.
 
-use ounce_ir::{Graph, Lead, OptimizerKind};
+use ounce_ir::{Graph, Lead, OptimizerKind, Param, ParamId};
 use ounce_models::{Purpose, build_for_length};
 use ounce_passes::{OpClass, PrecisionPolicy};
 use ounce_program::StepShape;
@@ -12,7 +12,7 @@ use crate::stream::StreamWanted;
 use crate::{Error, Result, Settings};
 
 /// What a run needs plans for.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Wanted {
     /// The training step and its update.
     pub(crate) train: Option<TrainWanted>,
@@ -61,14 +61,45 @@ impl TrainWanted {
     }
 }
 
-/// The graphs of a run.
-pub(crate) struct Graphs {
-    pub(crate) train: Option<Graph>,
+/// One of something for each purpose that a run has.
+pub(crate) struct PerPurpose<T> {
+    pub(crate) train: Option<T>,
     /// The same step with classes of ops in f32: each alone, then all.
-    pub(crate) variants: Vec<(Vec<OpClass>, Graph)>,
-    pub(crate) eval: Option<Graph>,
-    pub(crate) sample: Option<Graph>,
+    pub(crate) variants: Vec<(Vec<OpClass>, T)>,
+    pub(crate) eval: Option<T>,
+    pub(crate) sample: Option<T>,
 }
+
+impl<T> PerPurpose<T> {
+    /// Those that there are, the training step first.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
+        let variants = self.variants.iter().map(|(_, x)| x);
+        self.train.iter().chain(variants).chain(&self.eval).chain(&self.sample)
+    }
+
+    /// What `f` makes of each, in that order.
+    pub(crate) fn try_map<U>(&self, f: impl Fn(&T) -> Result<U>) -> Result<PerPurpose<U>> {
+        let variant = |(demoted, x): &(Vec<OpClass>, T)| Ok((demoted.clone(), f(x)?));
+        Ok(PerPurpose {
+            train: self.train.as_ref().map(&f).transpose()?,
+            variants: self.variants.iter().map(variant).collect::<Result<_>>()?,
+            eval: self.eval.as_ref().map(&f).transpose()?,
+            sample: self.sample.as_ref().map(&f).transpose()?,
+        })
+    }
+}
+
+/// A graph with what its plan must heed.
+pub(crate) struct Job {
+    pub(crate) graph: Graph,
+    /// The shape that it is planned for.
+    pub(crate) shape: StepShape,
+    /// Bytes after the parameters to be left alone: the optimizer's states outlive evaluation and sampling.
+    pub(crate) reserved_bytes: u64,
+}
+
+/// The graphs of a run.
+pub(crate) type Graphs = PerPurpose<Job>;
 
 /// The forward graphs, and from the first of them the training step.
 pub(crate) fn build(model: &Model, wanted: &Wanted) -> Result<Graphs> {
@@ -81,7 +112,8 @@ pub(crate) fn build(model: &Model, wanted: &Wanted) -> Result<Graphs> {
         let gradients = ounce_passes::differentiate(&forward(Purpose::Loss, t.dropout)?)?;
         let step = |policy: &PrecisionPolicy| {
             let lowered = ounce_passes::lower_precision(&gradients, policy);
-            ounce_passes::attach_optimizer(&lowered, t.optimizer, t.clip)
+            let graph = ounce_passes::attach_optimizer(&lowered, t.optimizer, t.clip)?;
+            Ok::<_, Error>(Job { graph, shape: t.shape, reserved_bytes: 0 })
         };
         train = Some(step(&wanted.policy)?);
         if t.demote {
@@ -92,11 +124,14 @@ pub(crate) fn build(model: &Model, wanted: &Wanted) -> Result<Graphs> {
             }
         }
     }
-    let lowered = |purpose| {
-        Ok::<_, Error>(ounce_passes::lower_precision(&forward(purpose, 0.0)?, &wanted.policy))
+    let reserved_bytes = train.as_ref().map_or(0, |job| state_bytes(&job.graph));
+    let lowered = |purpose, shape| {
+        let graph = ounce_passes::lower_precision(&forward(purpose, 0.0)?, &wanted.policy);
+        Ok::<_, Error>(Job { graph, shape, reserved_bytes })
     };
-    let eval = wanted.eval.map(|_| lowered(Purpose::Loss)).transpose()?;
-    let sample = wanted.sample_tokens.map(|_| lowered(Purpose::Decode)).transpose()?;
+    let eval = wanted.eval.map(|shape| lowered(Purpose::Loss, shape)).transpose()?;
+    let one_row = |row_tokens| StepShape { n_rows: 1, row_tokens, n_selected: 1 };
+    let sample = wanted.sample_tokens.map(|n| lowered(Purpose::Decode, one_row(n))).transpose()?;
     Ok(Graphs { train, variants, eval, sample })
 }
 
@@ -111,34 +146,8 @@ fn demotions(graph: &Graph, policy: &PrecisionPolicy) -> Vec<Vec<OpClass>> {
     sets
 }
 
-impl Graphs {
-    /// Those that there are.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Graph> {
-        let variants = self.variants.iter().map(|(_, graph)| graph);
-        self.train.iter().chain(variants).chain(&self.eval).chain(&self.sample)
-    }
-
-    /// Each graph with the shape it is planned for and the bytes after the parameters that it must
-    /// leave alone: the optimizer's states outlive evaluation and sampling.
-    pub(crate) fn jobs(&self, wanted: &Wanted) -> Vec<(&Graph, StepShape, u64)> {
-        let state_bytes = self.train.as_ref().map_or(0, state_bytes);
-        let sample = |row_tokens| StepShape { n_rows: 1, row_tokens, n_selected: 1 };
-        let train = self.train.as_ref().zip(wanted.train).map(|(g, t)| (g, t.shape, 0));
-        let eval = self.eval.as_ref().zip(wanted.eval).map(|(g, s)| (g, s, state_bytes));
-        let sample = self
-            .sample
-            .as_ref()
-            .zip(wanted.sample_tokens)
-            .map(|(g, n)| (g, sample(n), state_bytes));
-        let shape = wanted.train.map(|t| t.shape);
-        let variants = self.variants.iter().zip(shape.into_iter().cycle());
-        let variants = variants.map(|((_, g), shape)| (g, shape, 0));
-        train.into_iter().chain(variants).chain(eval).chain(sample).collect()
-    }
-}
-
 /// Every parameter, state and value of a graph at once, and half as much again for scratch.
-pub(crate) fn everything_bytes(graph: &Graph, shape: StepShape) -> u64 {
+pub(crate) fn everything_bytes(Job { graph, shape, .. }: &Job) -> u64 {
     let lead = |s: &ounce_ir::Shape| match s.lead {
         Lead::Fixed => 1,
         Lead::Tokens => shape.n_tokens(),
@@ -156,4 +165,10 @@ fn state_bytes(graph: &Graph) -> u64 {
         graph.states.iter().map(bytes).sum()
     };
     graph.params.values().filter(|p| p.trainable).map(of).sum()
+}
+
+/// Every state of every trained parameter: (parameter, number of the state), in `ParamId` order.
+pub(crate) fn states(graph: &Graph) -> impl Iterator<Item = (ParamId, &Param, usize)> {
+    let trained = graph.params.iter().filter(|(_, p)| p.trainable);
+    trained.flat_map(|(id, p)| (0..graph.states.len()).map(move |k| (id, p, k)))
 }

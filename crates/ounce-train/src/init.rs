@@ -7,6 +7,7 @@ use ounce_models::{Family, ModelConfig, Purpose, SpecialTokens, build};
 use serde::Serialize;
 use serde_json::json;
 
+use crate::error::message_and_hint;
 use crate::model::{model_error, read_config};
 use crate::output::forget_run;
 use crate::{Error, Result, weights};
@@ -241,8 +242,7 @@ fn from_sizes(shape: &ModelShape, vocab_size: u64) -> Result<ModelConfig> {
     };
     // Reading it checks the sizes against each other.
     ModelConfig::from_json(&config.to_string()).map_err(|e| {
-        let text = e.to_string();
-        let (message, hint) = text.split_once("\nhint: ").unwrap_or((&text, "change the sizes"));
-        Error::Usage { message: message.to_owned(), hint: hint.to_owned() }
+        let (message, hint) = message_and_hint(&e);
+        Error::Usage { message, hint }
     })
 }

@@ -2,7 +2,7 @@
 //!
 //! A library: no globals, no exits, no signal handlers, nothing printed. What a run tells goes to an
 //! [`Observer`], which may also ask it to stop. The flow, each verb a crate or a file:
-//! build, differentiate, attach the optimizer, plan, check, resolve (from `session`), then load,
+//! build, differentiate, attach the optimizer, plan, check, resolve (from `compile`), then load,
 //! step, evaluate, sample, save.
 //!
 //! Files, in reading order: [`error`], [`budget`] (bytes stated, free and used), `baseline` (the
@@ -10,7 +10,7 @@
 //! (the directory that a run starts from), [`precision`] (who chooses it; the loss scale),
 //! `tokenize`, `text_table`, `stream` and `data` (tokenizing in a child process), `weights`, `batch` (rows on
 //! the token axis), `graphs`, `planning`, `limits` (what a run may take),
-//! `session`, `output` (the directory in the making),
+//! `program`, `session`, `compile` (where all of it meets), `plan_record`, `output` (the directory in the making),
 //! `checkpoint`, `step`, [`train_loop`], [`mod@evaluate`], [`mod@generate`], [`mod@bench`],
 //! [`mod@init`], [`mod@export`], [`mod@doctor`],
 //! [`mod@inspect`], [`watch`].
@@ -59,7 +59,13 @@ mod planning;
 
 mod limits;
 
+mod program;
+
 mod session;
+
+mod compile;
+
+mod plan_record;
 
 mod output;
 
@@ -93,7 +99,7 @@ use ounce_io::Disk;
 pub use bench::{BenchProfile, BenchRecord, BenchSettings, ClassTime, KindTime, bench_step};
 pub use budget::{Memory, format_bytes};
 pub use doctor::{DiskRecord, DoctorRecord, ModelRecord, PeakRecord, doctor};
-pub use error::{Error, ErrorClass, Result};
+pub use error::{Error, ErrorClass, Result, message_and_hint};
 pub use evaluate::evaluate;
 pub use export::{ExportDtype, ExportFormat, ExportRecord, ExportSettings, export};
 pub use generate::{GenerateRecord, GenerateSettings, generate};

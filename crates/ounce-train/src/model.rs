@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use ounce_io::GgufModel;
 use ounce_models::{ModelConfig, ModelError, Purpose, build_for_length};
 
+use crate::error::message_and_hint;
 use crate::tokenize;
 use crate::{Environment, Error, Result, Settings};
 
@@ -126,14 +127,10 @@ pub(crate) fn read_config(path: &Path) -> Result<ModelConfig> {
 /// A configuration that cannot be built, with the file it is in.
 pub(crate) fn model_error(path: &Path, e: &ModelError) -> Error {
     let file = if path.is_dir() { path.join("config.json") } else { path.to_path_buf() };
-    let text = e.to_string();
-    let (message, hint) = text.split_once("\nhint: ").unwrap_or((&text, "check config.json"));
-    let hint = hint.to_owned();
+    let (message, hint) = message_and_hint(e);
     match e {
         // What the flags ask of a model that is fine.
-        ModelError::TooLong { .. } | ModelError::Dropout { .. } => {
-            Error::Usage { message: message.to_owned(), hint }
-        }
+        ModelError::TooLong { .. } | ModelError::Dropout { .. } => Error::Usage { message, hint },
         _ => Error::Input { message: format!("{}: {message}", file.display()), hint },
     }
 }

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::Model;
 use crate::precision::config_with_dtype;
-use crate::session::Program;
+use crate::program::Program;
 use crate::watch::{EventWriter, MetricsWriter, for_each_line, loss_svg};
 use crate::{Environment, Error, EvalRecord, Observer, Result, Settings, StepRecord, weights};
 

@@ -15,7 +15,7 @@ use ounce_program::{Category, FixedMachine, GRANULE_TOKENS, Instr, Machine, Plan
 use crate::Error;
 use crate::baseline::{Baseline, INSTR_BYTES};
 use crate::budget::{format_budget, format_bytes};
-use crate::graphs::{Graphs, TrainWanted, Wanted, build};
+use crate::graphs::{Graphs, Job, TrainWanted, Wanted, build};
 use crate::model::Model;
 
 /// Flags of a step of one row.
@@ -63,23 +63,19 @@ fn options(reserved_bytes: u64) -> PlanOptions {
 }
 
 impl Planner<'_> {
-    /// The plan of a graph that leaves `reserved_bytes` after the parameters alone, if one fits.
-    pub(crate) fn plan(
-        &self,
-        graph: &Graph,
-        shape: StepShape,
-        reserved_bytes: u64,
-    ) -> Option<Plan> {
-        let mut options = options(reserved_bytes);
+    /// The plan of a graph, if one fits.
+    pub(crate) fn plan(&self, job: &Job) -> Option<Plan> {
+        let Job { graph, shape, reserved_bytes } = job;
+        let mut options = options(*reserved_bytes);
         // A small budget has room for short lists.
         let free_bytes = self.budget_bytes.saturating_sub(self.baseline.bytes());
-        let point_bytes = Frontier::n_lists(graph, &shape, &options) * Frontier::POINT_BYTES;
+        let point_bytes = Frontier::n_lists(graph, shape, &options) * Frontier::POINT_BYTES;
         options.max_points = (free_bytes / LISTS_SHARE / point_bytes).clamp(16, 1024) as usize;
         if self.wanted.train.is_some_and(|train| train.fastest) {
             options.unconstrained_permille = 0;
         }
         let declared = Declared(self.machine);
-        let least = || Frontier::solve(graph, &shape, &declared, &low_end(reserved_bytes));
+        let least = || Frontier::solve(graph, shape, &declared, &low_end(*reserved_bytes));
         let smallest_bytes = least().smallest_bytes();
         if smallest_bytes.max(self.baseline.tokenizing_peak_bytes()) > self.budget_bytes {
             return None;
@@ -88,10 +84,10 @@ impl Planner<'_> {
         // of the budget to itself, and what unrolling takes beside the lists is in a plan's need.
         release_free_heap();
         for op in graph.ops.ids() {
-            self.machine.cost_s(graph, op, &shape, shape.n_tokens());
+            self.machine.cost_s(graph, op, shape, shape.n_tokens());
         }
         self.machine.release_memory();
-        let measured = Frontier::solve(graph, &shape, self.machine, &options);
+        let measured = Frontier::solve(graph, shape, self.machine, &options);
         release_free_heap();
         if let Ok(plan) = measured.plan(self.budget_bytes) {
             return Some(plan);
@@ -123,7 +119,7 @@ impl Planner<'_> {
 
     /// The error that names the smallest budget for all plans, what dominates it, and what would fit.
     pub(crate) fn does_not_fit(&self, graphs: &Graphs) -> Error {
-        let (smallest_bytes, dominating) = self.smallest(graphs, self.wanted);
+        let (smallest_bytes, dominating) = self.smallest(graphs);
         let line = |name: &str, bytes| format!("  {name:<16} {:>12}\n", format_bytes(bytes));
         let tokenizing_bytes = self.baseline.tokenizing_peak_bytes();
         let is_above = tokenizing_bytes > self.budget_bytes;
@@ -143,12 +139,12 @@ impl Planner<'_> {
     }
 
     /// The smallest budget that every plan of a run fits into, and what the largest of them holds in it.
-    pub(crate) fn smallest(&self, graphs: &Graphs, wanted: &Wanted) -> (u64, Vec<(Category, u64)>) {
+    pub(crate) fn smallest(&self, graphs: &Graphs) -> (u64, Vec<(Category, u64)>) {
         let declared = Declared(self.machine);
         let mut worst = (0, Vec::new());
-        for (graph, shape, reserved_bytes) in graphs.jobs(wanted) {
+        for Job { graph, shape, reserved_bytes } in graphs.iter() {
             if let Err(PlanError::DoesNotFit { smallest_bytes, dominating, .. }) =
-                ounce_plan::plan(graph, &shape, 0, &declared, &low_end(reserved_bytes))
+                ounce_plan::plan(graph, shape, 0, &declared, &low_end(*reserved_bytes))
                 && smallest_bytes > worst.0
             {
                 worst = (smallest_bytes, dominating);
@@ -177,7 +173,7 @@ impl Planner<'_> {
         all.sort_by_key(|(flags, _)| flags.contains(SGD));
         for (flags, changed) in all {
             let Ok(graphs) = build(self.model, &changed) else { continue };
-            let (bytes, _) = self.smallest(&graphs, &changed);
+            let (bytes, _) = self.smallest(&graphs);
             if bytes <= self.budget_bytes {
                 return format!("`{flags}` needs {}", format_budget(bytes));
             }

@@ -11,8 +11,9 @@ use ounce_passes::Precision;
 use crate::batch::{Batch, Row};
 use crate::budget::peak_resident_bytes;
 use crate::precision::{Scaler, Strike};
+use crate::program::Overflow;
 use crate::schedule::Schedule;
-use crate::session::{Overflow, Session};
+use crate::session::Session;
 use crate::settings::OnNonfinite;
 use crate::{Error, Observer, Result, Settings, StepRecord};
 

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::baseline::PROCESS_BYTES;
 use crate::budget::peak_resident_bytes;
+use crate::error::message_and_hint;
 use crate::limits::Limits;
 use crate::settings::{BadRows, Columns};
 use crate::stream::{WindowRequest, make_window};
@@ -158,13 +159,8 @@ pub fn answer_tokenize_request(request: &str) -> Result<String> {
     let reply = match done {
         Ok(reply) => reply,
         Err(e) => {
-            let text = e.to_string();
-            let (message, hint) = text.split_once("\nhint: ").unwrap_or((&text, "see above"));
-            Reply::Failed {
-                input: e.class() != crate::ErrorClass::Files,
-                message: message.to_owned(),
-                hint: hint.to_owned(),
-            }
+            let (message, hint) = message_and_hint(&e);
+            Reply::Failed { input: e.class() != crate::ErrorClass::Files, message, hint }
         }
     };
     Ok(serde_json::to_string(&reply).expect("plain fields serialize"))

@@ -8,6 +8,7 @@ use ounce_program::StepShape;
 
 use crate::budget::peak_resident_bytes;
 use crate::checkpoint::{self, Saver};
+use crate::compile::{check_tokenizing, compile};
 use crate::data::Data;
 use crate::evaluate::evaluate_in;
 use crate::generate::{Sampler, sample_text};
@@ -15,7 +16,7 @@ use crate::graphs::{TrainWanted, Wanted};
 use crate::limits::Limits;
 use crate::model::{Model, missing};
 use crate::output::{Output, Staged};
-use crate::session::{Session, check_tokenizing, compile};
+use crate::session::Session;
 use crate::step::{Rows, Trainer};
 use crate::stream::StreamWanted;
 use crate::watch::{Health, StepNumbers};

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use clap::Args;
 use ounce_hub::{HubError, HubName, Progress, PullSettings, hub_name, pull as fetch};
-use ounce_train::{Error, Result, format_bytes};
+use ounce_train::{Error, Result, format_bytes, message_and_hint};
 use serde_json::json;
 
 use crate::commands::environment;
@@ -74,9 +74,7 @@ fn hub_model(text: &str) -> Result<HubName> {
 
 /// The class of a failure.
 fn told_as(e: &HubError) -> Error {
-    let text = e.to_string();
-    let (message, hint) = text.split_once("\nhint: ").unwrap_or((&text, "try again"));
-    let (message, hint) = (message.to_owned(), hint.to_owned());
+    let (message, hint) = message_and_hint(e);
     match e {
         HubError::Usage { .. } => Error::Usage { message, hint },
         HubError::NotFound { .. } | HubError::Unauthorized { .. } | HubError::Checksum { .. } => {

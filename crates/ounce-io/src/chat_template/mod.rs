@@ -296,15 +296,6 @@ impl ChatTemplate {
         String::from_utf8(bytes).map(take_marks).map_err(|e| e.to_string())
     }
 
-    /// Renders a conversation, function calls in the form that the template takes.
-    ///
-    /// # Errors
-    /// As [`Self::render`].
-    pub fn render_conversation(&self, conversation: &Conversation) -> Result<Rendered, String> {
-        let messages = self.messages_of(conversation);
-        self.render(&messages, conversation.tools.as_ref(), false)
-    }
-
     /// The messages as the template takes them.
     fn messages_of(&self, conversation: &Conversation) -> Vec<Value> {
         let mut messages = conversation.messages.clone();

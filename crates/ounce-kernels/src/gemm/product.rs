@@ -214,15 +214,17 @@ impl<'a> Product<'a> {
             return;
         }
         let sums = SumTile { src: sums, stride, height, width };
-        match &self.c {
-            SharedViewMut::F32(_) => {}
-            SharedViewMut::Bf16(c) => {
-                round_to_bf16(c.ptr().wrapping_add(at), self.c_stride, sums, bias);
+        // SAFETY: the sums were written and the tile of C is ours.
+        unsafe {
+            match &self.c {
+                SharedViewMut::F32(_) => {}
+                SharedViewMut::Bf16(c) => {
+                    round_to_bf16(c.ptr().wrapping_add(at), self.c_stride, sums, bias);
+                }
+                SharedViewMut::F16(c) => {
+                    round_to_f16(c.ptr().wrapping_add(at), self.c_stride, sums, bias);
+                }
             }
-            // SAFETY: the sums were written and the tile of C is ours.
-            SharedViewMut::F16(c) => unsafe {
-                round_to_f16(c.ptr().wrapping_add(at), self.c_stride, sums, bias);
-            },
         }
     }
 

@@ -40,8 +40,9 @@ pub(super) unsafe fn add_bias(c: *mut f32, stride: usize, height: usize, bias: &
 tiered! {
     /// Writes `sums` plus `bias`, rounded, to rows `stride` apart.
     ///
-    /// The rows of `sums` are readable and those at `dst` exclusively the caller's.
-    pub(super) fn round_to_bf16(dst: *mut bf16, stride: usize, sums: SumTile, bias: Option<&[f32]>) {
+    /// # Safety
+    /// The rows of `sums` are readable and those at `dst` exclusively ours.
+    pub(super) unsafe fn round_to_bf16(dst: *mut bf16, stride: usize, sums: SumTile, bias: Option<&[f32]>) {
         for i in 0..sums.height {
             // SAFETY: the caller's promise.
             let (dst, src) = unsafe {
@@ -63,7 +64,7 @@ tiered! {
 /// As [`round_to_bf16`].
 ///
 /// # Safety
-/// The rows of `sums` are readable and those at `dst` exclusively ours.
+/// The same.
 pub(super) unsafe fn round_to_f16(
     dst: *mut f16,
     stride: usize,

@@ -1,0 +1,190 @@
+//! From a model to runnable plans: the whole flow on one screen, see [`compile`].
+
+use std::sync::Arc;
+
+use ounce_exec::{Arena, MeasuredMachine};
+use ounce_kernels::pool::Pool;
+
+use crate::baseline::{Baseline, Sizes};
+use crate::budget::format_bytes;
+use crate::graphs::{Graphs, PerPurpose, Wanted, build, everything_bytes};
+use crate::limits::Limits;
+use crate::model::Model;
+use crate::planning::Planner;
+use crate::program::{Program, check_shared_params, resolve};
+use crate::session::Session;
+use crate::stream::streaming_bytes;
+use crate::tokenize;
+use crate::{Environment, Error, Observer, Result};
+
+/// The graphs of a run, and what planning them asks.
+struct Prepared<'a> {
+    model: &'a Model,
+    wanted: &'a Wanted,
+    graphs: Graphs,
+    budget_bytes: u64,
+    baseline: Baseline,
+    machine: MeasuredMachine,
+    pool: Arc<Pool>,
+}
+
+impl<'a> Prepared<'a> {
+    /// Builds, differentiates, attaches the optimizer, and declares the size of the process.
+    fn new(
+        model: &'a Model,
+        wanted: &'a Wanted,
+        limits: &Limits,
+        env: &Environment,
+    ) -> Result<Self> {
+        let graphs = build(model, wanted)?;
+        let baseline = declare(&graphs, model, wanted, limits);
+        let budget_bytes = limits.budget_bytes;
+        let pool = Arc::new(Pool::new(limits.n_threads));
+        let timing_bytes = budget_bytes.saturating_sub(baseline.bytes());
+        let costs = Some(env.cache_dir.join("costs"));
+        let machine = MeasuredMachine::new(pool.clone(), timing_bytes, baseline.bytes(), costs);
+        Ok(Self { model, wanted, graphs, budget_bytes, baseline, machine, pool })
+    }
+
+    fn planner(&self) -> Planner<'_> {
+        let Self { model, wanted, budget_bytes, baseline, machine, .. } = self;
+        Planner { machine, model, wanted, budget_bytes: *budget_bytes, baseline }
+    }
+
+    /// Plans, checks and resolves every graph.
+    fn programs(&self) -> Result<PerPurpose<Program>> {
+        let planner = self.planner();
+        self.graphs.try_map(|job| {
+            let plan = planner.plan(job).ok_or_else(|| planner.does_not_fit(&self.graphs))?;
+            resolve(self.model, job, &plan, &self.machine, &self.pool, self.budget_bytes)
+        })
+    }
+}
+
+/// Builds, differentiates, attaches the optimizer, plans, checks and resolves. Nothing is run, and no
+/// planned memory is touched.
+///
+/// # Errors
+/// A model that cannot be built; [`Error::DoesNotFit`] with the smallest budget of the whole run.
+pub(crate) fn compile(
+    model: &Model,
+    wanted: &Wanted,
+    limits: &Limits,
+    env: &Environment,
+) -> Result<Session> {
+    let prepared = Prepared::new(model, wanted, limits, env)?;
+    let programs = prepared.programs()?;
+    check_shared_params(&programs);
+    let machine = &prepared.machine;
+    // Without the file the costs are only measured again.
+    let _ = machine.save();
+    machine.release_memory();
+    let arena_bytes = programs.iter().map(|p| p.executor.arena_bytes()).max().unwrap_or(0);
+    let tables_bytes = programs.iter().map(|p| p.tables_bytes).sum();
+    let peak = |p: &Program| p.certificate.peak_bytes - p.tables_bytes + tables_bytes;
+    let peak_bytes = programs.iter().map(peak).max().unwrap_or(0);
+    if peak_bytes > limits.budget_bytes {
+        return Err(too_many_instructions(peak_bytes, limits.budget_bytes));
+    }
+    let PerPurpose { train, variants, eval, sample } = programs;
+    Ok(Session {
+        train,
+        demoted: Vec::new(),
+        variants,
+        eval,
+        sample,
+        arena: Arena::reserve(arena_bytes)?,
+        budget_bytes: limits.budget_bytes,
+        peak_bytes,
+        touched_bytes: machine.touched_bytes(),
+        warnings: limits.warnings(peak_bytes, machine.cores_taken()),
+        arena_bytes,
+        baseline: prepared.baseline,
+        tables_bytes,
+        stream: wanted.stream,
+    })
+}
+
+/// The same with the weights of the model in their places, for a forward pass; tells what the machine does not have.
+///
+/// # Errors
+/// As [`compile`]; weights that are missing, damaged, or of another model; a process larger than declared.
+pub(crate) fn compile_and_load(
+    model: &Model,
+    wanted: &Wanted,
+    limits: &Limits,
+    env: &Environment,
+    observer: &mut dyn Observer,
+) -> Result<Session> {
+    let mut session = compile(model, wanted, limits, env)?;
+    let weights = session.open_weights(model)?;
+    session.check_baseline()?;
+    session.load(&weights)?;
+    session.warnings.iter().for_each(|warning| observer.note(warning));
+    Ok(session)
+}
+
+/// Each plan fits, but the tables of all of them together do not.
+fn too_many_instructions(peak_bytes: u64, budget_bytes: u64) -> Error {
+    Error::Usage {
+        message: format!(
+            "the plans of training, evaluation and samples, each of which fits, take {} together with their tables, \
+             more than the budget of {}",
+            format_bytes(peak_bytes),
+            format_bytes(budget_bytes)
+        ),
+        hint: format!(
+            "give `--memory {}`, or fewer rows per step",
+            format_bytes(peak_bytes + (1 << 20)).replace(' ', "")
+        ),
+    }
+}
+
+/// Refuses a budget in which the text of a run cannot be tokenized, before that is tried.
+///
+/// # Errors
+/// [`Error::DoesNotFit`] with the smallest budget of the whole run.
+pub(crate) fn check_tokenizing(
+    model: &Model,
+    wanted: &Wanted,
+    limits: &Limits,
+    env: &Environment,
+) -> Result<()> {
+    let prepared = Prepared::new(model, wanted, limits, env)?;
+    if prepared.baseline.tokenizing_peak_bytes() <= limits.budget_bytes {
+        return Ok(());
+    }
+    Err(prepared.planner().does_not_fit(&prepared.graphs))
+}
+
+/// The smallest budget of a run, and the predicted seconds of its training step if it fits into the
+/// limits. Nothing is made that could run.
+pub(crate) fn estimate(
+    model: &Model,
+    wanted: &Wanted,
+    limits: &Limits,
+    env: &Environment,
+) -> Result<(u64, Option<f64>)> {
+    let prepared = Prepared::new(model, wanted, limits, env)?;
+    let planner = prepared.planner();
+    let (smallest_bytes, _) = planner.smallest(&prepared.graphs);
+    let fits = smallest_bytes <= limits.budget_bytes;
+    let plan = prepared.graphs.iter().next().filter(|_| fits).and_then(|job| planner.plan(job));
+    // Without the file the costs are only measured again.
+    let _ = prepared.machine.save();
+    Ok((smallest_bytes, plan.map(|plan| plan.certificate.step_s)))
+}
+
+/// The declared size of the process that runs these graphs.
+fn declare(graphs: &Graphs, model: &Model, wanted: &Wanted, limits: &Limits) -> Baseline {
+    let sizes = Sizes {
+        n_threads: limits.n_threads as u64,
+        n_ops: graphs.iter().map(|job| job.graph.ops.len() as u64).sum(),
+        vocab_size: model.config.vocab_size(),
+        most_arena_bytes: graphs.iter().map(everything_bytes).max().unwrap_or(0),
+        tokenizing_bytes: wanted.stream.map_or(0, |stream| stream.window_bytes)
+            + tokenize::bytes(&model.dir, tokenize::n_threads(&model.dir, limits), limits),
+        streaming_bytes: wanted.stream.map_or(0, |stream| streaming_bytes(&model.dir, stream)),
+    };
+    Baseline::declare(sizes, limits.budget_bytes)
+}
