@@ -42,7 +42,8 @@
 //!
 //! That the graph is the derivative of the model (`ounce-passes` and the oracle's finite differences
 //! are about that; that it is well formed, `ounce_ir::verify` says, which is asked first), that
-//! kernels do what the op table says and need no more scratch than the machine promises, and that the predicted times are true.
+//! kernels do what the op table says and need no more scratch than the machine promises, and that
+//! the predicted times are true.
 //!
 //! Complexity: `O((instructions x operands + buffers) log)`; no step of it looks at a whole table.
 

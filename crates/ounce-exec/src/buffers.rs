@@ -8,13 +8,13 @@ use ounce_kernels::view::BLOCK;
 
 use crate::Arena;
 use crate::arena::Element;
-use crate::resolve::{Place, Program};
+use crate::resolve::{Place, Resolved};
 
 /// The resident buffers of a plan in an arena.
 #[derive(Debug)]
 pub struct Buffers<'a> {
     pub(crate) arena: &'a mut Arena,
-    pub(crate) program: &'a Program,
+    pub(crate) resolved: &'a Resolved,
 }
 
 impl Buffers<'_> {
@@ -24,7 +24,7 @@ impl Buffers<'_> {
     /// If the plan does not hold it, or not as f32 (see [`Buffers::has_param`] and
     /// [`Buffers::param_is_split`]).
     pub fn param(&mut self, p: ParamId) -> &mut [f32] {
-        let place = self.program.param(p);
+        let place = self.resolved.param(p);
         self.slice(place, || format!("parameter {p}"))
     }
 
@@ -78,18 +78,18 @@ impl Buffers<'_> {
 
     /// Whether a parameter is stored as the rounded halves of its masters.
     pub fn param_is_split(&self, p: ParamId) -> bool {
-        self.program.param(p).is_some_and(|place| place.dtype == DType::Bf16)
+        self.resolved.param(p).is_some_and(|place| place.dtype == DType::Bf16)
     }
 
     /// The rounded halves of a bf16 parameter.
     fn halves(&mut self, p: ParamId) -> &mut [bf16] {
-        let place = self.program.param(p);
+        let place = self.resolved.param(p);
         self.slice(place, || format!("parameter {p}"))
     }
 
     /// The state with the lower halves of a parameter, if the plan holds them.
     fn lower_half(&self, p: ParamId) -> Option<u32> {
-        self.program.master_lo.filter(|&k| self.program.state(p, k).is_some())
+        self.resolved.master_lo.filter(|&k| self.resolved.state(p, k).is_some())
     }
 
     /// State `k` of a trained parameter, as 16-bit integers.
@@ -97,7 +97,7 @@ impl Buffers<'_> {
     /// # Panics
     /// If the plan does not hold it, or not as i16.
     pub fn state_i16(&mut self, p: ParamId, k: u32) -> &mut [i16] {
-        let place = self.program.state(p, k);
+        let place = self.resolved.state(p, k);
         self.slice(place, || format!("state {k} of parameter {p}"))
     }
 
@@ -106,7 +106,7 @@ impl Buffers<'_> {
     /// # Panics
     /// If the plan does not hold it, or not as f32.
     pub fn state(&mut self, p: ParamId, k: u32) -> &mut [f32] {
-        let place = self.program.state(p, k);
+        let place = self.resolved.state(p, k);
         self.slice(place, || format!("state {k} of parameter {p}"))
     }
 
@@ -115,7 +115,7 @@ impl Buffers<'_> {
     /// # Panics
     /// If the plan does not hold it, or not as i32 (see [`Buffers::has_session`]).
     pub fn session_i32(&mut self, v: ValueId) -> &mut [i32] {
-        let place = self.program.session(v);
+        let place = self.resolved.session(v);
         self.slice(place, || format!("value {v}"))
     }
 
@@ -124,7 +124,7 @@ impl Buffers<'_> {
     /// # Panics
     /// If the plan does not hold it, or not as f32.
     pub fn session_f32(&mut self, v: ValueId) -> &mut [f32] {
-        let place = self.program.session(v);
+        let place = self.resolved.session(v);
         self.slice(place, || format!("value {v}"))
     }
 
@@ -133,18 +133,18 @@ impl Buffers<'_> {
     /// # Panics
     /// If the plan does not hold it, or not as f64.
     pub fn session_f64(&mut self, v: ValueId) -> &mut [f64] {
-        let place = self.program.session(v);
+        let place = self.resolved.session(v);
         self.slice(place, || format!("value {v}"))
     }
 
     /// Whether the plan holds a parameter.
     pub fn has_param(&self, p: ParamId) -> bool {
-        self.program.param(p).is_some()
+        self.resolved.param(p).is_some()
     }
 
     /// Whether the plan holds a value for the session.
     pub fn has_session(&self, v: ValueId) -> bool {
-        self.program.session(v).is_some()
+        self.resolved.session(v).is_some()
     }
 
     fn slice<T: Element>(&mut self, place: Option<Place>, name: impl Fn() -> String) -> &mut [T] {

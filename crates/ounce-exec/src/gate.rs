@@ -11,7 +11,7 @@ use ounce_ir::{DType, Graph, OpId, OpKind, Phase, ValueKind};
 
 use crate::arena::Arena;
 use crate::error::NonFinite;
-use crate::resolve::{Place, Program, Task};
+use crate::resolve::{Place, Resolved, Task};
 
 /// Tasks before which a step is looked at.
 #[derive(Debug, Default)]
@@ -25,16 +25,16 @@ pub(crate) struct Gates {
 }
 
 impl Gates {
-    /// Finds the gates of a program whose tasks and places are known.
-    pub(crate) fn of(graph: &Graph, program: &Program) -> Self {
+    /// Finds the gates of a plan whose tasks and places are known.
+    pub(crate) fn of(graph: &Graph, resolved: &Resolved) -> Self {
         let first = |found: &dyn Fn(OpId) -> bool| {
-            program.tasks.iter().position(|task| match *task {
+            resolved.tasks.iter().position(|task| match *task {
                 Task::Run { op, .. } => found(OpId(op)),
                 Task::Zero { .. } => false,
             })
         };
         let update = first(&|op| graph.ops[op].phase == Phase::Update);
-        let losses = graph.find_value(ValueKind::Loss).and_then(|v| program.session(v));
+        let losses = graph.find_value(ValueKind::Loss).and_then(|v| resolved.session(v));
         let parts = graph
             .values
             .iter()
@@ -42,7 +42,7 @@ impl Gates {
         Self {
             losses: update.zip(losses),
             clip: first(&|op| graph.ops[op].kind == OpKind::ClipScale),
-            norm_parts: parts.filter_map(|(id, _)| program.session(id)).collect(),
+            norm_parts: parts.filter_map(|(id, _)| resolved.session(id)).collect(),
         }
     }
 

@@ -11,9 +11,7 @@
 
 use std::ops::Range;
 
-use ounce_ir::{
-    Arena as Table, DType, EntityId, Graph, MASTER_LO, OpId, ParamId, RopeTable, ValueId,
-};
+use ounce_ir::{DType, EntityId, Graph, MASTER_LO, OpId, ParamId, RopeTable, Table, ValueId};
 use ounce_program::{BufferId, BufferRef, BufferRole, Instr, Plan, Tier};
 
 use crate::ExecError;
@@ -27,12 +25,12 @@ use crate::spec::{Extent, OpSpec};
 pub(crate) enum Task {
     /// Runs an op.
     Run {
-        /// Index into [`Program::ops`].
+        /// Index into [`Resolved::ops`].
         op: u32,
         /// First token on the step's axis.
         first_token: u32,
         n_tokens: u32,
-        /// First of its entries in [`Program::offsets`].
+        /// First of its entries in [`Resolved::offsets`].
         offsets: u32,
     },
     /// Zeros a sum.
@@ -52,9 +50,9 @@ pub(crate) struct Place {
     pub(crate) dtype: DType,
 }
 
-/// A plan without its graph.
+/// A plan that needs its graph no more.
 #[derive(Debug)]
-pub(crate) struct Program {
+pub(crate) struct Resolved {
     pub(crate) tasks: Vec<Task>,
     pub(crate) offsets: Vec<u32>,
     /// One entry per op of the graph.
@@ -74,7 +72,7 @@ pub(crate) struct Program {
 }
 
 /// Resolves a plan for a pool of `n_threads` threads.
-pub(crate) fn resolve(graph: &Graph, plan: &Plan, n_threads: usize) -> Result<Program, ExecError> {
+pub(crate) fn resolve(graph: &Graph, plan: &Plan, n_threads: usize) -> Result<Resolved, ExecError> {
     if plan.n_threads as usize != n_threads {
         return Err(ExecError::Threads { plan: plan.n_threads, pool: n_threads });
     }
@@ -82,7 +80,7 @@ pub(crate) fn resolve(graph: &Graph, plan: &Plan, n_threads: usize) -> Result<Pr
     if n_tokens > u64::from(u32::MAX) {
         return Err(ExecError::TooManyTokens { n_tokens });
     }
-    let mut program = Program {
+    let mut resolved = Resolved {
         tasks: Vec::with_capacity(plan.instrs.len()),
         offsets: Vec::with_capacity(plan.instrs.iter().map(n_operands).sum()),
         ops: graph.ops.values().map(|op| OpSpec::new(graph, op)).collect(),
@@ -97,12 +95,12 @@ pub(crate) fn resolve(graph: &Graph, plan: &Plan, n_threads: usize) -> Result<Pr
         n_selected: plan.shape.n_selected,
         gates: Gates::default(),
     };
-    resolve_buffers(graph, plan, &mut program)?;
+    resolve_buffers(graph, plan, &mut resolved)?;
     for (i, instr) in plan.instrs.iter().enumerate() {
-        resolve_instr(graph, plan, n_threads, i, instr, &mut program)?;
+        resolve_instr(graph, plan, n_threads, i, instr, &mut resolved)?;
     }
-    program.gates = Gates::of(graph, &program);
-    Ok(program)
+    resolved.gates = Gates::of(graph, &resolved);
+    Ok(resolved)
 }
 
 fn n_operands(instr: &Instr) -> usize {
@@ -113,7 +111,7 @@ fn n_operands(instr: &Instr) -> usize {
 }
 
 /// Checks where buffers lie and notes the places of those that the session sees.
-fn resolve_buffers(graph: &Graph, plan: &Plan, program: &mut Program) -> Result<(), ExecError> {
+fn resolve_buffers(graph: &Graph, plan: &Plan, resolved: &mut Resolved) -> Result<(), ExecError> {
     for (id, buffer) in plan.buffers.iter() {
         let fail = |what: String| Err(ExecError::Buffer { buffer: id.0, what });
         if buffer.tier != Tier::Host {
@@ -133,20 +131,20 @@ fn resolve_buffers(graph: &Graph, plan: &Plan, program: &mut Program) -> Result<
         let (slot, n_elems, dtype) = match buffer.role {
             BufferRole::Param(p) => {
                 let param = &graph.params[p];
-                (&mut program.params[p.index()], param.shape.row_elems(), param.dtype)
+                (&mut resolved.params[p.index()], param.shape.row_elems(), param.dtype)
             }
             BufferRole::State(p, k) => {
-                let index = p.index() * program.n_states + k as usize;
+                let index = p.index() * resolved.n_states + k as usize;
                 let dtype = graph.states[k as usize].dtype;
-                (&mut program.states[index], graph.params[p].shape.row_elems(), dtype)
+                (&mut resolved.states[index], graph.params[p].shape.row_elems(), dtype)
             }
             BufferRole::Session(v) => {
                 let value = &graph.values[v];
                 let n_rows = match value.shape.lead {
-                    ounce_ir::Lead::Selected => program.n_selected,
-                    ounce_ir::Lead::Fixed | ounce_ir::Lead::Tokens => program.n_tokens,
+                    ounce_ir::Lead::Selected => resolved.n_selected,
+                    ounce_ir::Lead::Fixed | ounce_ir::Lead::Tokens => resolved.n_tokens,
                 };
-                (&mut program.session[v.index()], value.shape.elems(n_rows), value.dtype)
+                (&mut resolved.session[v.index()], value.shape.elems(n_rows), value.dtype)
             }
             BufferRole::Sum(_) | BufferRole::Value(_) | BufferRole::Scratch(_) => continue,
         };
@@ -166,27 +164,27 @@ fn resolve_instr(
     n_threads: usize,
     index: usize,
     instr: &Instr,
-    program: &mut Program,
+    resolved: &mut Resolved,
 ) -> Result<(), ExecError> {
     match instr {
         Instr::Run { op, tokens, operands } => {
             let name = graph.ops[*op].kind.name();
             let wrong = |what| ExecError::Operand { instr: index, op: name, what };
-            if tokens.start > tokens.end || tokens.end > program.n_tokens {
-                return Err(wrong(format!("tokens {tokens:?} of {}", program.n_tokens)));
+            if tokens.start > tokens.end || tokens.end > resolved.n_tokens {
+                return Err(wrong(format!("tokens {tokens:?} of {}", resolved.n_tokens)));
             }
-            let task = resolve_run(&plan.buffers, n_threads, *op, tokens, operands, program);
-            program.tasks.push(task.map_err(wrong)?);
+            let task = resolve_run(&plan.buffers, n_threads, *op, tokens, operands, resolved);
+            resolved.tasks.push(task.map_err(wrong)?);
         }
         Instr::Zero { value, dst } => {
             let wrong = |what| ExecError::Operand { instr: index, op: "zero", what };
             let at = locate(&plan.buffers, dst).map_err(wrong)?;
             let value = &graph.values[*value];
-            let need = value.bytes(program.n_tokens);
+            let need = value.bytes(resolved.n_tokens);
             if dst.bytes < need || value.dtype != DType::F32 {
                 return Err(wrong(format!("{} needs {need} bytes, has {}", value.name, dst.bytes)));
             }
-            program.tasks.push(Task::Zero { at, n_elems: need / 4 });
+            resolved.tasks.push(Task::Zero { at, n_elems: need / 4 });
         }
         Instr::Copy { .. } | Instr::Wait { .. } => {
             return Err(ExecError::Transfer { instr: index });
@@ -202,21 +200,21 @@ fn resolve_run(
     op: OpId,
     tokens: &Range<u64>,
     operands: &[BufferRef],
-    program: &mut Program,
+    resolved: &mut Resolved,
 ) -> Result<Task, String> {
-    let spec = &program.ops[op.index()];
+    let spec = &resolved.ops[op.index()];
     let n_tokens = tokens.end - tokens.start;
-    let extent = Extent { n_tokens, n_selected: program.n_selected };
+    let extent = Extent { n_tokens, n_selected: resolved.n_selected };
     let scratch = scratch_bytes(spec, n_tokens, n_threads);
-    let start = program.offsets.len();
+    let start = resolved.offsets.len();
     for (i, operand) in operands.iter().enumerate() {
         let need = spec.operands.get(i).map_or(scratch, |o| o.bytes(extent));
         if operand.bytes < need || operand.bytes > need.next_multiple_of(UNIT_BYTES) {
             return Err(format!("operand {i} has {} bytes, needs {need}", operand.bytes));
         }
-        program.offsets.push(locate(buffers, operand)?);
+        resolved.offsets.push(locate(buffers, operand)?);
     }
-    check_operands(spec, &program.offsets[start..], extent, scratch, program.arena_bytes)?;
+    check_operands(spec, &resolved.offsets[start..], extent, scratch, resolved.arena_bytes)?;
     let n_written = operands.len() - spec.n_reads();
     assert!(n_written <= 64, "an op writes at most 64 operands");
     Ok(Task::Run {
@@ -248,7 +246,7 @@ fn unit(bytes: u64) -> u32 {
     u32::try_from(bytes / UNIT_BYTES).expect("the arena is at most MAX_ARENA_BYTES")
 }
 
-impl Program {
+impl Resolved {
     /// Where a parameter lies.
     pub(crate) fn param(&self, p: ParamId) -> Option<Place> {
         self.params.get(p.index()).copied().flatten()

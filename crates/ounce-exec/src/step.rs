@@ -18,7 +18,7 @@ use ounce_program::{GRANULE_TOKENS, Plan};
 use crate::arena::Operands;
 use crate::dispatch::{Context, dispatch};
 use crate::profile::Profile;
-use crate::resolve::{Program, Task, resolve};
+use crate::resolve::{Resolved, Task, resolve};
 use crate::scratch::scratch_bytes;
 use crate::spec::Extent;
 use crate::{Arena, Buffers, ExecError, NonFinite, OpTime};
@@ -86,7 +86,7 @@ impl<'a> StepInputs<'a> {
 
 /// A plan, ready to run on a pool of threads.
 pub struct Executor {
-    program: Program,
+    resolved: Resolved,
     pool: Arc<Pool>,
     /// Rows of one task, counted from its first token; capacity for the most that can be.
     rows: RefCell<Vec<RowSpan>>,
@@ -96,7 +96,7 @@ pub struct Executor {
 impl std::fmt::Debug for Executor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Executor")
-            .field("n_tasks", &self.program.tasks.len())
+            .field("n_tasks", &self.resolved.tasks.len())
             .field("n_threads", &self.pool.n_threads())
             .finish_non_exhaustive()
     }
@@ -108,25 +108,25 @@ impl Executor {
     /// # Errors
     /// [`ExecError`] if the pool is not the plan's, or an instruction cannot be executed as it is.
     pub fn new(graph: &Graph, plan: &Plan, pool: Arc<Pool>) -> Result<Self, ExecError> {
-        let program = resolve(graph, plan, pool.n_threads())?;
-        let n_rows_max = program.n_tokens / GRANULE_TOKENS;
+        let resolved = resolve(graph, plan, pool.n_threads())?;
+        let n_rows_max = resolved.n_tokens / GRANULE_TOKENS;
         let rows = RefCell::new(Vec::with_capacity(n_rows_max as usize));
-        Ok(Self { program, pool, rows, profile: None })
+        Ok(Self { resolved, pool, rows, profile: None })
     }
 
     /// Measures the time of every op from now on, from zero.
     pub fn start_profile(&mut self) {
-        self.profile = Some(Profile::new(self.program.ops.len()));
+        self.profile = Some(Profile::new(self.resolved.ops.len()));
     }
 
     /// Time per kind of op since [`Executor::start_profile`], the longest first.
     pub fn profile(&self) -> Vec<OpTime> {
-        self.profile.as_ref().map_or_else(Vec::new, |p| p.report(&self.program.ops))
+        self.profile.as_ref().map_or_else(Vec::new, |p| p.report(&self.resolved.ops))
     }
 
     /// Bytes of arena that a run needs.
     pub fn arena_bytes(&self) -> u64 {
-        self.program.arena_bytes
+        self.resolved.arena_bytes
     }
 
     /// The resident buffers of the plan in `arena`.
@@ -135,7 +135,7 @@ impl Executor {
     /// If the arena is smaller than the plan's.
     pub fn buffers<'a>(&'a self, arena: &'a mut Arena) -> Buffers<'a> {
         self.assert_fits(arena);
-        Buffers { arena, program: &self.program }
+        Buffers { arena, resolved: &self.resolved }
     }
 
     /// Runs one step.
@@ -149,10 +149,10 @@ impl Executor {
     /// if a token id or target is not below the vocabulary's size.
     pub fn run(&self, arena: &mut Arena, inputs: &StepInputs<'_>) -> Result<(), NonFinite> {
         self.assert_fits(arena);
-        assert_rows(inputs.rows, self.program.n_tokens);
+        assert_rows(inputs.rows, self.resolved.n_tokens);
         let mut rows = self.rows.borrow_mut();
-        for (i, &task) in self.program.tasks.iter().enumerate() {
-            self.program.gates.check(arena, i)?;
+        for (i, &task) in self.resolved.tasks.iter().enumerate() {
+            self.resolved.gates.check(arena, i)?;
             let start = self.profile.is_some().then(Instant::now);
             let op = self.run_task(arena, inputs, &mut rows, task);
             if let (Some(profile), Some(start)) = (&self.profile, start) {
@@ -179,8 +179,8 @@ impl Executor {
         self.assert_fits(arena);
         let mut rows = self.rows.borrow_mut();
         let mut first: Option<(OpId, ValueId)> = None;
-        for &task in &self.program.tasks {
-            let updates = |op: u32| self.program.ops[op as usize].is_update();
+        for &task in &self.resolved.tasks {
+            let updates = |op: u32| self.resolved.ops[op as usize].is_update();
             if matches!(task, Task::Run { op, .. } if updates(op)) {
                 continue;
             }
@@ -197,9 +197,9 @@ impl Executor {
     /// The first value a task has just written that holds an infinite number or a NaN.
     fn overflowed(&self, arena: &mut Arena, task: Task) -> Option<ValueId> {
         let Task::Run { op, n_tokens, offsets, .. } = task else { return None };
-        let spec = &self.program.ops[op as usize];
-        let extent = Extent { n_tokens: u64::from(n_tokens), n_selected: self.program.n_selected };
-        let offsets = &self.program.offsets[offsets as usize..];
+        let spec = &self.resolved.ops[op as usize];
+        let extent = Extent { n_tokens: u64::from(n_tokens), n_selected: self.resolved.n_selected };
+        let offsets = &self.resolved.offsets[offsets as usize..];
         for (i, &value) in spec.written.iter().enumerate() {
             let may_overflow = i < spec.n_sums || spec.kind.may_round(i - spec.n_sums);
             let operand = spec.n_reads() + i;
@@ -221,25 +221,25 @@ impl Executor {
         rows: &mut Vec<RowSpan>,
         task: Task,
     ) -> Option<u32> {
-        let program = &self.program;
+        let resolved = &self.resolved;
         match task {
             Task::Zero { at, n_elems } => {
                 elementwise::zero(&self.pool, ViewMut::F32(arena.slice_mut(at, n_elems)));
                 None
             }
             Task::Run { op, first_token, n_tokens, offsets } => {
-                let spec = &program.ops[op as usize];
+                let spec = &resolved.ops[op as usize];
                 let extent =
-                    Extent { n_tokens: u64::from(n_tokens), n_selected: program.n_selected };
+                    Extent { n_tokens: u64::from(n_tokens), n_selected: resolved.n_selected };
                 let scratch = scratch_bytes(spec, extent.n_tokens, self.pool.n_threads());
                 let n_operands = spec.operands.len() + usize::from(scratch > 0);
-                let offsets = &program.offsets[offsets as usize..][..n_operands];
+                let offsets = &resolved.offsets[offsets as usize..][..n_operands];
                 if matches!(spec.kind, OpKind::Attention(_) | OpKind::AttentionGrad(_)) {
                     rows_within(rows, inputs.rows, first_token as usize, n_tokens as usize);
                 }
                 let cx = Context {
                     pool: &self.pool,
-                    rope_tables: &program.rope_tables,
+                    rope_tables: &resolved.rope_tables,
                     inputs,
                     first_token,
                     n_tokens,
@@ -252,7 +252,7 @@ impl Executor {
     }
 
     fn assert_fits(&self, arena: &Arena) {
-        let (have, need) = (arena.bytes(), self.program.arena_bytes);
+        let (have, need) = (arena.bytes(), self.resolved.arena_bytes);
         assert!(have >= need, "the arena has {have} bytes, the plan needs {need}");
     }
 }

@@ -1,13 +1,13 @@
-//! Entities: u32 newtypes that index arenas, so that side tables replace fields.
+//! Entities: u32 newtypes that index tables, so that side tables replace fields.
 
 use std::marker::PhantomData;
 use std::ops::{Index, IndexMut};
 
-/// An id that indexes an [`Arena`].
+/// An id that indexes a [`Table`].
 pub trait EntityId: Copy + Eq + Ord + std::fmt::Display {
     /// The id of the `index`-th entity.
     fn from_index(index: usize) -> Self;
-    /// The position in the arena.
+    /// The position in the table.
     fn index(self) -> usize;
 }
 
@@ -21,7 +21,7 @@ macro_rules! entity {
 
         impl $crate::EntityId for $name {
             fn from_index(index: usize) -> Self {
-                Self(u32::try_from(index).expect("an arena holds fewer than 2^32 entities"))
+                Self(u32::try_from(index).expect("a table holds fewer than 2^32 entities"))
             }
             fn index(self) -> usize {
                 self.0 as usize
@@ -38,24 +38,24 @@ macro_rules! entity {
 
 /// A growing table indexed by entity ids.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Arena<K, T> {
+pub struct Table<K, T> {
     items: Vec<T>,
     key: PhantomData<K>,
 }
 
-impl<K, T> Default for Arena<K, T> {
+impl<K, T> Default for Table<K, T> {
     fn default() -> Self {
         Self { items: Vec::new(), key: PhantomData }
     }
 }
 
-impl<K: EntityId, T> Arena<K, T> {
+impl<K: EntityId, T> Table<K, T> {
     /// Appends an entity and returns its id.
     pub fn push(&mut self, item: T) -> K {
         self.items.push(item);
         K::from_index(self.items.len() - 1)
     }
-    /// The id that the next [`Arena::push`] returns.
+    /// The id that the next [`Table::push`] returns.
     pub fn next_id(&self) -> K {
         K::from_index(self.items.len())
     }
@@ -85,14 +85,14 @@ impl<K: EntityId, T> Arena<K, T> {
     }
 }
 
-impl<K: EntityId, T> Index<K> for Arena<K, T> {
+impl<K: EntityId, T> Index<K> for Table<K, T> {
     type Output = T;
     fn index(&self, id: K) -> &T {
         &self.items[id.index()]
     }
 }
 
-impl<K: EntityId, T> IndexMut<K> for Arena<K, T> {
+impl<K: EntityId, T> IndexMut<K> for Table<K, T> {
     fn index_mut(&mut self, id: K) -> &mut T {
         &mut self.items[id.index()]
     }

@@ -1,7 +1,7 @@
 //! The nouns: graph, values, parameters and their uses, stages, optimizer state.
 
 use crate::op::{Op, OpId};
-use crate::{Arena, DType, Shape, entity};
+use crate::{DType, Shape, Table, entity};
 
 entity! {
     /// An edge of the graph.
@@ -208,17 +208,17 @@ impl OptimizerKind {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Graph {
     /// Storage.
-    pub params: Arena<ParamId, Param>,
+    pub params: Table<ParamId, Param>,
     /// Places where storage is read, in the order in which their gradients are added.
-    pub uses: Arena<UseId, Use>,
+    pub uses: Table<UseId, Use>,
     /// Edges.
-    pub values: Arena<ValueId, Value>,
+    pub values: Table<ValueId, Value>,
     /// Ops in program order.
-    pub ops: Arena<OpId, Op>,
+    pub ops: Table<OpId, Op>,
     /// The chain.
-    pub stages: Arena<StageId, Stage>,
+    pub stages: Table<StageId, Stage>,
     /// Rotary frequency tables.
-    pub rope_tables: Arena<RopeTableId, RopeTable>,
+    pub rope_tables: Table<RopeTableId, RopeTable>,
     /// Optimizer state per trained parameter; empty before `attach_optimizer`.
     pub states: Vec<StateSpec>,
     /// Lanes that the tokens of a step are dealt to; each lane sums on its own (1: one sequential sum).
@@ -231,12 +231,12 @@ impl Graph {
     /// An empty graph with one reduction lane.
     pub fn new() -> Self {
         Self {
-            params: Arena::default(),
-            uses: Arena::default(),
-            values: Arena::default(),
-            ops: Arena::default(),
-            stages: Arena::default(),
-            rope_tables: Arena::default(),
+            params: Table::default(),
+            uses: Table::default(),
+            values: Table::default(),
+            ops: Table::default(),
+            stages: Table::default(),
+            rope_tables: Table::default(),
             states: Vec::new(),
             reduction_lanes: 1,
             n_random_sites: 0,

@@ -5,7 +5,7 @@
 //! The plan instantiates `N` and unrolls the step. The same form serves training, evaluation and
 //! decoding.
 //!
-//! Files, in reading order: [`mod@entity`] (u32 ids and the arenas they index), [`dtype`], [`shape`],
+//! Files, in reading order: [`mod@entity`] (u32 ids and the tables they index), [`dtype`], [`shape`],
 //! [`op`] (every op, its attributes and what it reads), [`graph`] (the nouns), [`builder`] (the
 //! public way to build one), `infer` (one shape rule per op), [`mod@verify`] (every invariant), `text`
 //! (print), `parse` (and back).
@@ -49,7 +49,7 @@ mod text;
 
 pub use builder::GraphBuilder;
 pub use dtype::DType;
-pub use entity::{Arena, EntityId};
+pub use entity::{EntityId, Table};
 pub use graph::{
     Graph, Init, InputKind, MASTER_LO, OptimizerKind, Param, ParamId, Phase, RandomSite, RopeTable,
     RopeTableId, Stage, StageId, StateSpec, Use, UseId, Value, ValueId, ValueKind,

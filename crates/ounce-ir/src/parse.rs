@@ -6,8 +6,8 @@
 
 use crate::text::{gate_name, gelu_name, layout_name, phase_name};
 use crate::{
-    Arena, AttentionSpec, DType, EntityId, Gate, GeluKind, Graph, Init, InputKind, Lead, Op,
-    OpKind, Param, Phase, RandomSite, RopeTable, RopeTableId, Shape, Stage, StateSpec, Use, Value,
+    AttentionSpec, DType, EntityId, Gate, GeluKind, Graph, Init, InputKind, Lead, Op, OpKind,
+    Param, Phase, RandomSite, RopeTable, RopeTableId, Shape, Stage, StateSpec, Table, Use, Value,
     ValueKind, WeightLayout,
 };
 
@@ -176,13 +176,13 @@ impl Words {
         Ok(ids)
     }
 
-    /// The id that a definition must have: that of the arena's next entity.
-    fn defines<K: EntityId, T>(&mut self, arena: &Arena<K, T>) -> Parsed<()> {
+    /// The id that a definition must have: that of the table's next entity.
+    fn defines<K: EntityId, T>(&mut self, table: &Table<K, T>) -> Parsed<()> {
         let id: K = self.id()?;
-        if id == arena.next_id() {
+        if id == table.next_id() {
             return Ok(());
         }
-        Err(format!("{id} is defined where {} should be", arena.next_id()))
+        Err(format!("{id} is defined where {} should be", table.next_id()))
     }
 
     /// The text after `key=`.

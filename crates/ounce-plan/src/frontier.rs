@@ -293,7 +293,7 @@ impl<'a> Frontier<'a> {
         let mut plan = Plan {
             shape: cx.shape,
             n_threads: self.machine.n_threads(),
-            buffers: ounce_ir::Arena::default(),
+            buffers: ounce_ir::Table::default(),
             choice: choice(cx, actions, e.n_recomputed),
             arena_bytes: placement.height,
             baseline_bytes,

@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 
-use ounce_ir::{Arena, OpId, ParamId, ValueId, entity};
+use ounce_ir::{OpId, ParamId, Table, ValueId, entity};
 
 use crate::StepShape;
 
@@ -228,7 +228,7 @@ pub struct Plan {
     /// Threads that its scratch is sized for.
     pub n_threads: u32,
     /// Planned bytes.
-    pub buffers: Arena<BufferId, Buffer>,
+    pub buffers: Table<BufferId, Buffer>,
     /// Instructions in order.
     pub instrs: Vec<Instr>,
     /// Height of the host arena.

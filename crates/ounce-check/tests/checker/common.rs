@@ -249,7 +249,7 @@ pub(crate) fn plan(graph: &Graph, shape: StepShape, machine: &dyn Machine, style
         plan: Plan {
             shape,
             n_threads: machine.n_threads(),
-            buffers: ounce_ir::Arena::default(),
+            buffers: ounce_ir::Table::default(),
             instrs: Vec::new(),
             arena_bytes: 0,
             baseline_bytes: machine.baseline_bytes(),

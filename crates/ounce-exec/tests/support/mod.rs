@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use ounce_exec::{Arena, Buffers, Executor, MeasuredMachine, OptimizerHyper, RowSpan, StepInputs};
 use ounce_ir::{
-    Arena as Table, AttentionSpec, DType, GeluKind, Graph, GraphBuilder, Init, InputKind, Lead,
-    OpId, OpKind, OptimizerKind, ParamId, Phase, Shape, ValueId, ValueKind, WeightLayout,
+    AttentionSpec, DType, GeluKind, Graph, GraphBuilder, Init, InputKind, Lead, OpId, OpKind,
+    OptimizerKind, ParamId, Phase, Shape, Table, ValueId, ValueKind, WeightLayout,
 };
 use ounce_kernels::pool::Pool;
 use ounce_oracle::{Hyper, Row};

@@ -494,7 +494,7 @@ mod tests {
     fn a_plan_without_instructions_is_drawn_too() {
         let (graph, mut plan) = small(None);
         plan.instrs.clear();
-        plan.buffers = ounce_ir::Arena::default();
+        plan.buffers = ounce_ir::Table::default();
         assert_well_formed(&plan_svg(&graph, &plan));
     }
 }
