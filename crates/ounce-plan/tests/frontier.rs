@@ -142,7 +142,7 @@ fn the_report_reads_well() {
     "]]
     .assert_eq(&explain(&plan));
     let refused = frontier.plan(1 << 30).expect_err("does not fit");
-    expect![[r#"
+    expect![[r"
         the plan does not fit: budget 1024.00 MiB, smallest feasible budget: 1919.33 MiB; of that optimizer state 949.40 MiB, gradients 476.95 MiB, weights 474.70 MiB, process 16.00 MiB, working values 2.25 MiB, data 0.02 MiB, kernel scratch 0.01 MiB
-        hint: give that budget, or plan a smaller step"#]].assert_eq(&refused.to_string());
+        hint: give that budget, or plan a smaller step"]].assert_eq(&refused.to_string());
 }

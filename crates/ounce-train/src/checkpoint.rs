@@ -149,7 +149,6 @@ pub(crate) fn state(
         kernel_tier: tier().to_string(),
         code_version: env!("CARGO_PKG_VERSION").to_owned(),
         tokens_seen,
-        last_losses: Vec::new(),
         scaler: Some(scaler),
     }
 }
@@ -236,6 +235,12 @@ pub(crate) fn check_settings(
             return Err(Error::Usage { message, hint });
         }
         observer.note(&format!("warning: {message}; it goes on with the new ones"));
+    }
+    if state.code_version != env!("CARGO_PKG_VERSION") {
+        let (then, now) = (&state.code_version, env!("CARGO_PKG_VERSION"));
+        observer.note(&format!(
+            "warning: the run was begun by version {then} and goes on with {now}: its last bits may differ"
+        ));
     }
     if state.kernel_tier != tier().to_string() {
         let (then, now) = (&state.kernel_tier, tier());
@@ -382,7 +387,7 @@ impl Saver {
         Ok(check_room(&*self.disk, &self.output_dir, &model, bytes)?)
     }
 
-    /// Writes a checkpoint and removes those that are too many.
+    /// Writes a checkpoint.
     ///
     /// # Errors
     /// A failed write; the checkpoints that were there before are untouched.
@@ -406,12 +411,19 @@ impl Saver {
             }
         }
         file.finish()?;
-        let path = writer.publish(state)?;
+        Ok(writer.publish(state)?)
+    }
+
+    /// Removes the checkpoints that are too many, of a run that has reached `step` and saved `last`.
+    ///
+    /// # Errors
+    /// A failed write.
+    pub(crate) fn rotate(&self, step: u64, last: &Path) -> Result<()> {
         if let Some(n_keep) = self.n_keep {
-            let never = self.resumed_from.iter().map(PathBuf::as_path).chain([path.as_path()]);
+            let never = self.resumed_from.iter().map(PathBuf::as_path).chain([last]);
             rotate(&self.output_dir, step, n_keep, never)?;
         }
-        Ok(path)
+        Ok(())
     }
 }
 

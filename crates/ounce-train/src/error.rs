@@ -48,10 +48,10 @@ pub enum Error {
     /// A loss or a gradient is infinite or not a number.
     #[error(
         "step {step}: {what} (learning rate {learning_rate:?}, {rows}); {kept}{}\n\
-         hint: try a lower --learning-rate, a longer --warmup-steps or --max-grad-norm 1; \
-         `--resume-from-checkpoint auto` goes on from the last checkpoint, \
+         hint: try a lower --learning-rate, a longer --warmup-steps or --max-grad-norm 1{}; \
          `--on-nonfinite skip` goes on without such steps",
-        last_good(checkpoint.as_deref())
+        last_good(checkpoint.as_deref()),
+        from_last_good(checkpoint.as_deref())
     )]
     NonFinite {
         /// The step, counted from 1.
@@ -64,7 +64,7 @@ pub enum Error {
         rows: String,
         /// What became of the parameters.
         kept: &'static str,
-        /// The last checkpoint of the run.
+        /// The last checkpoint whose weights gave a finite loss.
         checkpoint: Option<PathBuf>,
     },
     /// A model whose loss is infinite or not a number.
@@ -142,6 +142,13 @@ pub enum ErrorClass {
 fn last_good(checkpoint: Option<&Path>) -> String {
     checkpoint.map_or_else(String::new, |path| {
         format!("; the last good checkpoint is {}", path.display())
+    })
+}
+
+/// How to go on from it: by its name, since a later one may be there that is whole and yet of no use.
+fn from_last_good(checkpoint: Option<&Path>) -> String {
+    checkpoint.map_or_else(String::new, |path| {
+        format!(", with `--resume-from-checkpoint {} --override`", path.display())
     })
 }
 

@@ -127,7 +127,8 @@ fn train_from(
     let health = Health::new(vocab_size, is_fresh);
     let checkpoint = from.map(|c| c.path().to_path_buf());
     let step = first_step - 1;
-    let place = Place { step, tokens_seen, eval_loss: None, checkpoint, saved_step: step };
+    let place =
+        Place { step, tokens_seen, eval_loss: None, checkpoint, saved_step: step, good: None };
     Run { settings, session, trainer, data, output, saver, health, n_steps, place }.go(observer)
 }
 
@@ -172,13 +173,15 @@ struct Place {
     checkpoint: Option<PathBuf>,
     /// Steps done when it was saved.
     saved_step: u64,
+    /// The last checkpoint whose weights gave a finite loss, in a step or an evaluation.
+    good: Option<PathBuf>,
 }
 
 impl Place {
     /// Tells a step that ended the run where the last good weights are.
     fn name_checkpoint(&self, mut e: Error) -> Error {
         if let Error::NonFinite { checkpoint, .. } = &mut e {
-            checkpoint.clone_from(&self.checkpoint);
+            checkpoint.clone_from(&self.good);
         }
         e
     }
@@ -198,6 +201,7 @@ impl Run<'_> {
             }
             other => other?,
         };
+        self.prove_checkpoint()?;
         let program = self.session.train.as_ref().expect("a training run has a training plan");
         self.saver.check_room_for_model()?;
         let mut buffers = program.executor.buffers(&mut self.session.arena);
@@ -252,6 +256,7 @@ impl Run<'_> {
             self.output.step(&record)?;
             observer.step(&record);
             if !record.skipped {
+                self.prove_checkpoint()?;
                 for warning in self.health.observe(numbers(&record)) {
                     observer.note(&format!("warning: {warning}"));
                 }
@@ -302,6 +307,19 @@ impl Run<'_> {
         Ok(path)
     }
 
+    /// The weights of the last checkpoint gave a finite loss: older ones may go, which until now were all that was known
+    /// to be good.
+    fn prove_checkpoint(&mut self) -> Result<()> {
+        let place = &mut self.place;
+        if let Some(last) =
+            place.checkpoint.as_ref().filter(|last| place.good.as_ref() != Some(last))
+        {
+            self.saver.rotate(place.step, last)?;
+            place.good = Some(last.clone());
+        }
+        Ok(())
+    }
+
     fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let (Some(text), Some(program)) = (&self.data.eval, &self.session.eval) else {
             return Ok(());
@@ -310,6 +328,7 @@ impl Run<'_> {
         if !record.loss.is_finite() {
             return Err(self.broken(&format!("the loss of the evaluation is {}", record.loss)));
         }
+        self.prove_checkpoint()?;
         self.output.evaluated(self.place.step, &record)?;
         observer.evaluated(self.place.step, &record);
         self.place.eval_loss = Some(record.loss);

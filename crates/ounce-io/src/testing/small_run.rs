@@ -114,7 +114,6 @@ impl SmallRun {
             kernel_tier: "portable".into(),
             code_version: env!("CARGO_PKG_VERSION").into(),
             tokens_seen: step * 64,
-            last_losses: vec![1.0 / (step + 1) as f64],
             scaler: Some(ScalerState {
                 scale: 65536.0,
                 n_good_steps: step,

@@ -222,6 +222,29 @@ fn weights_that_the_last_update_broke_are_not_published() {
     assert!(!lab.path("out/checkpoint-1").exists());
 }
 
+/// Weights of 1e30 are finite, and so is a checkpoint of them; what they give is not.
+#[test]
+fn the_last_good_checkpoint_is_one_whose_weights_gave_a_loss() {
+    let lab =
+        Lab::with_model(&words("--arch gpt2 --n-layers 1 --hidden-size 32 --context-length 64"));
+    let run = "train --model model --data train.txt --max-length 64 --max-steps 9 --sample-steps 0 \
+        --learning-rate 1e30 --max-grad-norm 0 --warmup-steps 2 --save-steps 1 --save-total-limit 1";
+    // The first update is of rate 0.
+    let error = lab.fail(5, &words(&format!("{run} --output-dir out")));
+    assert!(
+        error.contains("step 3: ") && error.contains("last good checkpoint is out/checkpoint-1\n"),
+        "{error}"
+    );
+    let on =
+        "--resume-from-checkpoint out/checkpoint-1 --override --learning-rate 1e-3 --output-dir on";
+    lab.succeed(&words(&format!("{run} {on}").replacen("--learning-rate 1e30 ", "", 1)));
+    let evaluated =
+        "--warmup-steps 0 --lr-scheduler-type constant --eval-data eval.txt --eval-steps 1";
+    let run = run.replace("--warmup-steps 2", evaluated);
+    let error = lab.fail(5, &words(&format!("{run} --output-dir bad")));
+    assert!(error.contains("loss of the evaluation") && !error.contains("checkpoint"), "{error}");
+}
+
 #[test]
 fn a_model_whose_weights_are_broken_generates_nothing() {
     let lab = Lab::llama();
