@@ -89,13 +89,16 @@ pub(crate) fn find(
     }
 }
 
+/// The model that the run of a checkpoint began from.
+pub(crate) fn model_begun_from(checkpoint: &Checkpoint) -> Option<PathBuf> {
+    checkpoint.state().settings.get("model").and_then(Value::as_str).map(PathBuf::from)
+}
+
 /// Says that another model than that of the checkpoint is not read.
 fn note_other_model(checkpoint: &Checkpoint, settings: &Settings, observer: &mut dyn Observer) {
     let full = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
-    let begun = checkpoint.state().settings.get("model").and_then(Value::as_str).map(Path::new);
-    let given = settings.model.as_deref();
-    if let (Some(begun), Some(given)) = (begun, given)
-        && full(begun) != full(given)
+    if let (Some(begun), Some(given)) = (model_begun_from(checkpoint), &settings.model)
+        && full(&begun) != full(given)
     {
         observer.note(&format!(
             "warning: the run was begun from {} and goes on from its checkpoint; `--model {}` is not read",

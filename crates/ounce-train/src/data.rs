@@ -10,7 +10,7 @@ use crate::model::{Model, missing};
 use crate::step::Rows;
 use crate::stream::TrainStream;
 use crate::text_table::TextTable;
-use crate::tokenize::{self, Request, RowRequest};
+use crate::tokenize::{self, Prompt, Request, RowRequest};
 use crate::{Environment, Observer, Result, Settings};
 
 /// The tokens of a run, and what turns ids into text.
@@ -65,7 +65,11 @@ impl Data {
             cache_dir: tokenize::cache_dir(env),
             streams,
             rows: RowRequest::of(settings, max_length as u64).within(&model.dir, limits),
-            prompt: Some(settings.sample_prompt.clone()),
+            prompt: settings.samples().then(|| Prompt {
+                flag: "--sample-prompt".to_owned(),
+                text: settings.sample_prompt.clone(),
+                is_default: settings.sample_prompt == Settings::default().sample_prompt,
+            }),
             n_threads: tokenize::n_threads(&model.dir, limits),
             now_s,
         };

@@ -14,7 +14,7 @@ use ounce_models::{Purpose, build};
 use serde::Serialize;
 
 use crate::model::{Model, model_error};
-use crate::output::forget_run;
+use crate::output::holds_run;
 use crate::precision::config_with_dtype;
 use crate::weights::{Source, specs};
 use crate::{Environment, Error, Observer, Result};
@@ -91,6 +91,7 @@ pub fn export(
     let graph =
         build(&model.config, Purpose::Loss, 0.0).map_err(|e| model_error(&model.path, &e))?;
     let source = Source::open(&model.path, &model.config, &graph)?;
+    check_target(&wanted.output_dir, &model.path)?;
     let staging = StagingDir::create(&wanted.output_dir)?;
     let dir = staging.path();
     let job = Job { model: &model, graph: &graph, source: &source };
@@ -99,7 +100,6 @@ pub fn export(
         ExportFormat::Gguf => job.write_gguf(dir, dtype, observer)?,
     }
     let bytes = bytes_of_files(dir)?;
-    forget_run(&wanted.output_dir)?;
     staging.publish()?;
     Ok(ExportRecord {
         output_dir: wanted.output_dir.clone(),
@@ -107,6 +107,21 @@ pub fn export(
         dtype,
         n_params: graph.n_params_elems(),
         bytes,
+    })
+}
+
+/// Refuses to write over the model that is exported, or over the result of a run.
+fn check_target(dir: &Path, model: &Path) -> Result<()> {
+    let is_source =
+        dir.canonicalize().is_ok_and(|dir| model.canonicalize().is_ok_and(|m| m == dir));
+    let what = match (is_source, holds_run(dir)) {
+        (true, _) => "is the model that is exported",
+        (false, true) => "holds the result of a training run",
+        (false, false) => return Ok(()),
+    };
+    Err(Error::Usage {
+        message: format!("{} {what}", dir.display()),
+        hint: "choose another `--output-dir`".to_owned(),
     })
 }
 

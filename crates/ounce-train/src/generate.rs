@@ -18,7 +18,7 @@ use crate::model::Model;
 use crate::precision::policy_for;
 use crate::program::Program;
 use crate::text_table::{TextStream, TextTable};
-use crate::tokenize::{self, Request, RowRequest};
+use crate::tokenize::{self, Prompt, Request, RowRequest};
 use crate::{Environment, Error, Observer, Result, Settings};
 
 /// What `generate` adds to the common settings.
@@ -76,7 +76,11 @@ pub fn generate(
         cache_dir: tokenize::cache_dir(env),
         streams: Vec::new(),
         rows: RowRequest::of(settings, 0),
-        prompt: Some(wanted.prompt.clone()),
+        prompt: Some(Prompt {
+            flag: "--prompt".to_owned(),
+            text: wanted.prompt.clone(),
+            is_default: false,
+        }),
         now_s: tokenize::today_s(),
         n_threads: tokenize::n_threads(&model.dir, &limits),
     };

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ounce_exec::Arena;
+use ounce_io::checkpoint::list;
 use ounce_io::{Disk, StagingDir, write_file};
 use ounce_ir::DType;
 use serde::{Deserialize, Serialize};
@@ -187,6 +188,11 @@ pub(crate) fn forget_run(dir: &Path) -> Result<()> {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::file(&path, &e)),
         _ => Ok(()),
     }
+}
+
+/// Whether a run has written its result or a checkpoint there.
+pub(crate) fn holds_run(dir: &Path) -> bool {
+    dir.join("run.yaml").exists() || list(dir).is_ok_and(|checkpoints| !checkpoints.is_empty())
 }
 
 /// Whether a loader would take the directory for a model.

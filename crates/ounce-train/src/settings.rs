@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use ounce_io::dataset::RowFormat;
+use ounce_io::dataset::{ColumnMapping, RowFormat};
 pub use ounce_passes::Precision;
 use ounce_passes::{OpClass, PrecisionPolicy};
 use serde::{Deserialize, Serialize};
@@ -293,17 +293,28 @@ impl Settings {
     /// # Errors
     /// Unknown keys, values of the wrong type or out of range, features that are not built.
     pub fn resolve(config: Option<&Path>, flags: &Map<String, Value>) -> Result<Self> {
-        let mut layers = Map::new();
-        if let Some(path) = config {
-            layers = read_yaml(path)?;
-        }
+        let (mut layers, text) = config.map(read_yaml).transpose()?.unwrap_or_default();
         layers.extend(flags.clone());
         // Each key was checked on its own by `read_yaml`, each flag by the command line.
         let settings: Self = serde_json::from_value(Value::Object(layers))
             .map_err(|e| usage(format!("settings: {e}"), "see `ounce train --help`"))?;
         settings.check_built()?;
-        settings.check_ranges()?;
+        settings.check_ranges().map_err(|e| match (config, e) {
+            (Some(path), Error::Usage { message, hint }) => {
+                // Of the setting that it names first, unless a flag has given that one.
+                let named = message.split('`').nth(1).filter(|key| !flags.contains_key(*key));
+                let line = named.and_then(|key| lines_of(&text, key).next());
+                let place = line.map_or_else(String::new, |l| format!("{}:{l}: ", path.display()));
+                Error::Usage { message: place + &message, hint }
+            }
+            (_, e) => e,
+        })?;
         Ok(settings)
+    }
+
+    /// Whether texts are sampled from the model on the way.
+    pub(crate) fn samples(&self) -> bool {
+        self.sample_steps != Some(0) && self.sample_tokens > 0
     }
 
     /// Rows per step.
@@ -390,6 +401,24 @@ impl Settings {
                 return Err(usage(message, "give `--streaming` too, or leave it out"));
             }
         }
+        if self.f16_demote && self.policy().precision != Precision::F16 {
+            let message = "`f16_demote` is of a run in f16, which this is not".to_owned();
+            return Err(usage(message, "give `--precision f16` too, or leave it out"));
+        }
+        if let Some(columns) = &self.column_mapping {
+            for (key, _) in columns.pairs() {
+                if !ColumnMapping::KEYS.contains(&key.as_str()) {
+                    let hint = nearest(&key, ColumnMapping::KEYS.into_iter()).map_or_else(
+                        || format!("the keys are {}", ColumnMapping::KEYS.join(", ")),
+                        |name| format!("the nearest key is `{name}`"),
+                    );
+                    return Err(usage(
+                        format!("`column_mapping`: no format has a key `{key}`"),
+                        &hint,
+                    ));
+                }
+            }
+        }
         let positive = |x: f64| x.is_finite() && x > 0.0;
         let not_negative = |x: f64| x.is_finite() && x >= 0.0;
         let share = |x: f64| (0.0..1.0).contains(&x);
@@ -397,7 +426,7 @@ impl Settings {
         let rules = [
             (
                 rows.is_some_and(|n| (1..=1 << 24).contains(&n)),
-                "per_device_train_batch_size times gradient_accumulation_steps",
+                "per_device_train_batch_size` times `gradient_accumulation_steps",
                 "from 1 to 16777216 rows per step",
             ),
             (self.max_steps != Some(0), "max_steps", "at least 1"),
@@ -420,7 +449,12 @@ impl Settings {
             ),
             (positive(self.num_train_epochs), "num_train_epochs", "above 0"),
             (not_negative(self.learning_rate), "learning_rate", "at least 0"),
-            (not_negative(self.warmup_steps), "warmup_steps", "at least 0"),
+            (
+                not_negative(self.warmup_steps)
+                    && (self.warmup_steps < 1.0 || self.warmup_steps.fract() == 0.0),
+                "warmup_steps",
+                "a whole number of steps, or a share of them below 1",
+            ),
             ((0.0..=1.0).contains(&self.min_lr_ratio), "min_lr_ratio", "from 0 to 1"),
             (not_negative(self.weight_decay), "weight_decay", "at least 0"),
             (share(self.adam_beta1), "adam_beta1", "from 0 to below 1"),
@@ -432,11 +466,6 @@ impl Settings {
                 is_power_of_two(self.init_loss_scale),
                 "init_loss_scale",
                 "a power of two from 2^-32 to 2^63",
-            ),
-            (
-                !self.f16_demote || self.policy().precision == Precision::F16,
-                "f16_demote",
-                "given with `--precision f16` only",
             ),
             (self.threads.is_none_or(|n| (1..=1024).contains(&n)), "threads", "from 1 to 1024"),
             (
@@ -451,7 +480,11 @@ impl Settings {
         ];
         match rules.iter().find(|(fine, ..)| !fine) {
             Some((_, name, range)) => {
-                Err(usage(format!("`{name}` is out of range"), &format!("it may be {range}")))
+                let found = self.to_map().get(*name).map_or_else(String::new, |x| format!(": {x}"));
+                Err(usage(
+                    format!("`{name}` is out of range{found}"),
+                    &format!("it may be {range}"),
+                ))
             }
             None => self.check_overrides(),
         }
@@ -490,8 +523,8 @@ fn usage(message: String, hint: &str) -> Error {
     Error::Usage { message, hint: hint.to_owned() }
 }
 
-/// Reads a YAML file of settings, checking every key and value on its own.
-fn read_yaml(path: &Path) -> Result<Map<String, Value>> {
+/// Reads a YAML file of settings, checking every key and value on its own; returns its text too.
+fn read_yaml(path: &Path) -> Result<(Map<String, Value>, String)> {
     let file = path.display();
     let refuse = |what: String| usage(what, "`--config` takes a YAML file of settings");
     let n_bytes = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
@@ -501,7 +534,7 @@ fn read_yaml(path: &Path) -> Result<Map<String, Value>> {
     }
     let text = std::fs::read_to_string(path).map_err(|e| refuse(format!("{file}: {e}")))?;
     if text.trim().is_empty() {
-        return Ok(Map::new());
+        return Ok((Map::new(), text));
     }
     let mut map: Map<String, Value> = serde_yaml_ng::from_str(&text).map_err(|e| {
         let line = e.location().map_or(1, |l| l.line());
@@ -538,7 +571,7 @@ fn read_yaml(path: &Path) -> Result<Map<String, Value>> {
             return Err(usage(format!("{file}:{line}: `{key}`: {reason}"), hint));
         }
     }
-    Ok(map)
+    Ok((map, text))
 }
 
 /// The lines on which a top-level key stands.

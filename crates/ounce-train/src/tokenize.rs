@@ -43,11 +43,41 @@ pub(crate) struct Request {
     /// How their rows are read.
     pub(crate) rows: RowRequest,
     /// Text to encode as a prompt.
-    pub(crate) prompt: Option<String>,
+    pub(crate) prompt: Option<Prompt>,
     /// Threads that encode.
     pub(crate) n_threads: usize,
     /// The time that chat templates write, in seconds since 1970.
     pub(crate) now_s: u64,
+}
+
+/// A text that is continued.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Prompt {
+    /// The flag that gave it.
+    pub(crate) flag: String,
+    pub(crate) text: String,
+    /// Whether it is nobody's wish: one that the tokenizer has no words for is then left out.
+    pub(crate) is_default: bool,
+}
+
+impl Prompt {
+    /// Its ids.
+    ///
+    /// # Errors
+    /// A character that the tokenizer does not know.
+    fn encode(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+        match tokenizer.encode_prompt(&self.text) {
+            Err(_) if self.is_default => Ok(tokenizer.encode_prompt("")?),
+            Err(e) => {
+                let (message, _) = message_and_hint(&e);
+                Err(Error::Input {
+                    message: format!("`{}`: {message}", self.flag),
+                    hint: "give another one, of characters that the model was made for".to_owned(),
+                })
+            }
+            Ok(ids) => Ok(ids),
+        }
+    }
 }
 
 /// How the rows of data files are read and cut.
@@ -189,14 +219,11 @@ fn tokenize(request: &Request) -> Result<Answer> {
     }
     let text_table = request.cache_dir.join(format!("{:016x}.ids", tokenizer.fingerprint()));
     TextTable::write(&text_table, &IdTable::new(&tokenizer)?)?;
-    let prompt_ids = match &request.prompt {
-        Some(text) => tokenizer.encode_prompt(text)?,
-        None => Vec::new(),
-    };
+    let prompt_ids = request.prompt.as_ref().map(|prompt| prompt.encode(&tokenizer)).transpose()?;
     Ok(Answer {
         token_files,
         text_table,
-        prompt_ids,
+        prompt_ids: prompt_ids.unwrap_or_default(),
         stop_ids: tokenizer.stop_ids().to_vec(),
         vocab_size: tokenizer.vocab_size() as u64,
         rss_peak_bytes: peak_resident_bytes(),

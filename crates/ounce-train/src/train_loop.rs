@@ -78,8 +78,13 @@ fn train_from(
         Some(checkpoint) => Model::at(checkpoint.path())?,
         None => Model::open(settings, env)?,
     };
-    // Settings that are kept name the length, whether it was given or is the model's.
-    let settings = &Settings { max_length: Some(model.max_length(settings)), ..settings.clone() };
+    // Settings that are kept name the model that the run began from, and the length, given or the model's.
+    let begun_from = from.as_ref().and_then(checkpoint::model_begun_from);
+    let settings = &Settings {
+        model: begun_from.or_else(|| settings.model.clone()),
+        max_length: Some(model.max_length(settings)),
+        ..settings.clone()
+    };
     let (plans, limits) = (wanted(settings, &model), Limits::of(settings));
     check_tokenizing(&model, &plans, &limits, env)?;
     check_files(settings)?;
@@ -138,11 +143,10 @@ fn wanted(settings: &Settings, model: &Model) -> Wanted {
     let shape = StepShape::new(settings.n_rows(), max_length);
     // A token of the prompt is at least a byte, and one more may begin it.
     let sample_tokens = settings.sample_tokens + settings.sample_prompt.len() as u64 + 1;
-    let samples = settings.sample_steps != Some(0) && settings.sample_tokens > 0;
     Wanted {
         train: Some(TrainWanted::of(settings, shape)),
         eval: (!settings.eval_data.is_empty()).then_some(shape),
-        sample_tokens: samples.then_some(sample_tokens.min(max_length)),
+        sample_tokens: settings.samples().then_some(sample_tokens.min(max_length)),
         stream: StreamWanted::of(settings, max_length),
         max_length,
         policy: settings.policy(),

@@ -71,6 +71,12 @@ fn settings(flags: &RunFlags) -> Result<Settings> {
 }
 
 fn init(flags: InitFlags) -> Result<()> {
+    if let Some(flag) = flags.first_size().filter(|_| flags.config.is_some()) {
+        return Err(Error::Usage {
+            message: format!("`{flag}`: with `--config` the sizes are those of the file"),
+            hint: "change the file, or give `--arch` instead of it".to_owned(),
+        });
+    }
     let model = match (flags.config, flags.arch.as_deref()) {
         (Some(path), _) => ModelShape::Config(path),
         (None, arch) => ModelShape::Sizes {

@@ -446,6 +446,21 @@ pub(crate) struct InitFlags {
     pub(crate) json: bool,
 }
 
+impl InitFlags {
+    /// The first flag that gives a size of the model.
+    pub(crate) fn first_size(&self) -> Option<&'static str> {
+        let sizes = [
+            ("--n-layers", self.n_layers),
+            ("--n-heads", self.n_heads),
+            ("--n-kv-heads", self.n_kv_heads),
+            ("--hidden-size", self.hidden_size),
+            ("--intermediate-size", self.intermediate_size),
+            ("--context-length", self.context_length),
+        ];
+        sizes.into_iter().find_map(|(flag, size)| size.map(|_| flag))
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct BenchFlags {
     #[command(subcommand)]

@@ -93,7 +93,7 @@ impl RowFormat {
                     if let Some(format) = object.and_then(|o| Self::of_row(o, columns)) {
                         return Ok(format);
                     }
-                    let fault = || Some(unknown(path, row.place, &row.value));
+                    let fault = || Some(unknown(path, row.place, &row.value, columns));
                     first_fault = first_fault.or_else(fault);
                 }
             }
@@ -111,13 +111,18 @@ impl fmt::Display for RowFormat {
 }
 
 /// The error for a row of no known format.
-fn unknown(path: &Path, place: Place, row: &Value) -> IoError {
+fn unknown(path: &Path, place: Place, row: &Value, columns: &ColumnMapping) -> IoError {
     let Some(object) = row.as_object() else {
         let start: String = row.to_string().chars().take(40).collect();
         let reason = format!("the row is no object, but `{start}`");
         return place.fault(path, reason, "each row must be an object like {\"text\": \"...\"}");
     };
     let keys: Vec<&str> = object.keys().map(String::as_str).take(12).collect();
+    let missing = columns.pairs().find(|(_, name)| !object.contains_key(*name));
+    if let Some((key, name)) = missing {
+        let reason = format!("`--column-mapping {key}={name}`: the row has no key `{name}`");
+        return place.fault(path, reason, format!("its keys are {}", keys.join(", ")));
+    }
     let reason = format!("rows with the keys `{}` are of no known format", keys.join("`, `"));
     let hint = "name the keys with `--column-mapping`, for instance \
                 `--column-mapping prompt=QUESTION,completion=ANSWER`";
@@ -129,6 +134,29 @@ fn unknown(path: &Path, place: Place, row: &Value) -> IoError {
 pub struct ColumnMapping(BTreeMap<String, String>);
 
 impl ColumnMapping {
+    /// Every key of a row that a format reads.
+    pub const KEYS: [&'static str; 19] = [
+        "chosen",
+        "rejected",
+        "messages",
+        "conversations",
+        "prompt",
+        "completion",
+        "label",
+        "instruction",
+        "instances",
+        "input",
+        "output",
+        "question",
+        "answer",
+        "turns",
+        "reference",
+        "text",
+        "system",
+        "history",
+        "tools",
+    ];
+
     /// From pairs of (key of the format, key of the file).
     pub fn new(pairs: impl IntoIterator<Item = (String, String)>) -> Self {
         Self(pairs.into_iter().collect())
@@ -141,7 +169,8 @@ impl ColumnMapping {
 
     /// What a row holds for a key of the format.
     pub(crate) fn get<'a>(&self, row: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
-        row.get(self.0.get(key).map_or(key, String::as_str))
+        debug_assert!(Self::KEYS.contains(&key), "a key that no mapping may name: {key}");
+        row.get(self.name(key))
     }
 
     /// The file's name for a key of the format.

@@ -354,7 +354,14 @@ pub fn has_conversations(paths: &[PathBuf], options: &RowOptions) -> Result<bool
     let (mut rows, mut text) = (None, None);
     for path in paths {
         let format = match (FileKind::of(path)?, options.format) {
-            (FileKind::Text, _) => None,
+            (FileKind::Text, None | Some(RowFormat::Text)) => None,
+            (FileKind::Text, Some(format)) => {
+                let reason = format!(
+                    "is plain text by its name, which has no rows of the format `{format}`"
+                );
+                let hint = "call it .jsonl, .json or .parquet, or leave `--dataset-format` out";
+                return Err(IoError::bad_file(path, reason, hint));
+            }
             (_, Some(format)) => Some(format),
             (_, None) => Some(RowFormat::detect(path, options)?),
         };

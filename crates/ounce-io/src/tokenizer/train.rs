@@ -15,6 +15,7 @@ use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer as Library};
 
+use super::MAX_IDS;
 use super::chars::tokenizer_json;
 use crate::atomic::write_file;
 use crate::error::IoError;
@@ -93,13 +94,19 @@ pub fn train_char(files: &[PathBuf]) -> Result<TrainedTokenizer, IoError> {
 /// A byte-level BPE tokenizer of at most `vocab_size` tokens for the text of `files`, with [`END_OF_TEXT`] as id 0.
 ///
 /// # Errors
-/// `Usage` for a vocabulary below [`MIN_BPE_VOCAB_SIZE`]; as reading the text; `BadFile` without any text.
+/// `Usage` for a vocabulary below [`MIN_BPE_VOCAB_SIZE`] or beyond what is read; as reading the text; `BadFile` without any text.
 pub fn train_bpe(files: &[PathBuf], vocab_size: usize) -> Result<TrainedTokenizer, IoError> {
     if vocab_size < MIN_BPE_VOCAB_SIZE {
         return Err(IoError::Usage {
             what: format!("a byte-level BPE vocabulary of {vocab_size} tokens is too small"),
             hint: format!("use at least {MIN_BPE_VOCAB_SIZE}: 256 bytes and the end-of-text token")
                 .into(),
+        });
+    }
+    if vocab_size > MAX_IDS {
+        return Err(IoError::Usage {
+            what: format!("a byte-level BPE vocabulary of {vocab_size} tokens is too large"),
+            hint: format!("use at most {MAX_IDS}; 32000 to 128000 are usual").into(),
         });
     }
     // The library's thread pool would add memory that no one planned; the result does not depend on it.

@@ -43,6 +43,17 @@ fn wrong_usage_names_the_nearest_match() {
             "init --output-dir m --arch gpt2 --tokenizer char --data abc.txt --n-kv-heads 2",
             "leave it out",
         ),
+        (
+            "init --output-dir m --config c.json --n-layers 2 --tokenizer char --data abc.txt",
+            "change the file",
+        ),
+        (
+            "init --output-dir m --arch gpt2 --tokenizer bpe --data abc.txt --vocab-size 99999999999",
+            "at most 4194304",
+        ),
+        ("train --warmup-steps 2.5", "a share of them below 1"),
+        ("train --column-mapping mesages=x", "`messages`"),
+        ("train --f16-demote", "`--precision f16`"),
         ("bench step --model gpt3", "tinyllama-1.1b"),
     ];
     std::fs::write(lab.path("abc.txt"), "abc").unwrap();
@@ -57,6 +68,11 @@ fn wrong_usage_names_the_nearest_match() {
     std::fs::write(lab.path("run.yaml"), "dataset_format: text\ndata: 5\n").unwrap();
     let error = lab.fail(2, &words("train --config run.yaml"));
     assert!(error.contains("run.yaml:2: `data`: expected a path"), "{error}");
+    std::fs::write(lab.path("run.yaml"), "max_steps: 3\ndropout: 1.5\n").unwrap();
+    let error = lab.fail(2, &words("train --config run.yaml"));
+    assert!(error.contains("run.yaml:2: `dropout` is out of range: 1.5"), "{error}");
+    let error = lab.fail(2, &words("train --config run.yaml --dropout 2"));
+    assert!(error.contains("error: `dropout` is out of range: 2"), "{error}");
     std::fs::write(lab.path("run.yaml"), "max_steps: 3\nlr: 1e-3\n").unwrap();
     let error = lab.fail(2, &words("train --config run.yaml"));
     assert!(error.contains("run.yaml:2: unknown setting `lr`"), "{error}");
@@ -95,6 +111,35 @@ fn wrong_models_and_data_are_named() {
 }
 
 /// Two changes together, where neither clipping off nor shorter rows are enough.
+/// A text of one line, and so a vocabulary without the line feed that samples begin with.
+#[test]
+fn a_text_of_one_line_is_trained_on() {
+    let lab = Lab::empty();
+    std::fs::write(lab.path("dna.txt"), "ACGTTGCAAC".repeat(100)).unwrap();
+    let sizes = "--n-layers 1 --hidden-size 16 --n-heads 2 --context-length 64";
+    lab.succeed(&words(&format!(
+        "init --output-dir dna --arch llama {sizes} --tokenizer char --data dna.txt"
+    )));
+    let run = "train --model dna --data dna.txt --max-steps 1 --output-dir out";
+    for flags in ["", "--sample-steps 0 --sample-prompt x"] {
+        lab.succeed(&words(&format!("{run} {flags}")));
+    }
+    let error = lab.fail(4, &words(&format!("{run} --sample-prompt x")));
+    assert!(error.contains("`--sample-prompt`: character `x`"), "{error}");
+}
+
+#[test]
+fn a_format_of_rows_is_none_of_plain_text() {
+    let lab = Lab::llama();
+    let run = "train --model model --output-dir out --max-steps 1 --data train.txt";
+    let error = lab.fail(4, &words(&format!("{run} --dataset-format messages")));
+    assert!(error.contains("train.txt: is plain text by its name"), "{error}");
+    std::fs::write(lab.path("rows.jsonl"), "{\"question\": \"a\", \"answer\": \"b\"}\n").unwrap();
+    let rows = run.replace("train.txt", "rows.jsonl");
+    let error = lab.fail(4, &words(&format!("{rows} --column-mapping answer=solution")));
+    assert!(error.contains("rows.jsonl:1: ") && error.contains("no key `solution`"), "{error}");
+}
+
 #[test]
 fn a_budget_that_is_too_small_is_told_what_would_fit() {
     let arch = "--arch llama --n-layers 2 --hidden-size 256 --context-length 256";
@@ -260,11 +305,29 @@ fn a_model_whose_weights_are_broken_generates_nothing() {
 /// What a former run recorded beside its model, its precision above all, is not said of one that replaces it.
 #[test]
 fn a_model_of_no_run_has_no_settings_of_one() {
+    let lab = Lab::empty();
+    std::fs::create_dir(lab.path("m")).unwrap();
+    std::fs::write(lab.path("m/run.yaml"), "precision: bf16\n").unwrap();
+    std::fs::write(lab.path("abc.txt"), "abc").unwrap();
+    let sizes = "--n-layers 1 --hidden-size 32 --n-heads 2";
+    lab.succeed(&words(&format!(
+        "init --output-dir m --arch gpt2 {sizes} --tokenizer char --data abc.txt"
+    )));
+    assert!(lab.path("m/model.safetensors").exists() && !lab.path("m/run.yaml").exists());
+}
+
+#[test]
+fn an_export_takes_the_place_of_an_export_but_of_nothing_that_was_trained() {
     let lab = Lab::llama();
-    std::fs::create_dir(lab.path("out")).unwrap();
-    std::fs::write(lab.path("out/run.yaml"), "precision: bf16\n").unwrap();
-    lab.succeed(&words("export --model model --format hf --output-dir out"));
-    assert!(lab.path("out/model.safetensors").exists() && !lab.path("out/run.yaml").exists());
+    lab.train("--max-length 64 --max-steps 1", "out");
+    let export = "export --model out --format hf --output-dir exported";
+    lab.succeed(&words(export));
+    lab.succeed(&words(export));
+    for (from, to) in [("model", "out"), ("out", "out"), ("exported", "./exported")] {
+        let error =
+            lab.fail(2, &words(&format!("export --model {from} --format hf --output-dir {to}")));
+        assert!(error.contains(to) && error.contains("another `--output-dir`"), "{error}");
+    }
 }
 
 /// Numbers of a configuration that no kernel can work with.

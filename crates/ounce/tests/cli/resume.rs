@@ -69,6 +69,23 @@ fn a_length_that_is_the_model_s_is_the_same_whether_it_is_given_or_not() {
 }
 
 #[test]
+fn the_model_of_a_run_is_the_one_it_began_from() {
+    let lab = gpt2();
+    lab.succeed(&words(&format!("{RUN} --output-dir out --save-steps 4")));
+    let resume = RUN.replace("--model model", "--model elsewhere");
+    let line = format!(
+        "{resume} --output-dir on --resume-from-checkpoint out/checkpoint-4 --save-steps 4"
+    );
+    let output = lab.run(&words(&line));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && said.contains("`--model elsewhere` is not read"), "{said}");
+    let settings = std::fs::read_to_string(lab.path("on/run.yaml")).unwrap();
+    assert!(settings.starts_with("model: \"model\"\n"), "{settings}");
+    let state = std::fs::read_to_string(lab.path("on/checkpoint-8/trainer_state.json")).unwrap();
+    assert!(!state.contains("elsewhere"), "{state}");
+}
+
+#[test]
 fn an_interrupted_run_ends_with_the_signal_s_code_and_goes_on_by_itself() {
     let lab = gpt2();
     let run = RUN.replace("--max-steps 8", "--max-steps 300");

@@ -31,8 +31,10 @@ pub(crate) fn stop(
         std::thread::sleep(Duration::from_millis(1));
     }
     send(&child, signal);
-    drop(stdout);
+    // Somebody reads on: where nobody does, `generate` is done.
+    let reader = std::thread::spawn(move || std::io::copy(&mut stdout, &mut std::io::sink()));
     let output = child.wait_with_output().unwrap();
+    reader.join().unwrap().unwrap();
     (output.status.code(), String::from_utf8(output.stderr).unwrap())
 }
 
