@@ -9,7 +9,8 @@
 //! `taken` are the cores that other programs took meanwhile (`contention.rs`).
 //!
 //! Costs are only estimates and can be measured again, so a file that cannot be read, or was written
-//! on another machine, counts as empty. It is replaced as a whole, never half.
+//! on another machine, counts as empty; so does one that has grown beyond what the process declares for it. It is
+//! replaced as a whole, never half.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -17,6 +18,8 @@ use std::path::Path;
 use std::time::Duration;
 
 const HEADER: &str = "ounce costs 6";
+/// Longest file that is read: some thousand costs, of which a model has about a hundred.
+const MAX_BYTES: u64 = 1 << 18;
 
 /// Seconds by what was measured.
 pub(crate) type Costs = BTreeMap<String, f64>;
@@ -31,7 +34,9 @@ pub(crate) struct Kept {
 
 /// The costs in the file that were measured on this machine.
 pub(crate) fn load(path: &Path, fingerprint: &str) -> Kept {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let is_small = path.metadata().is_ok_and(|metadata| metadata.len() <= MAX_BYTES);
+    let text =
+        if is_small { std::fs::read_to_string(path).unwrap_or_default() } else { String::new() };
     let mut lines = text.lines();
     if lines.next() != Some(HEADER) || lines.next() != Some(&machine_line(fingerprint)) {
         return Kept::default();
@@ -62,8 +67,11 @@ pub(crate) fn save(path: &Path, fingerprint: &str, kept: &Kept) -> std::io::Resu
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.tmp", std::process::id()));
     let fresh = path.with_file_name(name);
-    std::fs::write(&fresh, text)?;
-    std::fs::rename(&fresh, path)
+    let done = std::fs::write(&fresh, text).and_then(|()| std::fs::rename(&fresh, path));
+    if done.is_err() {
+        let _ = std::fs::remove_file(&fresh);
+    }
+    done
 }
 
 fn machine_line(fingerprint: &str) -> String {
@@ -90,7 +98,13 @@ mod tests {
         save(&path, "one", &kept).expect("saved");
         assert_eq!(load(&path, "one"), kept);
         assert_eq!(load(&path, "other"), Kept::default());
-        assert_eq!(std::fs::read_dir(path.parent().expect("a folder")).expect("listed").count(), 1);
+        let folder_of = |path: &Path| path.parent().expect("a folder").to_path_buf();
+        assert_eq!(std::fs::read_dir(folder_of(&path)).expect("listed").count(), 1);
+        // A folder in the file's place: nothing is left of the attempt.
+        let taken = folder.path().join("taken/costs.txt");
+        std::fs::create_dir_all(taken.join("x")).expect("made");
+        save(&taken, "one", &kept).expect_err("no file can be there");
+        assert_eq!(std::fs::read_dir(folder_of(&taken)).expect("listed").count(), 1);
     }
 
     #[test]
@@ -107,5 +121,8 @@ mod tests {
         std::fs::write(&path, [0xff, 0xfe, 0]).expect("written");
         assert_eq!(load(&path, "m"), Kept::default());
         assert_eq!(load(&folder.path().join("missing"), "m"), Kept::default());
+        let long = "add 1 = 1e-6\n".repeat(20_000);
+        std::fs::write(&path, format!("{HEADER}\nmachine m\ntaken 0\n{long}")).expect("written");
+        assert_eq!(load(&path, "m"), Kept::default(), "longer than is read");
     }
 }

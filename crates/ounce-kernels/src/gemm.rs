@@ -68,8 +68,7 @@ impl<'a> MatRef<'a> {
         row_stride: usize,
     ) -> Self {
         let data = data.into();
-        let end = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + cols };
-        assert!(end <= data.len(), "matrix {rows} x {cols} ends at {end} of {}", data.len());
+        assert_within(rows, cols, row_stride, data.len());
         Self { data, rows, cols, row_stride, col_stride: 1 }
     }
 
@@ -126,11 +125,21 @@ impl<'a> MatMut<'a> {
         row_stride: usize,
     ) -> Self {
         let data = data.into();
-        let end = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + cols };
-        assert!(end <= data.len(), "matrix {rows} x {cols} ends at {end} of {}", data.len());
+        assert_within(rows, cols, row_stride, data.len());
         assert!(row_stride >= cols, "rows of a written matrix do not overlap");
         Self { data, rows, cols, row_stride }
     }
+}
+
+/// # Panics
+/// If the last element of such a matrix lies beyond `len`.
+fn assert_within(rows: usize, cols: usize, row_stride: usize, len: usize) {
+    let end = match (rows, cols) {
+        (0, _) | (_, 0) => Some(0),
+        _ => (rows - 1).checked_mul(row_stride).and_then(|start| start.checked_add(cols)),
+    };
+    let is_within = end.is_some_and(|end| end <= len);
+    assert!(is_within, "matrix {rows} x {cols}, rows {row_stride} apart, ends beyond {len}");
 }
 
 /// What the sums of a product start from.

@@ -83,11 +83,22 @@ fn spin_until(ready: impl Fn() -> bool) -> bool {
 }
 
 impl Pool {
-    /// A pool of `n_threads` threads, the caller included (`n_threads - 1` are started).
+    /// A pool of `n_threads` threads, the caller included.
     ///
     /// # Panics
     /// If `n_threads` is 0 or the system refuses to start a thread.
     pub fn new(n_threads: usize) -> Self {
+        Self::start(n_threads).expect("the system starts a kernel thread")
+    }
+
+    /// A pool of `n_threads` threads, the caller included (`n_threads - 1` are started).
+    ///
+    /// # Errors
+    /// The system refuses to start a thread; those that were started have ended.
+    ///
+    /// # Panics
+    /// If `n_threads` is 0.
+    pub fn start(n_threads: usize) -> std::io::Result<Self> {
         assert!(n_threads > 0, "a pool has at least the calling thread");
         let shared = Arc::new(Shared {
             job: UnsafeCell::new(None),
@@ -101,20 +112,19 @@ impl Pool {
             done: Condvar::new(),
             panic: Mutex::new(None),
         });
-        let workers = (1..n_threads)
-            .map(|thread_idx| {
-                let shared = Arc::clone(&shared);
-                std::thread::Builder::new()
-                    .name(format!("kernel-{thread_idx}"))
-                    .stack_size(STACK_BYTES)
-                    .spawn(move || shared.work(thread_idx))
-                    .expect("the system starts a kernel thread")
-            })
-            .collect();
-        let pool = Self { shared, workers, turn: Mutex::new(()) };
+        let workers = Vec::with_capacity(n_threads - 1);
+        let mut pool = Self { shared, workers, turn: Mutex::new(()) };
+        for thread_idx in 1..n_threads {
+            let shared = Arc::clone(&pool.shared);
+            let thread = std::thread::Builder::new()
+                .name(format!("kernel-{thread_idx}"))
+                .stack_size(STACK_BYTES)
+                .spawn(move || shared.work(thread_idx))?;
+            pool.workers.push(thread);
+        }
         // A starting thread allocates a little; after this run all have started.
         pool.run(&|_| {});
-        pool
+        Ok(pool)
     }
 
     /// Number of threads, the caller included.

@@ -8,7 +8,7 @@ use ounce_kernels::pool::Pool;
 use crate::baseline::{Baseline, Sizes};
 use crate::budget::format_bytes;
 use crate::graphs::{Graphs, PerPurpose, Wanted, build, everything_bytes};
-use crate::limits::Limits;
+use crate::limits::{Limits, start_pool};
 use crate::model::Model;
 use crate::planning::Planner;
 use crate::program::{Program, check_shared_params, resolve};
@@ -39,7 +39,7 @@ impl<'a> Prepared<'a> {
         let graphs = build(model, wanted)?;
         let baseline = declare(&graphs, model, wanted, limits);
         let budget_bytes = limits.budget_bytes;
-        let pool = Arc::new(Pool::new(limits.n_threads));
+        let pool = Arc::new(start_pool(limits.n_threads)?);
         let timing_bytes = budget_bytes.saturating_sub(baseline.bytes());
         let costs = Some(env.cache_dir.join("costs"));
         let machine = MeasuredMachine::new(pool.clone(), timing_bytes, baseline.bytes(), costs);

@@ -19,7 +19,7 @@ use serde::Serialize;
 use crate::budget::{AUTO_PERCENT, Memory, MemoryOfMachine, memory_of_machine};
 use crate::compile::estimate;
 use crate::graphs::{TrainWanted, Wanted};
-use crate::limits::{Limits, n_cores};
+use crate::limits::{Limits, n_cores, start_pool};
 use crate::model::Model;
 use crate::{Environment, Result, Settings};
 
@@ -110,7 +110,7 @@ pub fn doctor(env: &Environment) -> Result<DoctorRecord> {
     let cores = n_cores();
     let limits = Limits { budget_bytes: Memory::Auto.resolve(), n_threads: cores, data_bytes: 0 };
     let disk = disk(&env.cache_dir)?;
-    let peak = peak(cores);
+    let peak = peak(&start_pool(cores)?);
     let models = MODELS.iter().map(|&(name, n_rows, length)| {
         let (smallest_budget_bytes, tokens_per_s) = expect(name, n_rows, length, &limits, env)?;
         Ok(ModelRecord {
@@ -155,8 +155,8 @@ fn expect(
 }
 
 /// Rates that no kernel exceeds.
-fn peak(n_threads: usize) -> PeakRecord {
-    let pool = Pool::new(n_threads);
+fn peak(pool: &Pool) -> PeakRecord {
+    let n_threads = pool.n_threads();
     let flop_per_s = |unit| {
         multiply_adds(unit, 1)?;
         let all = || {
@@ -219,7 +219,7 @@ mod tests {
 
     #[test]
     fn peaks_are_those_of_machines_that_exist() {
-        let peak = peak(1);
+        let peak = peak(&Pool::new(1));
         let between = |x: f64, least: f64, most: f64| x > least && x < most;
         assert!(peak.f32_flop_per_s.is_none_or(|x| between(x, 1e9, 1e12)), "{peak:?}");
         assert!(peak.bf16_flop_per_s.is_none_or(|x| between(x, 1e9, 4e12)), "{peak:?}");

@@ -2,9 +2,11 @@
 
 use std::path::PathBuf;
 
-use crate::Settings;
+use ounce_kernels::pool::Pool;
+
 use crate::budget::{format_bytes, memory_of_machine, resident_bytes};
 use crate::settings::DataFile;
+use crate::{Error, Result, Settings};
 
 /// The budget of a run and the threads that it may use.
 pub(crate) struct Limits {
@@ -66,6 +68,19 @@ impl Limits {
 /// Cores that this process may use.
 pub(crate) fn n_cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// The threads that kernels run on.
+///
+/// # Errors
+/// [`Error::Usage`] where the system refuses to start them.
+pub(crate) fn start_pool(n_threads: usize) -> Result<Pool> {
+    Pool::start(n_threads).map_err(|e| Error::Usage {
+        message: format!("cannot start {n_threads} threads: {e}"),
+        hint: "give fewer `--threads`, or raise the limit on processes or address space (`ulimit -u`, `ulimit -v`, a \
+               container's)"
+            .to_owned(),
+    })
 }
 
 #[cfg(test)]

@@ -421,7 +421,8 @@ impl Settings {
         }
         let positive = |x: f64| x.is_finite() && x > 0.0;
         let not_negative = |x: f64| x.is_finite() && x >= 0.0;
-        let share = |x: f64| (0.0..1.0).contains(&x);
+        // As the kernels have it: what becomes 1 in f32 is no share.
+        let share = |x: f64| (0.0..1.0).contains(&(x as f32)) && x >= 0.0;
         let rows = self.per_device_train_batch_size.checked_mul(self.gradient_accumulation_steps);
         let rules = [
             (
@@ -457,9 +458,13 @@ impl Settings {
             ),
             ((0.0..=1.0).contains(&self.min_lr_ratio), "min_lr_ratio", "from 0 to 1"),
             (not_negative(self.weight_decay), "weight_decay", "at least 0"),
-            (share(self.adam_beta1), "adam_beta1", "from 0 to below 1"),
-            (share(self.adam_beta2), "adam_beta2", "from 0 to below 1"),
-            (positive(self.adam_epsilon), "adam_epsilon", "above 0"),
+            (share(self.adam_beta1), "adam_beta1", "from 0 to below 1, also in f32"),
+            (share(self.adam_beta2), "adam_beta2", "from 0 to below 1, also in f32"),
+            (
+                positive(self.adam_epsilon) && self.adam_epsilon as f32 > 0.0,
+                "adam_epsilon",
+                "above 0, also in f32",
+            ),
             (not_negative(self.max_grad_norm), "max_grad_norm", "at least 0 (0 is off)"),
             (share(self.dropout), "dropout", "from 0 to below 1"),
             (
@@ -645,6 +650,9 @@ mod tests {
         for flags in [
             json!({ "learning_rate": -1.0 }),
             json!({ "dropout": 1.0 }),
+            json!({ "adam_beta2": 0.999_999_99 }),
+            json!({ "adam_epsilon": 1e-50 }),
+            json!({ "warmup_steps": 2.5 }),
             json!({ "per_device_train_batch_size": 0 }),
             json!({ "max_length": 1 }),
             json!({ "threads": 0 }),

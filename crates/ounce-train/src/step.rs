@@ -173,8 +173,11 @@ impl Trainer {
             };
             // The norm of a gradient that was not run to its end is no number.
             grad_norm = f64::NAN;
+            let overflow = first.as_ref().map_or_else(String::new, |at| {
+                format!(", since {} left the range of f16 (`--f16-demote` takes it out, `--precision bf16` has more)", at.name)
+            });
             let Some(reaction) = self.react(&e, first.as_ref(), session) else {
-                return Err(non_finite(what, "the weights are those before the step"));
+                return Err(non_finite(what + &overflow, "the weights are those before the step"));
             };
             observer.note(&format!("step {step} is skipped: {what}{reaction}"));
         } else if !norm.is_finite() {

@@ -418,7 +418,7 @@ tiered! {
                 }
             } else {
                 for (p, ds) in p.iter_mut().zip(&mut *ds) {
-                    *p = softmax_term(p.mul_add(scale, -lse));
+                    *p = softmax_term(*p * scale - lse);
                     *ds = *p * (*ds - delta) * scale;
                 }
             }

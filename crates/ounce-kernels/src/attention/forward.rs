@@ -41,9 +41,9 @@ pub fn attention_forward_scratch_elems(dims: AttentionDims, n_threads: usize) ->
     n_threads * per_thread_elems(dims) + ALIGN_ELEMS
 }
 
-/// Where running maxima start: below every score, but finite, so that a query that sees no key of a
+/// Where running maxima start: at the lowest number, but finite, so that a query that sees no key of a
 /// tile gets zeros and not the exponential of a difference of infinities.
-const LOWEST: f32 = -1e30;
+const LOWEST: f32 = f32::MIN;
 
 /// `o = softmax(scale q k^T, causal) v` per row and head, and `lse = log(sum(exp(scale q k)))`,
 /// within the window and with softly capped scores if `dims` has them.
@@ -231,7 +231,8 @@ tiered! {
         }
         for row in scores {
             for ((s, &max), sum) in row.iter_mut().zip(&*max).zip(&mut new_sum) {
-                *s = softmax_term(s.mul_add(scale, -max));
+                // Rounded as the maximum was, so that its own term is 1, however large the scores are.
+                *s = softmax_term(*s * scale - max);
                 *sum += *s;
             }
         }

@@ -266,6 +266,33 @@ fn a_window_sees_exactly_its_keys() {
     }
 }
 
+/// Scores so far apart that all of a query's attention is on its best key, and so large that they round to whole
+/// thousands.
+#[test]
+fn the_best_key_takes_all_however_large_the_scores_are() {
+    let mut case = Case::new(2, 1, 32, &[(0, 150)]);
+    let (width, d) = (4 * 32, 32);
+    for token in case.qkv.chunks_exact_mut(width) {
+        // Queries and keys, not values.
+        token[..3 * d].iter_mut().for_each(|x| *x *= 1e5);
+    }
+    let got = case.run(&Pool::new(2));
+    let x = |token: usize, col: usize| case.qkv[token * width + col];
+    for i in 0..150 {
+        for head in 0..2 {
+            let score = |j: &usize| {
+                let terms =
+                    (0..d).map(|c| f64::from(x(i, head * d + c)) * f64::from(x(*j, 2 * d + c)));
+                terms.sum::<f64>()
+            };
+            let best = (0..=i).max_by(|a, b| score(a).total_cmp(&score(b))).unwrap();
+            let value = &case.qkv[best * width + 3 * d..][..d];
+            assert_eq!(&got.o[(i * 2 + head) * d..][..d], value, "query {i}, key {best}");
+        }
+    }
+    assert!(got.dqkv[..150 * width].iter().all(|x| x.is_finite()));
+}
+
 #[test]
 fn a_window_as_long_as_the_row_changes_no_bit() {
     let whole = Case::new(2, 1, 32, &[(0, 150)]);

@@ -118,6 +118,13 @@ fn f16_with_demotion_takes_a_class_that_overflows_back_to_f32() {
     let output = lab.run(&words(&line));
     let notes = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success() && notes.contains("is f32 from here on"), "{notes}");
+    // Without it the run ends, and says where.
+    let stops = line.replace(
+        "--f16-demote --init-loss-scale 1099511627776 ",
+        "--learning-rate 1e5 --max-grad-norm 0 ",
+    );
+    let error = lab.fail(5, &words(&stops));
+    assert!(error.contains(" left the range of f16 (`--f16-demote` takes it out"), "{error}");
     let plain = lab.json(&words("plan --model model --max-length 64 --precision f16"));
     let demoting = "plan --model model --max-length 64 --precision f16 --f16-demote";
     let peak = |plan: &Value| plan["peak_bytes"].as_u64().unwrap();
