@@ -121,7 +121,7 @@ mod tests {
         std::fs::write(&path, [0xff, 0xfe, 0]).expect("written");
         assert_eq!(load(&path, "m"), Kept::default());
         assert_eq!(load(&folder.path().join("missing"), "m"), Kept::default());
-        let long = "add 1 = 1e-6\n".repeat(20_000);
+        let long = "add 1 = 1e-6\n".repeat(30_000);
         std::fs::write(&path, format!("{HEADER}\nmachine m\ntaken 0\n{long}")).expect("written");
         assert_eq!(load(&path, "m"), Kept::default(), "longer than is read");
     }

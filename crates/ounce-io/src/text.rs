@@ -27,6 +27,9 @@ use crate::dataset::{
 use crate::error::{IoError, excerpt};
 use crate::json::open_regular;
 
+/// What to do with text of another encoding.
+pub(crate) const NOT_UTF8_HINT: &str = "convert the file, for instance with `iconv -f LATIN1 -t UTF-8`, or `-f UTF-16` where it is that";
+
 /// Most bytes of text in one piece.
 pub const PIECE_BYTES: usize = 32 << 10;
 /// Longest row of a file of JSON, in bytes.
@@ -408,14 +411,14 @@ impl PlainReader {
             return Err(self.fault(
                 at,
                 "holds a NUL byte",
-                "this is no text file, or UTF-16: convert it to UTF-8",
+                "this is no text file, or UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`",
             ));
         }
         match bad_at {
             None => Ok(text),
             Some(at) => {
                 let reason = format!("is not UTF-8 (byte 0x{:02x})", bytes[at]);
-                Err(self.fault(at, &reason, "convert the file, for instance with `iconv -t UTF-8`"))
+                Err(self.fault(at, &reason, NOT_UTF8_HINT))
             }
         }
     }

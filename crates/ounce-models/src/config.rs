@@ -273,6 +273,14 @@ impl ModelConfig {
         }
     }
 
+    /// The dropout that `config.json` names, the largest of its keys; 0 in families that have none.
+    pub fn dropout(&self) -> f64 {
+        match self {
+            Self::Gpt2(c) => c.dropout.into_iter().fold(0.0, f64::max),
+            Self::Decoder(_) => 0.0,
+        }
+    }
+
     /// Ids of tokens with a meaning.
     pub const fn special_tokens(&self) -> &SpecialTokens {
         match self {

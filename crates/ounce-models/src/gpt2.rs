@@ -32,10 +32,10 @@ const HARMLESS: &[&str] = &[
     "reorder_and_upcast_attn",
     "is_decoder",
     "is_encoder_decoder",
-    "attn_pdrop",
-    "embd_pdrop",
-    "resid_pdrop",
 ];
+
+/// Keys of dropout: of attention probabilities, which is not built, of embeddings and of what blocks add.
+const PDROPS: [&str; 3] = ["attn_pdrop", "embd_pdrop", "resid_pdrop"];
 
 /// The configuration of a GPT-2 model.
 #[derive(Debug, Clone, PartialEq)]
@@ -62,6 +62,9 @@ pub struct Gpt2Config {
     pub scale_attn_weights: bool,
     /// Whether the head is the embedding.
     pub tied: bool,
+    /// Dropout that the model was made with (`attn_pdrop`, `embd_pdrop`, `resid_pdrop`), for the record: a run says
+    /// its own.
+    pub dropout: [f64; 3],
     /// Ids of tokens with a meaning.
     pub special_tokens: SpecialTokens,
 }
@@ -81,6 +84,7 @@ impl Default for Gpt2Config {
             initializer_range: 0.02,
             scale_attn_weights: true,
             tied: true,
+            dropout: [0.0; 3],
             special_tokens: SpecialTokens { bos: Some(50256), eos: vec![50256], pad: None },
         }
     }
@@ -107,6 +111,7 @@ impl Gpt2Config {
             initializer_range: r.f64("initializer_range", d.initializer_range)?,
             scale_attn_weights: r.bool("scale_attn_weights", true)?,
             tied: r.bool("tie_word_embeddings", true)?,
+            dropout: [r.f64(PDROPS[0], 0.0)?, r.f64(PDROPS[1], 0.0)?, r.f64(PDROPS[2], 0.0)?],
             special_tokens: SpecialTokens::read(&mut r, d.special_tokens.bos, Some(50256))?,
         };
         let no = &Value::Bool(false);
@@ -140,9 +145,8 @@ impl Gpt2Config {
         put("initializer_range", json!(self.initializer_range));
         put("scale_attn_weights", json!(self.scale_attn_weights));
         put("tie_word_embeddings", json!(self.tied));
-        // Dropout belongs to a run, not to a model.
-        for key in ["attn_pdrop", "embd_pdrop", "resid_pdrop"] {
-            put(key, json!(0.0));
+        for (key, p) in PDROPS.into_iter().zip(self.dropout) {
+            put(key, json!(p));
         }
         self.special_tokens.write(&mut map);
         map

@@ -76,15 +76,15 @@ impl<'a> Reader<'a> {
         v.as_u64().map(Some).ok_or_else(|| self.wrong(key, v, "a whole number"))
     }
 
-    /// A size: at least 1 and small enough for 32 bits.
+    /// A size: at least 1, and small enough that bytes of a product of two of them fit 64 bits many times over.
     pub(crate) fn size(
         &mut self,
         key: &'static str,
         default: Option<u64>,
     ) -> Result<u64, ModelError> {
         match self.optional_u64(key)?.or(default) {
-            Some(n) if (1..=u64::from(u32::MAX)).contains(&n) => Ok(n),
-            Some(n) => Err(self.wrong(key, &Value::from(n), "a number from 1 to 2^32 - 1")),
+            Some(n) if (1..=1 << 24).contains(&n) => Ok(n),
+            Some(n) => Err(self.wrong(key, &Value::from(n), "a number from 1 to 2^24")),
             None => Err(self.missing(key)),
         }
     }

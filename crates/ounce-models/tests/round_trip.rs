@@ -21,6 +21,7 @@ fn gpt2(u: &mut Unstructured<'_>) -> Result<ModelConfig> {
         initializer_range: *u.choose(&[0.02, 1.0 / 24.0])?,
         scale_attn_weights: u.arbitrary()?,
         tied: u.arbitrary()?,
+        dropout: [0.0, 0.1, 0.25],
         special_tokens: special_tokens(u)?,
     }))
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ounce_exec::{Arena, MeasuredMachine};
+use ounce_exec::{Arena, ExecError, MeasuredMachine};
 use ounce_kernels::pool::Pool;
 
 use crate::baseline::{Baseline, Sizes};
@@ -37,6 +37,11 @@ impl<'a> Prepared<'a> {
         env: &Environment,
     ) -> Result<Self> {
         let graphs = build(model, wanted)?;
+        // Before anything is counted in tokens times channels.
+        let longest = graphs.iter().map(|job| job.shape.n_tokens()).max().unwrap_or(0);
+        if longest > u64::from(u32::MAX) {
+            return Err(ExecError::TooManyTokens { n_tokens: longest }.into());
+        }
         let baseline = declare(&graphs, model, wanted, limits);
         let budget_bytes = limits.budget_bytes;
         let pool = Arc::new(start_pool(limits.n_threads)?);
@@ -101,6 +106,7 @@ pub(crate) fn compile(
         arena_bytes,
         baseline: prepared.baseline,
         tables_bytes,
+        tokenizes: wanted.tokenizes,
         stream: wanted.stream,
     })
 }
@@ -177,13 +183,14 @@ pub(crate) fn estimate(
 
 /// The declared size of the process that runs these graphs.
 fn declare(graphs: &Graphs, model: &Model, wanted: &Wanted, limits: &Limits) -> Baseline {
+    let n_tokenizing = tokenize::n_threads(&model.dir, limits);
     let sizes = Sizes {
         n_threads: limits.n_threads as u64,
         n_ops: graphs.iter().map(|job| job.graph.ops.len() as u64).sum(),
         vocab_size: model.config.vocab_size(),
         most_arena_bytes: graphs.iter().map(everything_bytes).max().unwrap_or(0),
         tokenizing_bytes: wanted.stream.map_or(0, |stream| stream.window_bytes)
-            + tokenize::bytes(&model.dir, tokenize::n_threads(&model.dir, limits), limits),
+            + if wanted.tokenizes { tokenize::bytes(&model.dir, n_tokenizing, limits) } else { 0 },
         streaming_bytes: wanted.stream.map_or(0, |stream| streaming_bytes(&model.dir, stream)),
     };
     Baseline::declare(sizes, limits.budget_bytes)

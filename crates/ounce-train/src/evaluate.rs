@@ -102,6 +102,7 @@ pub fn evaluate(
     }
     let (limits, max_length) = (Limits::of(settings), model.max_length(settings));
     let wanted = Wanted {
+        tokenizes: true,
         eval: Some(StepShape::new(settings.per_device_train_batch_size, max_length)),
         max_length,
         policy: policy_for(settings, &model.dir),

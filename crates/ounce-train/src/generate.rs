@@ -86,8 +86,9 @@ pub fn generate(
     };
     let most = settings.max_length.unwrap_or(model.config.max_positions());
     let plans = |n_prompt: u64| {
-        let row_tokens = (n_prompt + wanted.max_new_tokens).clamp(1, most);
+        let row_tokens = n_prompt.saturating_add(wanted.max_new_tokens).clamp(1, most);
         Wanted {
+            tokenizes: true,
             sample_tokens: Some(row_tokens),
             max_length: row_tokens,
             policy: policy_for(settings, &model.dir),
@@ -99,7 +100,13 @@ pub fn generate(
     let answer = tokenize::ask(env, &request, observer)?;
     tokenize::check_vocab(&model.dir, &answer, model.config.vocab_size())?;
     let table = TextTable::read(&answer.text_table)?;
-    let plans = plans(answer.prompt_ids.len() as u64);
+    let n_prompt = answer.prompt_ids.len() as u64;
+    if n_prompt > most {
+        observer.note(&format!(
+            "warning: of the {n_prompt} tokens of the prompt the model sees the last {most}"
+        ));
+    }
+    let plans = plans(n_prompt);
     let mut session = compile_and_load(&model, &plans, &limits, env, observer)?;
     let sampler = Sampler {
         temperature: wanted.temperature,

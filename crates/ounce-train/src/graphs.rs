@@ -14,6 +14,8 @@ use crate::{Error, Result, Settings};
 /// What a run needs plans for.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Wanted {
+    /// Whether text is tokenized before the first step.
+    pub(crate) tokenizes: bool,
     /// The training step and its update.
     pub(crate) train: Option<TrainWanted>,
     /// Evaluation batches.

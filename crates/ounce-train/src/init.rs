@@ -82,7 +82,7 @@ pub fn init(wanted: &InitSettings) -> Result<InitRecord> {
     let staging = StagingDir::create(&wanted.output_dir)?;
     let dir = staging.path();
     write_tokenizer(dir, wanted, given.as_ref().map(ModelConfig::vocab_size))?;
-    let tokenizer = Tokenizer::load(dir)?;
+    let tokenizer = load_tokenizer(dir, &wanted.tokenizer)?;
     let n_ids = tokenizer.vocab_size() as u64;
     let mut config = match given {
         Some(config) => config,
@@ -172,6 +172,15 @@ fn write_tokenizer(dir: &Path, wanted: &InitSettings, config_vocab: Option<u64>)
         }
         other => copy_tokenizer(Path::new(other), dir),
     }
+}
+
+/// Loads the tokenizer in `dir`; what is wrong with it is wrong with the one it was copied from.
+fn load_tokenizer(dir: &Path, source: &str) -> Result<Tokenizer> {
+    Tokenizer::load(dir).map_err(|e| {
+        let (message, hint) = message_and_hint(&e);
+        let copy = dir.join("tokenizer.json").display().to_string();
+        Error::Input { message: message.replace(&copy, source), hint }
+    })
 }
 
 /// Copies the tokenizer of a model directory, or one file.

@@ -41,8 +41,10 @@ impl Session {
     fn data_line(&self) -> String {
         let Some(stream) = self.stream else {
             return match &self.train {
-                Some(_) => "data: tokenized to disk before step 1, then read row by row".to_owned(),
-                None => String::new(),
+                Some(_) if self.tokenizes => {
+                    "data: tokenized to disk before step 1, then read row by row".to_owned()
+                }
+                _ => String::new(),
             };
         };
         format!(
@@ -69,7 +71,7 @@ impl Session {
         let timed = self.timed_peak_bytes();
         let loaded = self.baseline.bytes() + self.main().stored_bytes;
         [
-            ("tokenize", Some(self.baseline.tokenizing_peak_bytes())),
+            ("tokenize", self.tokenizes.then(|| self.baseline.tokenizing_peak_bytes())),
             ("time kernels", timed),
             ("load", Some(loaded)),
             ("train", self.train.as_ref().map(peak)),

@@ -179,7 +179,10 @@ impl Planner<'_> {
             }
         }
         let enough = format_budget(smallest_bytes).replace(' ', "");
-        format!("give `--memory {enough}`, or take a smaller model")
+        // Reading and tokenizing take what they take, however small the model is.
+        let is_model = self.baseline.tokenizing_peak_bytes() < smallest_bytes;
+        let or = if is_model { ", or take a smaller model" } else { "" };
+        format!("give `--memory {enough}`{or}")
     }
 }
 
@@ -190,8 +193,14 @@ const SGD: &str = "--optimizer sgd";
 
 /// Changes to a run that make it smaller, as flags, those that change the result least first.
 fn changes(wanted: &Wanted) -> Vec<(String, Wanted)> {
-    let Some(train) = wanted.train else { return Vec::new() };
     let mut changes = Vec::new();
+    let Some(train) = wanted.train else {
+        if let Some(eval) = wanted.eval.filter(|eval| eval.n_rows > 1) {
+            let fewer = Wanted { eval: Some(StepShape { n_rows: 1, ..eval }), ..wanted.clone() };
+            changes.push(("--per-device-train-batch-size 1".to_owned(), fewer));
+        }
+        return changes;
+    };
     let with = |train| Wanted { train: Some(train), ..wanted.clone() };
     if train.clip {
         changes.push((NO_CLIPPING.to_owned(), with(TrainWanted { clip: false, ..train })));

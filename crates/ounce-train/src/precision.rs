@@ -71,13 +71,16 @@ pub fn explain_precision(settings: &Settings, env: &Environment) -> Result<Vec<P
         values: line.stores,
         computes: format!("f32: {}", line.computes),
         autocast: line.autocast,
-        note: line.note,
+        note: if policy.stored(line.class) == DType::F32 { IN_F32 } else { line.note },
     };
     let shown = |line: &&ounce_passes::ClassPrecision| {
         line.class == OpClass::Update || present.contains(&line.class)
     };
     Ok(TABLE.iter().filter(shown).map(row).collect())
 }
+
+/// What there is to say of a class that is in f32.
+const IN_F32: &str = "f32, as without autocast";
 
 /// The rows as a table for people.
 pub fn precision_table(precision: Precision, rows: &[PrecisionRow]) -> String {

@@ -2,7 +2,7 @@
 //!
 //! The multiplier of optimizer step `s` (counted from 1) is that of transformers' scheduler after
 //! `s - 1` calls: warm-up rises linearly from 0, then the rate stays, falls in a line, or falls along
-//! half a cosine, down to `min_lr_ratio` of the peak.
+//! half a cosine, down to `min_lr_ratio` of the peak. A constant rate with a warm-up is `constant_with_warmup` there.
 
 use serde::{Deserialize, Serialize};
 

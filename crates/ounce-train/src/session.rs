@@ -39,6 +39,8 @@ pub(crate) struct Session {
     pub(crate) baseline: Baseline,
     /// What the many instructions of the plans take beside the baseline.
     pub(crate) tables_bytes: u64,
+    /// Whether text was tokenized before.
+    pub(crate) tokenizes: bool,
     pub(crate) stream: Option<StreamWanted>,
 }
 

@@ -88,6 +88,7 @@ fn train_from(
     let (plans, limits) = (wanted(settings, &model), Limits::of(settings));
     check_tokenizing(&model, &plans, &limits, env)?;
     check_files(settings)?;
+    note_settings(settings, &model, observer);
     if let (Some(checkpoint), Some(n_steps)) = (&from, settings.max_steps) {
         checkpoint::check_settings(checkpoint, settings, n_steps, observer)?;
     }
@@ -137,6 +138,19 @@ fn train_from(
     Run { settings, session, trainer, data, output, saver, health, n_steps, place }.go(observer)
 }
 
+/// Says what a user may expect of the settings and will not get.
+fn note_settings(settings: &Settings, model: &Model, observer: &mut dyn Observer) {
+    let dropout = model.config.dropout();
+    if dropout > 0.0 && settings.dropout == 0.0 {
+        observer.note(&format!(
+            "config.json names a dropout of {dropout}; a run has its own: `--dropout {dropout}` trains with it"
+        ));
+    }
+    if settings.eval_steps.is_some() && settings.eval_data.is_empty() {
+        observer.note("warning: `--eval-steps` without `--eval-data` evaluates nothing");
+    }
+}
+
 /// The plans that a training run needs.
 fn wanted(settings: &Settings, model: &Model) -> Wanted {
     let max_length = model.max_length(settings);
@@ -144,6 +158,7 @@ fn wanted(settings: &Settings, model: &Model) -> Wanted {
     // A token of the prompt is at least a byte, and one more may begin it.
     let sample_tokens = settings.sample_tokens + settings.sample_prompt.len() as u64 + 1;
     Wanted {
+        tokenizes: true,
         train: Some(TrainWanted::of(settings, shape)),
         eval: (!settings.eval_data.is_empty()).then_some(shape),
         sample_tokens: settings.samples().then_some(sample_tokens.min(max_length)),

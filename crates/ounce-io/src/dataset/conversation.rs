@@ -330,12 +330,15 @@ fn read_message(value: &Value) -> Result<Value, String> {
         Some(role) => role.to_owned(),
         None => return Err("the message has no string `role` or `from`".into()),
     };
-    let role = match role.as_str() {
+    // In whatever case it is written.
+    let known = role.to_lowercase();
+    let role = match known.as_str() {
+        "user" | "assistant" | "system" | "tool" => known.as_str(),
         "human" => "user",
         "gpt" | "model" | "bot" | "chatgpt" => "assistant",
         "observation" | "function_response" => "tool",
         "function_call" => return tool_call(&message),
-        other => other,
+        _ => role.as_str(),
     };
     message.insert("role".into(), role.into());
     match message.get("content") {

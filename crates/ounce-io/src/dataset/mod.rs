@@ -34,7 +34,7 @@ pub use format::{ColumnMapping, RowFormat};
 
 use crate::error::{IoError, excerpt};
 use crate::json::parse_at_most;
-use crate::text::{MAX_LINE_BYTES, RowOptions, SourceHash};
+use crate::text::{MAX_LINE_BYTES, NOT_UTF8_HINT, RowOptions, SourceHash};
 use source::{Item, JsonItems, RowPlace};
 
 /// A row may have a value for so many bytes of the longest row. Of text there are more bytes to a value, of lists of
@@ -283,8 +283,7 @@ fn parse_row(
 ) -> Result<RawRow, IoError> {
     if let Err(e) = std::str::from_utf8(bytes) {
         let reason = format!("is not UTF-8 (byte 0x{:02x})", bytes[e.valid_up_to()]);
-        let hint = "convert the file, for instance with `iconv -t UTF-8`";
-        return Err(fault(reason, e.valid_up_to(), hint));
+        return Err(fault(reason, e.valid_up_to(), NOT_UTF8_HINT));
     }
     match parse_at_most(bytes, n_left) {
         Ok(value) => Ok(RawRow { n_bytes: memory_of(&value), value, place }),
