@@ -7,7 +7,7 @@
 //!
 //! Files, in reading order: `check` (the idea, what is proved and what is not, the replay of a step),
 //! `operands` (what an op demands of its operands), `memory` (the symbolic memory), `buffers` (the
-//! packing and the resident buffers), `error` (every defect), [`mutate`] (certainly wrong variants of
+//! packing and the resident buffers), `error` (every defect), `mutate` (certainly wrong variants of
 //! a plan, for tests of planners).
 #![forbid(unsafe_code)]
 
@@ -21,6 +21,7 @@ mod buffers;
 
 mod error;
 
+#[cfg(any(test, feature = "testing"))]
 pub mod mutate;
 
 pub use check::{Proof, check};

@@ -57,6 +57,7 @@ mod shuffle;
 mod staging;
 mod stream;
 mod temp;
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod text;
 mod token_cache;

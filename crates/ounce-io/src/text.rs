@@ -28,7 +28,8 @@ use crate::error::{IoError, excerpt};
 use crate::json::open_regular;
 
 /// What to do with text of another encoding.
-pub(crate) const NOT_UTF8_HINT: &str = "convert the file, for instance with `iconv -f LATIN1 -t UTF-8`, or `-f UTF-16` where it is that";
+pub(crate) const NOT_UTF8_HINT: &str =
+    "convert the file, with `iconv -f LATIN1 -t UTF-8` or `iconv -f UTF-16 -t UTF-8` for instance";
 
 /// Most bytes of text in one piece.
 pub const PIECE_BYTES: usize = 32 << 10;

@@ -493,6 +493,7 @@ fn head_hash(bytes: &[u8]) -> u64 {
 
 /// Makes the checksums of a damaged cache right again, where its layout still allows it, so that fuzzing gets behind
 /// them.
+#[cfg(any(test, feature = "testing"))]
 pub(crate) fn reseal(bytes: &mut [u8]) {
     if bytes.len() < FIXED_BYTES {
         return;

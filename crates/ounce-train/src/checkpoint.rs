@@ -29,7 +29,7 @@ use crate::{Environment, Error, Observer, Result, Settings, weights};
 
 /// Settings that change how a run is done or reported, never its bits. The rows per step and the
 /// length of the schedule are compared as such.
-const FREE: [&str; 22] = [
+const FREE: [&str; 20] = [
     "dataloader_num_workers",
     "init_loss_scale",
     "on_nonfinite",
@@ -46,8 +46,6 @@ const FREE: [&str; 22] = [
     "save_steps",
     "save_total_limit",
     "resume_from_checkpoint",
-    "scratch_dir",
-    "scratch_limit",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "max_steps",

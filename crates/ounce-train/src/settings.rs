@@ -213,20 +213,6 @@ pub struct Settings {
     /// Go on from a checkpoint even if that changes the run. A flag only: `run.yaml` does not keep it.
     #[serde(rename = "override", skip_serializing)]
     pub override_begun: bool,
-    /// Low-rank adapters. Not built yet.
-    pub use_peft: bool,
-    /// Rank of the adapters. Not built yet.
-    pub lora_r: Option<u64>,
-    /// Scale of the adapters. Not built yet.
-    pub lora_alpha: Option<f64>,
-    /// Dropout of the adapters. Not built yet.
-    pub lora_dropout: Option<f64>,
-    /// Layers with adapters. Not built yet.
-    pub lora_target_modules: Option<String>,
-    /// Folder for paging. Not built yet.
-    pub scratch_dir: Option<PathBuf>,
-    /// Bytes of disk for paging. Not built yet.
-    pub scratch_limit: Option<String>,
 }
 
 impl Default for Settings {
@@ -276,13 +262,6 @@ impl Default for Settings {
             save_total_limit: None,
             resume_from_checkpoint: None,
             override_begun: false,
-            use_peft: false,
-            lora_r: None,
-            lora_alpha: None,
-            lora_dropout: None,
-            lora_target_modules: None,
-            scratch_dir: None,
-            scratch_limit: None,
         }
     }
 }
@@ -295,10 +274,11 @@ impl Settings {
     pub fn resolve(config: Option<&Path>, flags: &Map<String, Value>) -> Result<Self> {
         let (mut layers, text) = config.map(read_yaml).transpose()?.unwrap_or_default();
         layers.extend(flags.clone());
+        check_built(&layers)?;
+        layers.retain(|key, _| !NOT_BUILT.contains(&key.as_str()));
         // Each key was checked on its own by `read_yaml`, each flag by the command line.
         let settings: Self = serde_json::from_value(Value::Object(layers))
             .map_err(|e| usage(format!("settings: {e}"), "see `ounce train --help`"))?;
-        settings.check_built()?;
         settings.check_ranges().map_err(|e| match (config, e) {
             (Some(path), Error::Usage { message, hint }) => {
                 // Of the setting that it names first, unless a flag has given that one.
@@ -367,24 +347,16 @@ impl Settings {
         escaped
     }
 
-    fn check_built(&self) -> Result<()> {
-        let refused = [
-            (self.use_peft, "--use-peft"),
-            (self.lora_r.is_some(), "--lora-r"),
-            (self.lora_alpha.is_some(), "--lora-alpha"),
-            (self.lora_dropout.is_some(), "--lora-dropout"),
-            (self.lora_target_modules.is_some(), "--lora-target-modules"),
-            (self.scratch_dir.is_some(), "--scratch-dir"),
-            (self.scratch_limit.is_some(), "--scratch-limit"),
-        ];
-        match refused.iter().find(|(given, _)| *given) {
-            Some((_, what)) => Err(Error::NotBuilt { what: (*what).to_owned() }),
-            None => Ok(()),
-        }
-    }
-
     /// Refuses values that make no sense.
     pub(crate) fn check_ranges(&self) -> Result<()> {
+        self.check_rows()?;
+        self.check_company()?;
+        self.check_numbers()?;
+        self.check_overrides()
+    }
+
+    /// Refuses formats and keys of rows that there are not.
+    fn check_rows(&self) -> Result<()> {
         if let Some(name) = &self.dataset_format
             && RowFormat::parse(name).is_none()
         {
@@ -392,33 +364,47 @@ impl Settings {
             let hint = format!("it may be {}", names.join(", "));
             return Err(usage(format!("`dataset_format` is `{name}`"), &hint));
         }
-        for (given, name) in [
-            (self.shuffle_buffer_size.is_some(), "shuffle_buffer_size"),
-            (self.dataloader_num_workers.is_some(), "dataloader_num_workers"),
-        ] {
-            if given && !self.streaming {
-                let message = format!("`{name}` says how data is streamed, but it is not");
-                return Err(usage(message, "give `--streaming` too, or leave it out"));
+        let pairs = self.column_mapping.as_ref().map(Columns::pairs).unwrap_or_default();
+        let known = ColumnMapping::KEYS;
+        if let Some((key, _)) = pairs.iter().find(|(key, _)| !known.contains(&key.as_str())) {
+            let hint = nearest(key, known.into_iter()).map_or_else(
+                || format!("the keys are {}", known.join(", ")),
+                |name| format!("the nearest key is `{name}`"),
+            );
+            return Err(usage(format!("`column_mapping`: no format has a key `{key}`"), &hint));
+        }
+        Ok(())
+    }
+
+    /// Refuses settings without the one that they belong to.
+    fn check_company(&self) -> Result<()> {
+        let is_f16 = self.policy().precision == Precision::F16;
+        let alone = [
+            (
+                self.shuffle_buffer_size.is_some(),
+                "shuffle_buffer_size",
+                self.streaming,
+                "--streaming",
+            ),
+            (
+                self.dataloader_num_workers.is_some(),
+                "dataloader_num_workers",
+                self.streaming,
+                "--streaming",
+            ),
+            (self.f16_demote, "f16_demote", is_f16, "--precision f16"),
+        ];
+        match alone.iter().find(|(given, _, has_other, _)| *given && !has_other) {
+            Some((_, name, _, other)) => {
+                let message = format!("`{name}` says nothing without `{other}`");
+                Err(usage(message, &format!("give `{other}` too, or leave it out")))
             }
+            None => Ok(()),
         }
-        if self.f16_demote && self.policy().precision != Precision::F16 {
-            let message = "`f16_demote` is of a run in f16, which this is not".to_owned();
-            return Err(usage(message, "give `--precision f16` too, or leave it out"));
-        }
-        if let Some(columns) = &self.column_mapping {
-            for (key, _) in columns.pairs() {
-                if !ColumnMapping::KEYS.contains(&key.as_str()) {
-                    let hint = nearest(&key, ColumnMapping::KEYS.into_iter()).map_or_else(
-                        || format!("the keys are {}", ColumnMapping::KEYS.join(", ")),
-                        |name| format!("the nearest key is `{name}`"),
-                    );
-                    return Err(usage(
-                        format!("`column_mapping`: no format has a key `{key}`"),
-                        &hint,
-                    ));
-                }
-            }
-        }
+    }
+
+    /// Refuses numbers that are out of range.
+    fn check_numbers(&self) -> Result<()> {
         let positive = |x: f64| x.is_finite() && x > 0.0;
         let not_negative = |x: f64| x.is_finite() && x >= 0.0;
         // As the kernels have it: what becomes 1 in f32 is no share.
@@ -491,7 +477,7 @@ impl Settings {
                     &format!("it may be {range}"),
                 ))
             }
-            None => self.check_overrides(),
+            None => Ok(()),
         }
     }
 
@@ -528,6 +514,27 @@ fn usage(message: String, hint: &str) -> Error {
     Error::Usage { message, hint: hint.to_owned() }
 }
 
+/// Settings of features that are to come: refused by name, so that nothing that was asked for is ignored.
+const NOT_BUILT: [&str; 7] = [
+    "use_peft",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "scratch_dir",
+    "scratch_limit",
+];
+
+fn check_built(settings: &Map<String, Value>) -> Result<()> {
+    let is_asked_for = |key: &&&str| {
+        settings.get(**key).is_some_and(|value| !matches!(value, Value::Null | Value::Bool(false)))
+    };
+    match NOT_BUILT.iter().find(is_asked_for) {
+        Some(key) => Err(Error::NotBuilt { what: format!("--{}", key.replace('_', "-")) }),
+        None => Ok(()),
+    }
+}
+
 /// Reads a YAML file of settings, checking every key and value on its own; returns its text too.
 fn read_yaml(path: &Path) -> Result<(Map<String, Value>, String)> {
     let file = path.display();
@@ -557,6 +564,9 @@ fn read_yaml(path: &Path) -> Result<(Map<String, Value>, String)> {
         // One file needs no list.
         if known.get(key).is_some_and(Value::is_array) && !value.is_array() {
             *value = Value::Array(vec![value.take()]);
+        }
+        if NOT_BUILT.contains(&key.as_str()) {
+            continue;
         }
         if !known.contains_key(key) {
             let hint = nearest(key, known.keys().map(String::as_str)).map_or_else(
@@ -643,6 +653,9 @@ mod tests {
     fn a_feature_that_is_not_built_is_refused_as_such() {
         let e = resolve("", json!({ "use_peft": true })).unwrap_err().to_string();
         assert!(e.contains("--use-peft is not built yet"), "{e}");
+        let e = resolve("lora_r: 8\n", json!({})).unwrap_err().to_string();
+        assert!(e.contains("--lora-r is not built yet"), "{e}");
+        resolve("use_peft: false\n", json!({})).unwrap();
     }
 
     #[test]

@@ -173,11 +173,9 @@ impl Trainer {
             };
             // The norm of a gradient that was not run to its end is no number.
             grad_norm = f64::NAN;
-            let overflow = first.as_ref().map_or_else(String::new, |at| {
-                format!(", since {} left the range of f16 (`--f16-demote` takes it out, `--precision bf16` has more)", at.name)
-            });
             let Some(reaction) = self.react(&e, first.as_ref(), session) else {
-                return Err(non_finite(what + &overflow, "the weights are those before the step"));
+                let what = what + &first.as_ref().map_or_else(String::new, left_range);
+                return Err(non_finite(what, "the weights are those before the step"));
             };
             observer.note(&format!("step {step} is skipped: {what}{reaction}"));
         } else if !norm.is_finite() {
@@ -232,4 +230,10 @@ impl Trainer {
         }
         Some(reaction)
     }
+}
+
+/// Why a step of f16 is not finite.
+fn left_range(first: &Overflow) -> String {
+    let ways = "`--f16-demote` takes it out, `--precision bf16` has more";
+    format!(", since {} left the range of f16 ({ways})", first.name)
 }

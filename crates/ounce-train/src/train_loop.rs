@@ -326,8 +326,8 @@ impl Run<'_> {
         Ok(path)
     }
 
-    /// The weights of the last checkpoint gave a finite loss: older ones may go, which until now were all that was known
-    /// to be good.
+    /// The weights of the last checkpoint gave a finite loss: older ones may go, which until now were all that was
+    /// known to be good.
     fn prove_checkpoint(&mut self) -> Result<()> {
         let place = &mut self.place;
         if let Some(last) =

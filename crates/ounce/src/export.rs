@@ -27,7 +27,7 @@ pub(crate) struct ExportFlags {
     /// Print one JSON line on stdout
     #[arg(long)]
     json: bool,
-    // Named by the contract and refused.
+    // To come: refused by name.
     #[arg(long, hide = true)]
     merge: bool,
 }

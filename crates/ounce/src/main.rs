@@ -76,7 +76,7 @@ fn is_ignored(signal: i32) -> bool {
     mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
-/// The contract's exit code of a failure.
+/// The exit code of a failure, as docs/troubleshooting.md lists them.
 fn exit_code(e: &Error, signal: usize) -> ExitCode {
     ExitCode::from(match e.class() {
         ErrorClass::Usage => USAGE,

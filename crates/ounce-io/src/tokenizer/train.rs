@@ -94,7 +94,8 @@ pub fn train_char(files: &[PathBuf]) -> Result<TrainedTokenizer, IoError> {
 /// A byte-level BPE tokenizer of at most `vocab_size` tokens for the text of `files`, with [`END_OF_TEXT`] as id 0.
 ///
 /// # Errors
-/// `Usage` for a vocabulary below [`MIN_BPE_VOCAB_SIZE`] or beyond what is read; as reading the text; `BadFile` without any text.
+/// `Usage` for a vocabulary below [`MIN_BPE_VOCAB_SIZE`] or beyond what is read; as reading the text; `BadFile` without
+/// any text.
 pub fn train_bpe(files: &[PathBuf], vocab_size: usize) -> Result<TrainedTokenizer, IoError> {
     if vocab_size < MIN_BPE_VOCAB_SIZE {
         return Err(IoError::Usage {

@@ -263,7 +263,7 @@ fn what_a_stream_cannot_do_is_refused_by_name() {
     let error = lab.fail(2, &words(&format!("{train} --streaming")));
     assert!(error.contains("`--streaming` cannot count epochs"), "{error}");
     let error = lab.fail(2, &words(&format!("{train} --shuffle-buffer-size 9")));
-    assert!(error.contains("`shuffle_buffer_size` says how data is streamed"), "{error}");
+    assert!(error.contains("`shuffle_buffer_size` says nothing without `--streaming`"), "{error}");
     let error = lab.fail(2, &words("eval --model model --data train.txt --streaming"));
     assert!(error.contains("`--streaming` is for training data"), "{error}");
     std::fs::write(lab.path("broken.jsonl"), "{\"text\": \"a\"}\n{\"text\": 1}\n").unwrap();
