@@ -2,9 +2,10 @@
 //!
 //! Files, in reading order: `shell` (running programs), `ci` (the list of checks), `tidy` (what the
 //! compiler does not check), `golden` (making golden data anew), `record` (results kept under
-//! `bench/runs`), `bench` (speed, side by side with PyTorch; `instructions`), `accept` (demonstrations; those that
-//! are longer than a page in `budgets`, `grid`, `plan_times`, `killed`, `cgroup_runs`, `smollm2`, `finetuning`,
-//! `fuzzing`, `speed` and `tokenising`, with `random` and `cgroup`), `quickstart` (the README's first command).
+//! `bench/runs`), `bench` (speed, side by side with PyTorch; `instructions`), `accept`
+//! (demonstrations; each in a file of its own: `smoke`, `nanogpt`, `budgets`, `grid`, `plan_times`,
+//! `killed`, `cgroup_runs`, `smollm2`, `finetuning`, `fuzzing`, `speed` and `tokenising`, with `random`
+//! and `cgroup`), `quickstart` (the README's first command).
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "chores speak to people")]
 
@@ -30,8 +31,10 @@ mod cgroup_runs;
 mod grid;
 mod instructions;
 mod killed;
+mod nanogpt;
 mod plan_times;
 mod quickstart;
+mod smoke;
 mod smollm2;
 mod speed;
 mod tokenising;

@@ -4,39 +4,16 @@
 
 use crate::Result;
 use crate::accept::shakespeare;
+use crate::nanogpt::RECIPE;
 use crate::shell::{release_binary, root, run};
 
 /// The model: nanoGPT's CPU size, 0.8 million parameters.
 const SIZES: &[&str] =
     &["--n-layers", "4", "--n-heads", "4", "--hidden-size", "128", "--context-length", "64"];
 
-/// The run: 2,000 steps of 12 rows in 48 MiB.
-const RECIPE: &[&str] = &[
-    "--memory",
-    "48MiB",
-    "--max-length",
-    "64",
-    "--per-device-train-batch-size",
-    "12",
-    "--max-steps",
-    "2000",
-    "--learning-rate",
-    "2e-3",
-    "--lr-scheduler-type",
-    "cosine",
-    "--min-lr-ratio",
-    "0.1",
-    "--warmup-steps",
-    "100",
-    "--weight-decay",
-    "0.1",
-    "--adam-beta2",
-    "0.99",
-    "--sample-prompt",
-    "ROMEO:",
-    "--sample-tokens",
-    "200",
-];
+/// What a user would add to the recipe: a faster rate, and texts to look at.
+const MORE: &[&str] =
+    &["--learning-rate", "2e-3", "--sample-prompt", "ROMEO:", "--sample-tokens", "200"];
 
 /// `cargo xtask quickstart`
 pub(crate) fn quickstart() -> Result {
@@ -50,7 +27,7 @@ pub(crate) fn quickstart() -> Result {
     let init = ["init", "--arch", "gpt2", "--tokenizer", "char", "--data", &train];
     run(&binary, &[&init[..], SIZES, &["--output-dir", &fresh, "--seed", "1"]].concat())?;
     let files = ["--model", &fresh, "--data", &train, "--eval-data", &validation];
-    run(&binary, &[&["train"], &files[..], RECIPE, &["--output-dir", &trained]].concat())?;
+    run(&binary, &[&["train"], &files[..], RECIPE, MORE, &["--output-dir", &trained]].concat())?;
     println!(
         "\ncontinue a text of yours: target/release/ounce generate --model {trained} --prompt \"To be\""
     );

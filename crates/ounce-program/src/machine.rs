@@ -16,7 +16,8 @@ pub trait Machine {
     fn baseline_bytes(&self) -> u64;
 }
 
-/// A machine with fixed arithmetic speed and memory bandwidth, for tests: same answers everywhere.
+/// A machine with fixed arithmetic speed and memory bandwidth: the same answers everywhere, for the smallest feasible
+/// budget, for ops too large to time, and for tests.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct FixedMachine {
     /// Threads.
