@@ -162,7 +162,7 @@ pub(crate) fn accept(args: &[&str]) -> Result {
 
 /// A flag's whole number.
 fn whole(text: Option<&str>) -> Result<Option<u64>> {
-    let parse = |text: &str| text.parse().map_err(|_| format!("{text:?} is no whole number"));
+    let parse = |text: &str| text.parse().map_err(|_| format!("{text:?} is not a whole number"));
     text.map(parse).transpose()
 }
 
@@ -238,13 +238,13 @@ pub(crate) fn median(mut numbers: Vec<f64>) -> f64 {
 /// A figure such as `1800MiB` or `2GiB` in MiB.
 pub(crate) fn mib(memory: &str) -> Result<f64> {
     let digits = memory.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let amount: f64 = digits.trim().parse().map_err(|_| format!("{memory:?} is no amount"))?;
+    let amount: f64 = digits.trim().parse().map_err(|_| format!("{memory:?} is not an amount"))?;
     match &memory[digits.len()..] {
         "GiB" => Ok(amount * 1024.0),
         "MiB" => Ok(amount),
         "KiB" => Ok(amount / 1024.0),
         "B" => Ok(amount / MIB),
-        unit => Err(format!("{unit:?} is no unit")),
+        unit => Err(format!("{unit:?} is not a unit")),
     }
 }
 

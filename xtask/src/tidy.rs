@@ -10,7 +10,8 @@
 //! 6. No names of places that exist on one machine only, no hosts of package registries.
 //! 7. No file above 2 MB.
 //! 8. CHANGELOG.md has the version of Cargo.toml.
-//! 9. Source keys such as a name and a year in brackets resolve in docs/papers.md.
+//! 9. Every source key (a name and a year in brackets) that a comment or a document cites is listed in
+//!    docs/papers.md, and every key listed there is cited.
 //!
 //! Text is looked at line by line; rustfmt has been here before, which makes that enough.
 
@@ -29,6 +30,9 @@ const LONG_FUNCTIONS: &[(&str, &str, &str)] = &[];
 const MAX_FUNCTION_LINES: usize = 100;
 const MAX_COLUMNS: usize = 120;
 const MAX_FILE_BYTES: u64 = 2_000_000;
+
+/// The list of sources.
+const PAPERS: &str = "docs/papers.md";
 
 /// Parts of words, so that this file does not find itself.
 const LEFTOVERS: &[&str] = &[
@@ -57,7 +61,7 @@ pub(crate) fn tidy() -> Result {
     let mut problems = Vec::new();
     let files = files()?;
     let read = |path: &str| std::fs::read(root().join(path)).map_err(|e| format!("{path}: {e}"));
-    let papers = paper_keys(&String::from_utf8_lossy(&read("docs/papers.md")?));
+    let mut citations = Vec::new();
     for path in &files {
         let bytes = read(path)?;
         if bytes.len() as u64 > MAX_FILE_BYTES {
@@ -67,10 +71,12 @@ pub(crate) fn tidy() -> Result {
             problems.extend(form(path, &text));
             if is_rust(path) {
                 problems.extend(rust(path, &text));
-                problems.extend(unresolved_keys(path, &text, &papers));
             }
+            citations.extend(cited_keys(path, &text));
         }
     }
+    let papers = paper_keys(&String::from_utf8_lossy(&read(PAPERS)?));
+    problems.extend(key_problems(&papers, &citations));
     problems.extend(edges()?);
     let changelog = String::from_utf8_lossy(&read("CHANGELOG.md")?).into_owned();
     let version = env!("CARGO_PKG_VERSION");
@@ -248,25 +254,39 @@ fn edge_table(text: &str) -> Vec<(String, BTreeSet<String>)> {
 
 // ---- source keys ---------------------------------------------------------------------------
 
-/// Keys that docs/papers.md defines: lines that begin with a key in bold brackets.
+/// Keys that docs/papers.md lists: lines that begin with a key in bold brackets.
 fn paper_keys(text: &str) -> BTreeSet<String> {
-    let defined = text.lines().filter_map(|l| l.strip_prefix("- **["));
-    defined.filter_map(|rest| rest.split_once(']').map(|(key, _)| key.to_owned())).collect()
+    let listed = text.lines().filter_map(|l| l.strip_prefix("- **["));
+    listed.filter_map(|rest| rest.split_once(']').map(|(key, _)| key.to_owned())).collect()
 }
 
-/// Keys in comments that `papers` does not define.
-fn unresolved_keys(path: &str, text: &str, papers: &BTreeSet<String>) -> Vec<String> {
-    let mut problems = Vec::new();
+/// Keys that comments of Rust or lines of a document cite, each with its place. The list itself
+/// cites nothing.
+fn cited_keys(path: &str, text: &str) -> Vec<(String, String)> {
+    let is_document = Path::new(path).extension().is_some_and(|e| e == "md");
+    if path == PAPERS || !(is_document || is_rust(path)) {
+        return Vec::new();
+    }
+    let mut cited = Vec::new();
     for (i, line) in text.lines().enumerate() {
-        let Some((_, comment)) = line.split_once("//") else { continue };
-        for (_, rest) in comment.match_indices('[').map(|(at, _)| comment.split_at(at + 1)) {
+        let words = if is_document { Some(line) } else { line.split_once("//").map(|(_, c)| c) };
+        for rest in words.into_iter().flat_map(|w| w.split('[').skip(1)) {
             let Some((word, after)) = rest.split_once(']') else { continue };
-            if is_key(word) && !after.starts_with('(') && !papers.contains(word) {
-                problems.push(format!("{path}:{}: docs/papers.md has no [{word}]", i + 1));
+            if is_key(word) && !after.starts_with('(') {
+                cited.push((format!("{path}:{}", i + 1), word.to_owned()));
             }
         }
     }
-    problems
+    cited
+}
+
+/// Keys that are cited but not listed, and those that are listed but cited nowhere.
+fn key_problems(papers: &BTreeSet<String>, citations: &[(String, String)]) -> Vec<String> {
+    let unlisted = citations.iter().filter(|(_, key)| !papers.contains(key));
+    let unlisted = unlisted.map(|(place, key)| format!("{place}: {PAPERS} has no [{key}]"));
+    let cited: BTreeSet<&String> = citations.iter().map(|(_, key)| key).collect();
+    let uncited = papers.iter().filter(|key| !cited.contains(key));
+    unlisted.chain(uncited.map(|key| format!("{PAPERS}: nothing cites [{key}]"))).collect()
 }
 
 /// Whether a word is shaped like `Name24` or `Name24b`.
@@ -275,7 +295,7 @@ fn is_key(word: &str) -> bool {
     let name = if name.ends_with(|c: char| c.is_ascii_digit()) { name } else { word };
     let stem = name.trim_end_matches(|c: char| c.is_ascii_digit());
     name.len() == stem.len() + 2
-        && stem.len() >= 3
+        && stem.len() >= 2
         && stem.starts_with(|c: char| c.is_ascii_uppercase())
         && stem[1..].chars().all(|c| c.is_ascii_alphabetic())
         && stem.ends_with(|c: char| c.is_ascii_lowercase())
@@ -344,18 +364,26 @@ mod tests {
     }
 
     #[test]
-    fn source_keys_are_recognised_and_resolved() {
-        for key in ["Chen16", "Linnainmaa70", "ZhangSennrich19", "Dao22b"] {
+    fn source_keys_are_recognised() {
+        for key in ["Chen16", "Linnainmaa70", "ZhangSennrich19", "Dao22b", "Su21"] {
             assert!(is_key(key), "{key}");
         }
         for word in ["N", "V,C", "Graph", "u32", "F32", "dtype", "AB12", "i2", "Q8_0"] {
             assert!(!is_key(word), "{word}");
         }
+    }
+
+    #[test]
+    fn source_keys_are_listed_and_cited() {
         let papers = paper_keys("# Papers\n\n- **[Chen16]** Chen et al.\n- other [Dao22]\n");
-        let text = "//! Source: [Chen16], [Dao22]; see [`Graph`].\nlet x = a[Dao22];\n";
-        assert_eq!(
-            unresolved_keys("a.rs", text, &papers),
-            ["a.rs:1: docs/papers.md has no [Dao22]"]
-        );
+        let problems = |path: &str, text: &str| key_problems(&papers, &cited_keys(path, text));
+        // In parts, so that this file does not cite them itself.
+        let comment = concat!("/", "/! Sources: `[Chen16]`, `[Dao22]`; see [`Graph`].\n");
+        assert_eq!(problems("a.rs", comment), ["a.rs:1: docs/papers.md has no [Dao22]"]);
+        assert!(problems("a.md", "Text.\nAs in [Chen16], not [Dao22](a.md).\n").is_empty());
+        let unused = ["docs/papers.md: nothing cites [Chen16]"];
+        assert_eq!(problems("a.rs", "let x = a[Chen16];\n"), unused);
+        assert_eq!(problems("a.toml", "# [Chen16]\n"), unused);
+        assert_eq!(problems(PAPERS, "- **[Chen16]** Chen et al.\n"), unused);
     }
 }

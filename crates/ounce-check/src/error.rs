@@ -47,7 +47,7 @@ pub enum CheckError {
         arena_bytes: u64,
     },
     #[error(
-        "buffer {buffer} ({role:?}) lives {start}..{end}, which is no part of the plan's \
+        "buffer {buffer} ({role:?}) lives {start}..{end}, which is not part of the plan's \
          {n_instrs} instructions{}",
         HINT
     )]

@@ -95,7 +95,7 @@ impl Arena {
             DType::F32 => View::F32(self.slice_mut(at, n_elems)),
             DType::Bf16 => View::Bf16(self.slice_mut(at, n_elems)),
             DType::F16 => View::F16(self.slice_mut(at, n_elems)),
-            other => panic!("{other} is no float type"),
+            other => panic!("{other} is not a float type"),
         }
     }
 }

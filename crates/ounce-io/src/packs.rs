@@ -7,7 +7,7 @@
 //! Invariants: every sample is in exactly one row; a row never holds more granules than it has; the same cache, length
 //! and seed give the same rows. Any row is found in O(1), so that a resumed run needs nothing but its step.
 //! Complexity: O(n log n) time, memory of one window ([`WINDOW`] samples).
-//! Source: best fit decreasing as in Johnson, "Near-optimal bin packing algorithms" (1973).
+//! Source: best fit decreasing as in `[Johnson73]`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -374,13 +374,13 @@ impl RowTokens<'_> {
                 }
             }
             EndOfTurn::NoToken(text) => remarks.push(format!(
-                "warning: the chat template ends answers with `{text}`, which is no token of this tokenizer but \
+                "warning: the chat template ends answers with `{text}`, which is not a token of this tokenizer but \
                  several: generation cannot stop at it"
             )),
             // Templates that mark answers themselves have no end that a probe must find.
             EndOfTurn::None if template.has_generation() => {}
             EndOfTurn::None => remarks.push(
-                "warning: the chat template writes no token behind an answer: the model will not learn where to stop"
+                "warning: the chat template writes no token after an answer: the model will not learn where to stop"
                     .to_owned(),
             ),
         }
@@ -466,7 +466,7 @@ pub(crate) fn nothing_to_learn(notes: &RowNotes) -> IoError {
     let path = notes.files.first().map_or_else(PathBuf::new, |f| f.path.clone());
     let format = notes.files.first().map_or("", |f| f.format.as_str());
     let hint = if n_cut > 0 {
-        "every answer lies behind the cut: raise `--max-length`"
+        "every answer lies beyond the cut: raise `--max-length`"
     } else {
         "`ounce data inspect` shows what is supervised of each row; check roles and `--dataset-format`"
     };

@@ -6,8 +6,7 @@
 //!
 //! Invariants: for every (n, seed, epoch) a bijection; the same everywhere, since only integer arithmetic is used.
 //! Complexity: O(1) memory, O(1) seek; fewer than four walks on average beyond 64 elements.
-//! Sources: Luby and Rackoff, "How to construct pseudorandom permutations" (1988); Black and Rogaway, "Ciphers with
-//! arbitrary finite domains" (2002); the mixer is SplitMix64's (Steele, Lea and Flood, 2014).
+//! Sources: `[LubyRackoff88]` (the network), `[BlackRogaway02]` (the walk); the mixer is SplitMix64's (`[Steele14]`).
 
 /// Rounds of the network; four suffice against a distinguisher, two more cost nothing here.
 const N_ROUNDS: usize = 6;

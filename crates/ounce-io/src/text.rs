@@ -412,7 +412,7 @@ impl PlainReader {
             return Err(self.fault(
                 at,
                 "holds a NUL byte",
-                "this is no text file, or UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`",
+                "this is not a text file, or UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`",
             ));
         }
         match bad_at {
@@ -687,7 +687,7 @@ mod tests {
         assert!(fault(b"{\"txt\": 1}").contains("missing key `text` in `{\"txt\":1}`"));
         assert!(fault(b"{\"text\": 5}").contains("`text` is a number, but must be a string"));
         assert!(fault(b"{\"text\": \"a\", \"text\": \"b\"}").contains("key `text` appears twice"));
-        assert!(fault(b"[1]").contains("the row is no object"));
+        assert!(fault(b"[1]").contains("the row is not an object"));
         assert!(fault(b"{\"text\": \"half").contains("not valid JSON: EOF"));
         assert!(fault(b"{\"text\": \"\\ud800\"}").contains("not valid JSON: "));
         assert!(fault(b"{\"text\": \"a\\u0000b\"}").contains("NUL"));

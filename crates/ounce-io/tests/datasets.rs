@@ -300,7 +300,7 @@ fn a_row_of_another_format_names_what_it_lacks() {
     for (row, what) in [
         (json!({ "text": "x" }), "missing key `messages`"),
         (json!({ "messages": [] }), "the conversation is empty"),
-        (json!({ "messages": "x" }), "`messages` is no list of messages"),
+        (json!({ "messages": "x" }), "`messages` is not a list of messages"),
         (
             json!({ "messages": [{ "role": "user" }] }),
             "`messages[0]`: the message has no `content`",
@@ -310,7 +310,7 @@ fn a_row_of_another_format_names_what_it_lacks() {
             "`messages[0]`: the message has no string `role`",
         ),
         (json!({ "messages": [{ "role": "user", "content": 5 }] }), "`content` is a number"),
-        (json!([1]), "the row is no object"),
+        (json!([1]), "the row is not an object"),
     ] {
         let path = lab.rows("rows.jsonl", &[fine.clone(), row]);
         let error = lab.cache(&[path], &options(), 512, 1).unwrap_err();
@@ -354,7 +354,7 @@ fn a_cut_answer_is_counted_and_data_without_anything_to_learn_is_refused() {
         "{error}"
     );
     assert!(
-        error.contains("hint: every answer lies behind the cut: raise `--max-length`"),
+        error.contains("hint: every answer lies beyond the cut: raise `--max-length`"),
         "{error}"
     );
     let user_only = json!({ "messages": [{ "role": "user", "content": "q" }] });
@@ -384,7 +384,11 @@ fn mismatches_of_template_tokenizer_and_generation_are_said() {
     lab.template(&format!("{message}+ '\\n' }}}}{{% endfor %}}"));
     assert!(remarks().contains("will not learn where to stop"), "{}", remarks());
     lab.template(&format!("{message}+ '<|eot|>\\n' }}}}{{% endfor %}}"));
-    assert!(remarks().contains("`<|eot|>`, which is no token of this tokenizer"), "{}", remarks());
+    assert!(
+        remarks().contains("`<|eot|>`, which is not a token of this tokenizer"),
+        "{}",
+        remarks()
+    );
     lab.template(&format!("{message}+ '<|im_start|>' }}}}{{% endfor %}}"));
     assert!(
         remarks().contains("answers end with `<|im_start|>`, but generation stops at `<|im_end|>`"),

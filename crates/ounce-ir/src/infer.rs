@@ -318,7 +318,7 @@ impl Rule<'_> {
         let (q, kv) = (spec.q_width(), spec.kv_width());
         if spec.n_kv_heads == 0 || !spec.n_heads.is_multiple_of(spec.n_kv_heads) {
             return self.fail(format!(
-                "{} heads are no multiple of {} kv heads",
+                "{} heads are not a multiple of {} kv heads",
                 spec.n_heads, spec.n_kv_heads
             ));
         }

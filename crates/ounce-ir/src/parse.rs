@@ -149,7 +149,7 @@ impl Words {
 
     fn number<T: std::str::FromStr>(&mut self) -> Parsed<T> {
         let word = self.next("a number")?;
-        word.parse().map_err(|_| format!("`{word}` is no number that fits here"))
+        word.parse().map_err(|_| format!("`{word}` is not a number that fits here"))
     }
 
     /// The id at this place.
@@ -194,7 +194,7 @@ impl Words {
 
     fn value<T: std::str::FromStr>(&mut self, key: &str) -> Parsed<T> {
         let text = self.attribute(key)?;
-        text.parse().map_err(|_| format!("`{text}` is no value of {key}"))
+        text.parse().map_err(|_| format!("`{text}` is not a value of {key}"))
     }
 
     /// The value after `key=`, if that is next.
@@ -208,7 +208,7 @@ impl Words {
     fn one_of<T: Copy>(&mut self, key: &str, all: &[T], name: fn(T) -> &'static str) -> Parsed<T> {
         let text = self.attribute(key)?;
         let found = all.iter().copied().find(|&x| name(x) == text);
-        found.ok_or_else(|| format!("`{text}` is no value of {key}"))
+        found.ok_or_else(|| format!("`{text}` is not a value of {key}"))
     }
 }
 
@@ -252,7 +252,7 @@ fn state(w: &mut Words, graph: &mut Graph) -> Parsed<()> {
     w.keyword("state")?;
     let name = w.name()?;
     let word = w.next("a dtype")?;
-    let dtype = DType::from_name(&word).ok_or_else(|| format!("`{word}` is no dtype"))?;
+    let dtype = DType::from_name(&word).ok_or_else(|| format!("`{word}` is not a dtype"))?;
     graph.states.push(StateSpec { name, dtype });
     Ok(())
 }
@@ -282,7 +282,7 @@ fn param(w: &mut Words, graph: &mut Graph) -> Parsed<()> {
         "normal" => Init::Normal(w.number()?),
         "zeros" => Init::Zeros,
         "ones" => Init::Ones,
-        other => return Err(format!("`{other}` is no initialisation")),
+        other => return Err(format!("`{other}` is not an initialization")),
     };
     graph.params.push(Param { name, shape, dtype, decay, trainable, init });
     Ok(())
@@ -318,7 +318,7 @@ fn value(w: &mut Words, graph: &mut Graph) -> Parsed<()> {
         "input" => {
             let word = w.next("the kind of the input")?;
             let kind = InputKind::ALL.into_iter().find(|k| k.name() == word);
-            ValueKind::Input(kind.ok_or_else(|| format!("`{word}` is no input"))?)
+            ValueKind::Input(kind.ok_or_else(|| format!("`{word}` is not an input"))?)
         }
         "activation" => ValueKind::Activation,
         "gradient" => ValueKind::Gradient,
@@ -326,7 +326,7 @@ fn value(w: &mut Words, graph: &mut Graph) -> Parsed<()> {
         "scalar" => ValueKind::Scalar,
         "loss" => ValueKind::Loss,
         "result" => ValueKind::Result,
-        other => return Err(format!("`{other}` is no kind of value")),
+        other => return Err(format!("`{other}` is not a kind of value")),
     };
     graph.values.push(Value { name, shape, dtype, kind });
     Ok(())
@@ -337,7 +337,7 @@ fn op(w: &mut Words, graph: &mut Graph) -> Parsed<()> {
     let word = w.next("a phase")?;
     let phase = [Phase::Forward, Phase::Backward, Phase::Update];
     let phase = phase.into_iter().find(|&p| phase_name(p) == word);
-    let phase = phase.ok_or_else(|| format!("`{word}` is no phase"))?;
+    let phase = phase.ok_or_else(|| format!("`{word}` is not a phase"))?;
     let stage = match w.peek().map(id_of) {
         Some(Ok(stage)) => {
             w.at += 1;
@@ -401,7 +401,7 @@ fn kind(w: &mut Words, name: &str) -> Parsed<OpKind> {
         "clip_scale" => OpKind::ClipScale,
         "adamw" => OpKind::AdamW,
         "sgd" => OpKind::Sgd,
-        other => return Err(format!("`{other}` is no op")),
+        other => return Err(format!("`{other}` is not an op")),
     })
 }
 
@@ -445,8 +445,8 @@ fn either(w: &mut Words, yes: &str, no: &str) -> Parsed<bool> {
 fn typed_shape(w: &mut Words) -> Parsed<(DType, Shape)> {
     let word = w.next("a dtype and shape")?;
     let parsed = word.strip_suffix(']').and_then(|rest| rest.split_once('['));
-    let (dtype, dims) = parsed.ok_or_else(|| format!("`{word}` is no dtype and shape"))?;
-    let dtype = DType::from_name(dtype).ok_or_else(|| format!("`{dtype}` is no dtype"))?;
+    let (dtype, dims) = parsed.ok_or_else(|| format!("`{word}` is not a dtype and shape"))?;
+    let dtype = DType::from_name(dtype).ok_or_else(|| format!("`{dtype}` is not a dtype"))?;
     let mut dims: Vec<&str> = dims.split(',').filter(|d| !d.is_empty()).collect();
     let lead = match dims.first() {
         Some(&"N") => Lead::Tokens,
@@ -457,7 +457,7 @@ fn typed_shape(w: &mut Words) -> Parsed<(DType, Shape)> {
         dims.remove(0);
     }
     let numbers: Result<Vec<u64>, _> = dims.iter().map(|d| d.parse()).collect();
-    let dims = numbers.map_err(|_| format!("`{word}` has a dimension that is no number"))?;
+    let dims = numbers.map_err(|_| format!("`{word}` has a dimension that is not a number"))?;
     Ok((dtype, Shape { lead, dims }))
 }
 
@@ -620,14 +620,14 @@ mod tests {
             ("param p1 \"x\" f32[1] decay trained ones", "p1 is defined where p0 should be"),
             ("param p0 x f32[1] decay trained ones", "`x` stands where a name in quotes"),
             ("param p0 \"x f32[1] decay trained ones", "no closing quote"),
-            ("param p0 \"x\" f99[1] decay trained ones", "`f99` is no dtype"),
-            ("param p0 \"x\" f32[y] decay trained ones", "dimension that is no number"),
+            ("param p0 \"x\" f99[1] decay trained ones", "`f99` is not a dtype"),
+            ("param p0 \"x\" f32[y] decay trained ones", "dimension that is not a number"),
             ("param p0 \"x\" f32[1] trained ones", "`decay` or `no_decay`"),
             ("param p0 \"x\" f32[1] decay trained ones two", "`two` stands where the end"),
-            ("value v0 \"x\" f32[N] input words", "`words` is no input"),
-            ("op0 forward s0 flatten", "`flatten` is no op"),
-            ("op0 forward s0 gelu kind=swish", "`swish` is no value of kind"),
-            ("op0 forward s0 rms_norm eps=much", "`much` is no value of eps"),
+            ("value v0 \"x\" f32[N] input words", "`words` is not an input"),
+            ("op0 forward s0 flatten", "`flatten` is not an op"),
+            ("op0 forward s0 gelu kind=swish", "`swish` is not a value of kind"),
+            ("op0 forward s0 rms_norm eps=much", "`much` is not a value of eps"),
             ("op0 forward s0 embed inputs u0", "`u0` stands where an id such as `v0`"),
             ("\"x\"", "\"x\" stands where the kind of an entity should be"),
         ] {

@@ -333,7 +333,7 @@ impl Verifier<'_> {
             }
             for (i, v) in op.sums.iter().enumerate() {
                 let ValueKind::Sum(sum_use) = g.values[*v].kind else {
-                    self.fail_op(id, format!("{v} is no sum"));
+                    self.fail_op(id, format!("{v} is not a sum"));
                     continue;
                 };
                 if read[v.index()] {
@@ -524,7 +524,10 @@ impl Verifier<'_> {
                 let is_cut =
                     s.input == Some(*v) || (op.phase == Phase::Backward && s.d_output == Some(*v));
                 if is_foreign && !is_cut {
-                    self.fail_op(id, format!("{v} belongs to another stage and is no cut value"));
+                    self.fail_op(
+                        id,
+                        format!("{v} belongs to another stage and is not a cut value"),
+                    );
                 }
             }
         }

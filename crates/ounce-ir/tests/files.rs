@@ -32,7 +32,7 @@ fn outcome(text: &str) -> String {
             for e in errors {
                 assert!(
                     e.entity == "graph" || printed.lines().any(|line| line == e.text),
-                    "{} is no line of the graph",
+                    "{} is not a line of the graph",
                     e.text
                 );
                 writeln!(said, "{}: {}", e.entity, e.message).unwrap();

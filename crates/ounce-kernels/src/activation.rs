@@ -4,7 +4,7 @@
 //! Idea: `0.5 (1 + tanh(u)) = sigmoid(2u)` and `0.5 (1 + erf(x / sqrt 2)) = Phi(x)`, which keep
 //! full relative precision where `1 + tanh` would cancel. Backward recomputes from the input.
 //!
-//! Sources: Hendrycks, Gimpel 2016 (arXiv:1606.08415); Shazeer 2020 (arXiv:2002.05202).
+//! Sources: `[HendrycksGimpel16]` (GELU), `[Shazeer20]` (gated units).
 
 use crate::inout::{InOut, for_block_pairs, for_blocks, load_all};
 use crate::math::{normal, sigmoid_pair, tanh};

@@ -22,8 +22,8 @@
 //! heads of a group in order. So neither threads nor the grouping of tiles change any bit.
 //!
 //! Complexity: 2 products of 64 x 64 x D per pair of tiles forward, 5 backward (7 where there are
-//! too few heads for the threads). Sources: Dao et al. 2022 (arXiv:2205.14135), Dao 2023
-//! (arXiv:2307.08691).
+//! too few heads for the threads). Sources: `[Vaswani17]`; `[Ainslie23]` (grouped heads);
+//! `[Dao22]`, `[Dao23]` (tiles, scores again in the backward).
 
 mod backward;
 mod forward;

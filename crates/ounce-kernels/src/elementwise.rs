@@ -76,7 +76,7 @@ tiered! {
 }
 
 /// Inverted dropout: `y = x / (1 - p)` where the mask keeps, 0 elsewhere; source `x`, which `y` may
-/// overwrite. The same call on `dy` is the gradient.
+/// overwrite. The same call on `dy` is the gradient. Taken from `[Srivastava14]`.
 ///
 /// # Shapes
 /// `x`, `y` (N, C); `n_channels` is C; row 0 is token `first_token` of the step.

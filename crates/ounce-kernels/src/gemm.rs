@@ -1,6 +1,6 @@
 //! Matrix products: `C = A B`, `C = C + A B`, with any of the operands transposed.
 //!
-//! Idea: the blocked algorithm of Goto and van de Geijn 2008 as BLIS arranges it. Panels of B and
+//! Idea: the blocked algorithm of `[GotoGeijn08]` as BLIS (`[VanZee15]`) arranges it. Panels of B and
 //! blocks of A are copied ("packed") into the order in which the register tile reads them, which
 //! also absorbs every transpose, every edge and every 16-bit element: it is widened to f32 on the
 //! way, or kept in pairs where the processor multiplies bf16 faster than f32.

@@ -14,8 +14,8 @@
 //! ascending order; `dw` is one chain over ascending tokens that starts from what is stored. So
 //! neither `chunk_tokens` nor the threads change any bit.
 //!
-//! Complexity: 2NVC FLOP forward, 6NVC in training. Source of the idea: Liger Kernel (Hsu et al.
-//! 2024, arXiv:2410.10989).
+//! Complexity: 2NVC FLOP forward, 6NVC in training. Sources: `[Hsu24]` (Liger Kernel: chunks, the
+//! gradient in place), `[Wijmans24]` (Cut Cross-Entropy: never all logits), `[Milakov18]` (max and sum in one pass).
 
 use crate::convert::f32_to_bf16;
 use crate::gemm::{MatMut, MatRef, Start, gemm, gemm_scratch_elems};

@@ -3,8 +3,8 @@
 //! Idea: range reduction and a short polynomial, every step an explicit `mul_add`, so that all
 //! tiers round alike. Coefficients are Chebyshev interpolants computed in exact rational
 //! arithmetic; the stated errors are of the polynomial alone, and about 1 ulp of rounding comes on
-//! top. Source of the methods: Cody and Waite 1980 (exp); the form
-//! `erfc(z) = exp(-z^2) t P(t)`, `t = 1 / (1 + p z)` is Hastings 1955, here of degree 9.
+//! top. Source of the methods: `[CodyWaite80]` (exp); the form
+//! `erfc(z) = exp(-z^2) t P(t)`, `t = 1 / (1 + p z)` is that of `[Hastings55]`, here of degree 9.
 
 /// `1.5 * 2^23`: adding it rounds a small f32 to the nearest integer, kept in the low bits.
 const ROUND: f32 = 12_582_912.0;

@@ -11,7 +11,7 @@
 //! tokens, started from what is stored; threads split columns. Cutting the tokens into several
 //! calls therefore changes nothing.
 //!
-//! Sources: Ba, Kiros, Hinton 2016 (arXiv:1607.06450); Zhang, Sennrich 2019 (arXiv:1910.07467).
+//! Sources: `[Ba16]` (layer norm), `[ZhangSennrich19]` (RMS norm).
 
 use crate::inout::load_all;
 use crate::math::{LANES, add_to_lanes, fold_lanes};

@@ -3,7 +3,7 @@
 //! Updates are elementwise and bound by memory; of a parameter in two halves they read and write both
 //! halves in the same pass and compute in f32 what they compute for f32 parameters. Sums are f64 over
 //! fixed blocks, blocks in order, so they do not depend on threads.
-//! Sources: Kingma, Ba 2015; Loshchilov, Hutter 2019 (arXiv:1711.05101).
+//! Sources: `[KingmaBa15]`, `[LoshchilovHutter19]`.
 
 use crate::master::{MasterMut, SharedMaster};
 use crate::math::fold_lanes;

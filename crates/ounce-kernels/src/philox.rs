@@ -4,7 +4,7 @@
 //! recomputation asks for it. The counter names the place (channel group, token, site, step) and
 //! the key is the run's seed.
 //!
-//! Source: Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3".
+//! Source: `[Salmon11]`.
 
 /// What names one random tensor of a run; token and channel name its elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

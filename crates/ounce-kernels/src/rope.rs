@@ -3,7 +3,7 @@
 //! Idea: with R = `inv_freq.len()`, channel `i < R` of a head is paired with channel `i + R`, and
 //! the pair is turned by the angle `position * inv_freq[i]`. Channels from `2R` on are copied, and so
 //! are columns behind the heads (values packed with queries and keys). The inverse turn is the
-//! gradient. Source: Su et al. 2021 (arXiv:2104.09864).
+//! gradient. Source: `[Su21]`.
 
 use crate::inout::{Buffers, InOut};
 use crate::math::sin_cos;

@@ -3,7 +3,7 @@
 use crate::view::{FloatType, View, ViewMut};
 use half::{bf16, f16};
 
-/// Numbers in [-1, 1) from a fixed generator (xorshift).
+/// Numbers in [-1, 1) from a fixed generator (xorshift, `[Marsaglia03]`).
 pub(crate) fn noise(n: usize, seed: u32) -> Vec<f32> {
     let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
     (0..n)

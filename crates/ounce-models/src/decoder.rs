@@ -206,8 +206,9 @@ impl DecoderConfig {
             Some(d) => d,
             None if hidden.is_multiple_of(n_heads) => hidden / n_heads,
             None => {
-                let what =
-                    format!("hidden_size {hidden} is no multiple of num_attention_heads {n_heads}");
+                let what = format!(
+                    "hidden_size {hidden} is not a multiple of num_attention_heads {n_heads}"
+                );
                 return Err(ModelError::Inconsistent { what });
             }
         };
@@ -325,7 +326,7 @@ impl DecoderConfig {
         let rotary = self.rope.rotary_dim(self.head_dim);
         let what = if !self.n_heads.is_multiple_of(self.n_kv_heads) {
             format!(
-                "num_attention_heads {} is no multiple of num_key_value_heads {}",
+                "num_attention_heads {} is not a multiple of num_key_value_heads {}",
                 self.n_heads, self.n_kv_heads
             )
         } else if !rotary.is_multiple_of(2) || rotary == 0 {

@@ -1,7 +1,7 @@
 //! Gemma 2: norms around each half that multiply with `1 + w`, GeGLU, scaled embeddings, soft caps
 //! on scores and logits, and windows in every other layer.
 //!
-//! Source: Gemma Team, "Gemma 2", 2024 (arXiv:2408.00118); names as `Gemma2ForCausalLM`.
+//! Source: `[GemmaTeam24]`; names as `Gemma2ForCausalLM`.
 
 use ounce_ir::{Gate, GeluKind};
 use serde_json::{Map, Value, json};

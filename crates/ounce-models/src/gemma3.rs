@@ -1,8 +1,7 @@
 //! Gemma 3 (text): Gemma 2 with norms of every head of queries and keys instead of soft caps, and
 //! windows in five of six layers, which have a rotary base of their own.
 //!
-//! Source: Gemma Team, "Gemma 3 Technical Report", 2025 (arXiv:2503.19786); names as
-//! `Gemma3ForCausalLM`.
+//! Source: `[GemmaTeam25]`; names as `Gemma3ForCausalLM`.
 
 use serde_json::{Map, Value, json};
 

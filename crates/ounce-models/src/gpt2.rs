@@ -6,8 +6,8 @@
 //! x = x + dropout(c_proj(gelu(c_fc(ln_2(x)))))            per layer, stage mlp.i
 //! loss = cross_entropy(ln_f(x), wte)                      stage head
 //! ```
-//! Weights of its linear layers are `[in, out]` (`Conv1D`). Source: Radford et al., "Language Models
-//! are Unsupervised Multitask Learners", 2019; names and initialisation as `GPT2LMHeadModel`.
+//! Weights of its linear layers are `[in, out]` (`Conv1D`). Source: `[Radford19]`; names and
+//! initialisation as `GPT2LMHeadModel`.
 
 use ounce_ir::{
     AttentionSpec, GeluKind, Graph, GraphBuilder, Init, InputKind, ParamId, Shape, ValueId,
@@ -168,7 +168,7 @@ impl Gpt2Config {
         if self.hidden.is_multiple_of(self.n_heads) {
             return Ok(());
         }
-        let what = format!("n_embd {} is no multiple of n_head {}", self.hidden, self.n_heads);
+        let what = format!("n_embd {} is not a multiple of n_head {}", self.hidden, self.n_heads);
         Err(ModelError::Inconsistent { what })
     }
 

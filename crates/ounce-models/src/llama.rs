@@ -1,7 +1,7 @@
 //! Llama 1 to 3.x, SmolLM and SmolLM2: RMS norms before each half, rotary positions, grouped heads,
 //! SwiGLU, perhaps biases.
 //!
-//! Source: Touvron et al., "LLaMA", 2023 (arXiv:2302.13971); names as `LlamaForCausalLM`.
+//! Source: `[Touvron23]`; names as `LlamaForCausalLM`.
 
 use ounce_ir::Gate;
 use serde_json::json;

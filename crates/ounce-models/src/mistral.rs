@@ -1,6 +1,6 @@
 //! Mistral: Llama whose every layer looks back no further than a window.
 //!
-//! Source: Jiang et al., "Mistral 7B", 2023 (arXiv:2310.06825); names as `MistralForCausalLM`.
+//! Source: `[Jiang23]`; names as `MistralForCausalLM`.
 
 use ounce_ir::Gate;
 use serde_json::json;

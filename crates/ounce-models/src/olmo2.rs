@@ -1,6 +1,6 @@
 //! OLMo 2: Llama with norms behind each half instead of before it, and of all queries and all keys.
 //!
-//! Source: OLMo Team, "2 OLMo 2 Furious", 2024 (arXiv:2501.00656); names as `Olmo2ForCausalLM`.
+//! Source: `[OLMoTeam24]`; names as `Olmo2ForCausalLM`.
 
 use ounce_ir::Gate;
 use serde_json::json;

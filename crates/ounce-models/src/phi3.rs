@@ -2,8 +2,7 @@
 //! perhaps a window in every layer, and positions that may turn a part of each head and be stretched
 //! by `longrope`.
 //!
-//! Source: Abdin et al., "Phi-3 Technical Report", 2024 (arXiv:2404.14219); names as
-//! `Phi3ForCausalLM`.
+//! Source: `[Abdin24]`; names as `Phi3ForCausalLM`.
 
 use ounce_ir::Gate;
 use serde_json::{Value, json};

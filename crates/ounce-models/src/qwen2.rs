@@ -1,8 +1,7 @@
 //! Qwen2 and Qwen2.5: Llama with biases on queries, keys and values, and perhaps windows in the
 //! upper layers.
 //!
-//! Source: Yang et al., "Qwen2 Technical Report", 2024 (arXiv:2407.10671); names as
-//! `Qwen2ForCausalLM`.
+//! Source: `[Yang24]`; names as `Qwen2ForCausalLM`.
 
 use ounce_ir::Gate;
 use serde_json::{Map, Value, json};

@@ -1,8 +1,7 @@
 //! Qwen3 (dense): Llama with a norm of every head of queries and keys, heads of a size of their own,
 //! and perhaps windows in the upper layers.
 //!
-//! Source: Yang et al., "Qwen3 Technical Report", 2025 (arXiv:2505.09388); names as
-//! `Qwen3ForCausalLM`.
+//! Source: `[Yang25]`; names as `Qwen3ForCausalLM`.
 
 use serde_json::json;
 

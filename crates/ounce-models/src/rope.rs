@@ -19,8 +19,8 @@
 //! for a batch with a row of that length.
 //!
 //! Precision: exponents are rounded to f32, powers are taken in f64 and rounded to f32, then f32, as
-//! `transformers` does. Sources: Su et al., "RoFormer", 2021; Peng et al., "YaRN", 2023; Ding et al.,
-//! "LongRoPE", 2024; Meta's Llama 3.1 reference.
+//! `transformers` does. Sources: `[Su21]`; `[Peng23]` (`yarn`); `[Ding24]` (`longrope`);
+//! Meta's Llama 3.1 reference (`llama3`).
 
 use std::f64::consts::PI;
 

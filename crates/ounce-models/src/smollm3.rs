@@ -1,8 +1,7 @@
 //! SmolLM3: Llama in which every fourth layer does not know positions (NoPE), and such layers may
 //! have a window.
 //!
-//! Source: Bakouch et al., "SmolLM3", 2025; Yang et al., "Rope to Nope and Back Again", 2025
-//! (arXiv:2501.18795); names as `SmolLM3ForCausalLM`.
+//! Sources: `[Bakouch25]`; `[Yang25b]` (layers without positions); names as `SmolLM3ForCausalLM`.
 
 use ounce_ir::Gate;
 use serde_json::json;

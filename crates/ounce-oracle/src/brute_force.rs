@@ -25,8 +25,7 @@
 //! faster than what is found here, and none fits in fewer bytes than [`least_bytes`].
 //!
 //! Complexity: 2^values times backward ops states; at most [`MAX_VALUES`] forward values. Sources:
-//! Dijkstra 1959, "A note on two problems in connexion with graphs"; Sethi 1975, "Complete register
-//! allocation problems" (the game with values and slots).
+//! `[Dijkstra59]`; `[Sethi75]` (the game with values and slots).
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

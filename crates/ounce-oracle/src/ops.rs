@@ -548,7 +548,7 @@ pub fn sum_squares(g: &[f64]) -> f64 {
 }
 
 /// `min(1, max_norm / (norm + 1e-6))`, with `norm` the root of the sum of `parts`: PyTorch's
-/// `clip_grad_norm_`.
+/// `clip_grad_norm_`. Source: `[Pascanu13]`.
 pub fn clip_scale(parts: &[f64], max_norm: f64) -> f64 {
     let norm = parts.iter().sum::<f64>().sqrt();
     (max_norm / (norm + 1e-6)).min(1.0)
@@ -574,7 +574,7 @@ pub struct Hyper {
 /// AdamW as in `torch.optim.AdamW`, with `step` counted from 1 and `scale` multiplying the gradient:
 /// `w -= lr decay w`, then `w -= lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)`.
 ///
-/// Source: Loshchilov, Hutter 2019, arXiv:1711.05101.
+/// Source: `[LoshchilovHutter19]`.
 pub fn adamw(
     w: &mut [f64],
     m: &mut [f64],

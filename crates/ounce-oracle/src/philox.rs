@@ -3,8 +3,7 @@
 //! Written here a second time, apart from the kernels, so that a slip in either shows. A counter of
 //! four words passes ten rounds; a round multiplies two of the words with constants, mixes the upper
 //! halves of the products with the other two words and the round's key, and the key advances by
-//! Weyl constants. Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3"
-//! (2011).
+//! Weyl constants. Source: `[Salmon11]`.
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];

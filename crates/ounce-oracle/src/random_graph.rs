@@ -16,7 +16,7 @@ use ounce_program::StepShape;
 /// norm with a small one is nearly a step and has no useful differences.
 const EPS: f32 = 1e-2;
 
-/// SplitMix64 (Steele, Lea, Flood 2014): a tiny generator for test cases.
+/// SplitMix64 (`[Steele14]`): a tiny generator for test cases.
 #[derive(Debug, Clone)]
 pub struct TestRng(u64);
 

@@ -21,7 +21,7 @@
 //! - Every trained parameter has one dense sum. The gradient of an embedding is first kept as rows
 //!   `[N, C]` and scattered once per step, after the head's part if the parameter is tied.
 //!
-//! Complexity: linear in the number of ops. Source: reverse accumulation, Linnainmaa 1970;
+//! Complexity: linear in the number of ops. Source: reverse accumulation, `[Linnainmaa70]`;
 //! the formulas themselves stand with the definition of each op in the oracle.
 
 use ounce_ir::{

@@ -26,7 +26,7 @@ pub enum PassError {
     },
     /// The graph has backward or update ops.
     #[error(
-        "differentiate: {op} ({op_name}) is no forward op\nhint: differentiate a graph as the \
+        "differentiate: {op} ({op_name}) is not a forward op\nhint: differentiate a graph as the \
          builder made it, once"
     )]
     NotForward {

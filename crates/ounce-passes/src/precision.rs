@@ -20,8 +20,8 @@
 //! - A factor, Gemma's `sqrt(C)`, is rounded as parameters are: `transformers` rounds it to the dtype
 //!   that a model is stored in, and so did those who trained Gemma (34 in bf16 for 33.94, 0.2 % off).
 //!
-//! Complexity: linear in the number of ops. Sources: Micikevicius et al. 2018, arXiv:1710.03740
-//! (f32 masters, loss scaling); PyTorch's autocast op lists, which the table is compared with.
+//! Complexity: linear in the number of ops. Sources: `[Micikevicius18]` (f32 masters, loss
+//! scaling); PyTorch's autocast op lists, which the table is compared with.
 
 use std::fmt;
 

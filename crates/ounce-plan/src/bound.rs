@@ -8,7 +8,7 @@
 //! envelopes of the stages' trade-offs, is a lower bound for every recompute schedule, persistent or
 //! not. It holds for the given number of micro-batches, and for stages of at most `MAX_KEEPABLE_GROUPS` values.
 //!
-//! Complexity: O(stages * options log). Source: the knapsack bound for [Jain20]-style schedules, ours.
+//! Complexity: O(stages * options log). Source: the knapsack bound for `[Jain20]`-style schedules, ours.
 
 use ounce_ir::EntityId;
 

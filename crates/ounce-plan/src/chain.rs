@@ -26,7 +26,7 @@
 //!
 //! Complexity: O(runs * (options + length) * points). Lists are thinned to `max_points`, keeping
 //! both ends; a thinned list loses a little speed at some budgets, never correctness.
-//! Source: [Beaumont21] (rotor), [Zhao23] (Rockmate); exact byte lists instead of a grid are ours.
+//! Source: `[Beaumont21]` (rotor), `[Zhao23]` (Rockmate); exact byte lists instead of a grid are ours.
 
 use std::collections::BTreeMap;
 

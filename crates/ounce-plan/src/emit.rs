@@ -15,8 +15,8 @@
 //! 5. An update op runs as soon as its sums are complete and nothing left in the stage reads the
 //!    parameter. With one micro-batch and no clipping this is gradient release.
 //!
-//! Complexity: linear in the instructions. Source: lazy recomputation as in [Zhao23]; the
-//! release of gradients into the update as in LOMO (arXiv:2306.09782), here only where exact.
+//! Complexity: linear in the instructions. Source: lazy recomputation as in `[Zhao23]`; the
+//! release of gradients into the update as in `[Lv23]` (LOMO), here only where exact.
 
 use std::ops::Range;
 

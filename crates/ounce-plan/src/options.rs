@@ -9,7 +9,7 @@
 //! Stages with the same ops over the same shapes share one type and are enumerated once.
 //!
 //! Complexity: 2^k subsets (k is at most `MAX_KEEPABLE_GROUPS`, 12, mostly 3 to 8) for the first filter,
-//! then one emission per survivor and chunk length. Source: [Zhao23], with exact enumeration instead of an ILP.
+//! then one emission per survivor and chunk length. Source: `[Zhao23]`, with exact enumeration instead of an ILP.
 
 use std::collections::BTreeMap;
 

@@ -5,8 +5,8 @@
 //! done as soon as one reaches the largest sum of live bytes, which no placement can beat.
 //!
 //! Complexity: a buffer is compared with those that live in the same stretches of instructions (1/1024
-//! of the step each): near O(n) for short lives, O(n^2) at worst, n buffers. Source: [Pisarchyk20],
-//! arXiv:2001.03288 (greedy by size); on transformer schedules it reaches the lower bound.
+//! of the step each): near O(n) for short lives, O(n^2) at worst, n buffers. Source: `[Pisarchyk20]`
+//! (greedy by size); on transformer schedules it reaches the lower bound.
 
 use crate::emit::Draft;
 

@@ -49,14 +49,14 @@ impl Memory {
                     |c| format!("perhaps `{number}{c}iB`"),
                 );
                 return Err(format!(
-                    "`{text}` is no amount of memory: the unit is missing or unknown\nhint: {hint}"
+                    "`{text}` is not an amount of memory: the unit is missing or unknown\nhint: {hint}"
                 ));
             }
         };
         match number.parse::<f64>() {
             Ok(n) if n > 0.0 && n * scale < 1e18 => Ok(Self::Bytes((n * scale) as u64)),
             _ => Err(format!(
-                "`{text}` is no amount of memory: `{number}` is not a positive number\n\
+                "`{text}` is not an amount of memory: `{number}` is not a positive number\n\
                  hint: write it as `64MiB`, `2GiB`, `12345B` or `auto`"
             )),
         }

@@ -110,7 +110,7 @@ fn note_other_model(checkpoint: &Checkpoint, settings: &Settings, observer: &mut
 fn note_going_on(checkpoint: &Checkpoint, settings: &Settings, observer: &mut dyn Observer) {
     note_other_model(checkpoint, settings, observer);
     let (path, step) = (checkpoint.path().display(), checkpoint.state().step);
-    observer.note(&format!("going on behind step {step}, from {path}"));
+    observer.note(&format!("resuming after step {step} from {path}"));
 }
 
 /// Says of a run that starts afresh that its output directory holds the checkpoints of another.

@@ -191,7 +191,7 @@ fn copy_tokenizer(from: &Path, to: &Path) -> Result<()> {
     }
     let bytes = std::fs::read(from).map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => Error::Usage {
-            message: format!("`{}` is no tokenizer", from.display()),
+            message: format!("`{}` is not a tokenizer", from.display()),
             hint: "`--tokenizer` takes char, bpe, a model directory or a tokenizer.json".to_owned(),
         },
         _ => Error::file(from, &e),
@@ -215,7 +215,7 @@ fn from_sizes(shape: &ModelShape, vocab_size: u64) -> Result<ModelConfig> {
     };
     if n_heads == 0 || hidden_size == 0 || !hidden_size.is_multiple_of(n_heads) {
         return Err(Error::Usage {
-            message: format!("hidden size {hidden_size} is no multiple of {n_heads} heads"),
+            message: format!("hidden size {hidden_size} is not a multiple of {n_heads} heads"),
             hint: "choose `--hidden-size` as heads times 32 or 64".to_owned(),
         });
     }
@@ -233,7 +233,7 @@ fn from_sizes(shape: &ModelShape, vocab_size: u64) -> Result<ModelConfig> {
             "n_inner": intermediate_size,
         })
     } else {
-        // 8/3 C, as in the Llama papers, in whole cache lines.
+        // 8/3 C, as in `[Touvron23]`, in whole cache lines.
         let usual = (hidden_size * 8 / 3).next_multiple_of(32);
         let head_dim = hidden_size / n_heads;
         let mut config = json!({

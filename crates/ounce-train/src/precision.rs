@@ -4,9 +4,9 @@
 //! it. A model that was trained in 16 bits is evaluated and sampled in them too: the run's settings lie
 //! beside it, in `run.yaml` or, in a checkpoint, in `trainer_state.json`.
 //!
-//! Dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740; the constants of PyTorch's
-//! `GradScaler`): gradients in f16 are multiplied with a power of two. A step whose gradient overflows
-//! is skipped and the scale halved, after 2000 good steps it is doubled. It may fall below 1.
+//! Dynamic loss scaling (`[Micikevicius18]`; the constants of PyTorch's `GradScaler`): gradients in f16
+//! are multiplied with a power of two. A step whose gradient overflows is skipped and the scale
+//! halved, after 2000 good steps it is doubled. It may fall below 1.
 
 use std::fmt::Write;
 use std::io::Read;

@@ -139,7 +139,7 @@ impl TrainStream {
         let begun = from.and_then(|checkpoint| cursor_of(checkpoint, settings));
         if let (Some(_), None) = (from, &begun) {
             observer.note(
-                "warning: the run was begun with other data or other rows per step: the stream is begun anew",
+                "warning: the run began with other data or another number of rows per step: the stream starts over",
             );
         }
         let mut request = WindowRequest {

@@ -23,7 +23,7 @@ pub(crate) const PIECE_ELEMS: usize = 16 << 10;
 
 /// Fills `dst` with elements `start..` of a fresh parameter. `start` is a multiple of 4.
 ///
-/// Normal numbers come from Philox words in pairs by the Box-Muller transform.
+/// Normal numbers come from Philox words in pairs by the transform of `[BoxMuller58]`.
 pub(crate) fn fill_fresh(param: &Param, seed: u64, start: usize, dst: &mut [f32]) {
     let std = match param.init {
         Init::Zeros => return dst.fill(0.0),
@@ -223,7 +223,7 @@ impl Source {
         let stranger =
             all.iter().find(|t| !known.contains(t.as_str()) && !is_ignored_tensor(config, t));
         match stranger {
-            Some(t) => Err(mismatch(path, t, "is no parameter of this configuration")),
+            Some(t) => Err(mismatch(path, t, "is not a parameter of this configuration")),
             None => Ok(Self { tensors, names }),
         }
     }

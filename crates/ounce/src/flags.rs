@@ -195,7 +195,7 @@ pub(crate) struct RunFlags {
     #[arg(long, value_parser = number, value_name = "P", help_heading = "Optimization")]
     dropout: Option<f64>,
 
-    /// What rows mean: messages, sharegpt, alpaca, prompt-completion, ... [default: found out]
+    /// What rows mean: messages, sharegpt, alpaca, prompt-completion, ... [default: detected]
     #[arg(long, value_name = "NAME", help_heading = "Data")]
     dataset_format: Option<String>,
     /// The file's keys for those of the format: prompt=QUESTION,completion=ANSWER
@@ -303,7 +303,7 @@ pub(crate) fn grammar() -> clap::Command {
 /// A number that is one: neither infinity nor NaN.
 fn number(text: &str) -> Result<f64, String> {
     let finite = text.parse().ok().filter(|x: &f64| x.is_finite());
-    finite.ok_or_else(|| format!("`{text}` is no finite number"))
+    finite.ok_or_else(|| format!("`{text}` is not a finite number"))
 }
 
 /// `class=dtype` as a pair.
@@ -432,7 +432,7 @@ pub(crate) struct InitFlags {
     /// `char` or `bpe` (trained on --data), a model directory, or a tokenizer.json
     #[arg(long, value_name = "KIND")]
     pub(crate) tokenizer: String,
-    /// Size of the `bpe` vocabulary [default: 1024]; of the model's with another tokenizer [default: the tokenizer's]
+    /// Vocabulary size [default: 1024 for `bpe`, else the tokenizer's]
     #[arg(long, value_name = "N")]
     pub(crate) vocab_size: Option<u64>,
     /// Text that the tokenizer is trained on; repeatable

@@ -67,7 +67,7 @@ pub(crate) fn pull(flags: PullFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
 
 fn hub_model(text: &str) -> Result<HubName> {
     hub_name(Path::new(text)).ok_or_else(|| Error::Usage {
-        message: format!("`{text}` is no name of a model on a hub"),
+        message: format!("`{text}` is not a name of a model on a hub"),
         hint: "a name is ORG/NAME or ORG/NAME@REVISION".to_owned(),
     })
 }

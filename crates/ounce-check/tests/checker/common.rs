@@ -16,7 +16,7 @@ pub(crate) fn machine() -> FixedMachine {
     FixedMachine { baseline_bytes: 1 << 20, ..FixedMachine::default() }
 }
 
-/// A small generator of choices (SplitMix64), so that every seed is one test case.
+/// A small generator of choices (SplitMix64, `[Steele14]`), so that every seed is one test case.
 pub(crate) struct Choices(pub(crate) u64);
 
 impl Choices {

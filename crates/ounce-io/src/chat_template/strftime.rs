@@ -1,6 +1,6 @@
 //! `strftime` for templates that write the date: the directives of C's locale, in UTC.
 //!
-//! Source for the calendar: Hinnant, "chrono-compatible low-level date algorithms" (days to civil date).
+//! Source for the calendar: `[Hinnant13]` (days to civil date).
 
 use std::fmt::Write;
 

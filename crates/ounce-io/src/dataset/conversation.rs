@@ -86,7 +86,7 @@ struct Row<'a> {
 impl Row<'_> {
     fn samples(&self, format: RowFormat) -> Result<Vec<Sample>, Fault> {
         if self.object.is_none() {
-            return Err(Fault("the row is no object".into()));
+            return Err(Fault("the row is not an object".into()));
         }
         let one = |c: Conversation| Ok(vec![Sample::Conversation(c)]);
         match format {
@@ -200,14 +200,15 @@ impl Row<'_> {
     fn alpaca(&self) -> Result<Conversation, Fault> {
         let mut messages = self.system()?;
         if let Some(history) = self.get("history") {
-            let pairs = history.as_array().ok_or_else(|| Fault("`history` is no list".into()))?;
+            let pairs =
+                history.as_array().ok_or_else(|| Fault("`history` is not a list".into()))?;
             for pair in pairs {
                 match (pair[0].as_str(), pair[1].as_str()) {
                     (Some(question), Some(answer)) => {
                         messages.push(message("user", question));
                         messages.push(message("assistant", answer));
                     }
-                    _ => return Err(Fault("`history` is no list of pairs of strings".into())),
+                    _ => return Err(Fault("`history` is not a list of pairs of strings".into())),
                 }
             }
         }
@@ -230,10 +231,10 @@ impl Row<'_> {
     fn turns(&self) -> Result<Conversation, Fault> {
         let strings = |key: &str| -> Result<Vec<String>, Fault> {
             let list = self.need(key)?.as_array();
-            let list = list.ok_or_else(|| Fault(format!("`{key}` is no list of strings")))?;
+            let list = list.ok_or_else(|| Fault(format!("`{key}` is not a list of strings")))?;
             let string = |v: &Value| v.as_str().map(str::to_owned);
             let strings: Option<Vec<String>> = list.iter().map(string).collect();
-            strings.ok_or_else(|| Fault(format!("`{key}` is no list of strings")))
+            strings.ok_or_else(|| Fault(format!("`{key}` is not a list of strings")))
         };
         let questions = strings("turns")?;
         let answers =
@@ -248,7 +249,7 @@ impl Row<'_> {
 
     fn instances(&self) -> Result<Vec<Sample>, Fault> {
         let list = self.need("instances")?.as_array();
-        let list = list.ok_or_else(|| Fault("`instances` is no list".into()))?;
+        let list = list.ok_or_else(|| Fault("`instances` is not a list".into()))?;
         let one = |instance: &Value| {
             let Some(output) = instance["output"].as_str() else {
                 return Err(Fault("an instance has no string `output`".into()));
@@ -295,7 +296,7 @@ impl Row<'_> {
         let list = match value {
             Value::Array(list) => list.as_slice(),
             Value::Object(_) => std::slice::from_ref(value),
-            _ => return Err(Fault(format!("`{name}` is no list of messages"))),
+            _ => return Err(Fault(format!("`{name}` is not a list of messages"))),
         };
         let numbered = |(i, m): (usize, &Value)| {
             read_message(m).map_err(|reason| Fault(format!("`{name}[{i}]`: {reason}")))
@@ -352,7 +353,7 @@ fn read_message(value: &Value) -> Result<Value, String> {
 /// ShareGPT's call of a function, a string of JSON, as an assistant's message.
 fn tool_call(message: &Map<String, Value>) -> Result<Value, String> {
     let Some(text) = message.get("content").and_then(Value::as_str) else {
-        return Err("the function call is no string".into());
+        return Err("the function call is not a string".into());
     };
     let call = match nested_json(text) {
         Ok(Value::Object(call)) if call.contains_key("name") => call,

@@ -114,7 +114,7 @@ impl fmt::Display for RowFormat {
 fn unknown(path: &Path, place: Place, row: &Value, columns: &ColumnMapping) -> IoError {
     let Some(object) = row.as_object() else {
         let start: String = row.to_string().chars().take(40).collect();
-        let reason = format!("the row is no object, but `{start}`");
+        let reason = format!("the row is not an object, but `{start}`");
         return place.fault(path, reason, "each row must be an object like {\"text\": \"...\"}");
     };
     let keys: Vec<&str> = object.keys().map(String::as_str).take(12).collect();

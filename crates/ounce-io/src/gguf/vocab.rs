@@ -215,7 +215,7 @@ impl Vocab {
         let mut merges = Vec::new();
         gguf.for_each(key, |value| {
             let GgufValue::Text(text) = &value else {
-                return Err(gguf.bad_key(key, "is no list of texts", DAMAGED));
+                return Err(gguf.bad_key(key, "is not a list of texts", DAMAGED));
             };
             // A space may be a token itself in the first place.
             let cut = text.char_indices().skip(1).find(|&(_, c)| c == ' ').map(|(at, _)| at);

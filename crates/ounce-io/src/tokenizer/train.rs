@@ -3,7 +3,7 @@
 //! Both give the same files for the same text, whatever the machine. Memory is bounded: at most [`MAX_CHARS`]
 //! characters are collected, and BPE counts the words of at most [`MAX_BPE_BYTES`] of text, taken evenly from all of
 //! it where there is more.
-//! Source of BPE: Sennrich, Haddow and Birch (2016), arXiv:1508.07909; byte-level: Radford et al. (2019), GPT-2.
+//! Source of BPE: `[Sennrich16]`; byte-level: `[Radford19]` (GPT-2).
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

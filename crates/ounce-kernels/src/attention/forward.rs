@@ -1,4 +1,4 @@
-//! Attention forward: online softmax over ascending key tiles.
+//! Attention forward: online softmax (`[Milakov18]`) over ascending key tiles.
 //!
 //! Scores are kept transposed, `s[key][query]`: maxima, exponentials and sums then run along
 //! queries, one vector lane each, and the probabilities are already the left operand of `p v`.

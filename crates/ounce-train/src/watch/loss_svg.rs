@@ -3,7 +3,7 @@
 //! Above 600 points the measured curve is drawn as the span from the smallest to the largest loss of
 //! consecutive points, so that a spike stays visible however long the run. The smoothed curve is a
 //! local line: around each of at most 600 means of consecutive points a line is fitted to the means
-//! within a twenty-fifth of the run to either side, with tricube weights (Cleveland 1979, LOESS). Unlike
+//! within a twenty-fifth of the run to either side, with tricube weights (LOESS, `[Cleveland79]`). Unlike
 //! an exponential mean it does not lag behind a falling loss. Points that are not finite are left out.
 //! The scale covers all that is shown.
 

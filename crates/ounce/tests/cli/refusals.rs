@@ -63,7 +63,7 @@ fn wrong_usage_names_the_nearest_match() {
     }
     for number in ["nan", "inf", "fast"] {
         let error = lab.fail(2, &words(&format!("train --learning-rate {number}")));
-        assert!(error.contains(&format!("`{number}` is no finite number")), "{error}");
+        assert!(error.contains(&format!("`{number}` is not a finite number")), "{error}");
     }
     std::fs::write(lab.path("run.yaml"), "dataset_format: text\ndata: 5\n").unwrap();
     let error = lab.fail(2, &words("train --config run.yaml"));

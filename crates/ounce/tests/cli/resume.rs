@@ -192,7 +192,7 @@ fn settings_that_would_change_the_run_are_refused_by_name() {
     assert!(on.status.success());
     let error = String::from_utf8(on.stderr).unwrap();
     assert!(error.contains("other settings: seed; it goes on with the new ones"), "{error}");
-    assert!(error.contains("going on behind step 4, from out/checkpoint-4"), "{error}");
+    assert!(error.contains("resuming after step 4 from out/checkpoint-4"), "{error}");
     assert!(weights(&lab, "o") != weights(&lab, "out"));
     // Another rate, and another optimizer, whose states begin at zero.
     for (flags, note) in [

@@ -142,7 +142,7 @@ fn a_stream_that_is_stopped_within_a_step_goes_on_with_the_same_bits() {
         --resume-from-checkpoint auto";
     let output = lab.run(&words(&format!("{RUN} {flags} {other}")));
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(output.status.success() && said.contains("begun anew"), "{said}");
+    assert!(output.status.success() && said.contains("starts over"), "{said}");
 }
 
 #[test]
@@ -173,7 +173,7 @@ fn data_that_changed_between_save_and_resume_is_noticed() {
     assert!(lab.fail(2, &words(&other)).contains("other settings: data"));
     let anew = lab.run(&words(&format!("{other} --override")));
     let said = String::from_utf8(anew.stderr).unwrap();
-    assert!(anew.status.success() && said.contains("the stream is begun anew"), "{said}");
+    assert!(anew.status.success() && said.contains("the stream starts over"), "{said}");
 }
 
 #[test]
