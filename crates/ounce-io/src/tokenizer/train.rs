@@ -18,9 +18,10 @@ use tokenizers::{AddedToken, Tokenizer as Library};
 use super::MAX_IDS;
 use super::chars::tokenizer_json;
 use crate::atomic::write_file;
+use crate::dataset::has_conversations;
 use crate::error::IoError;
 use crate::hf_dir::write_json;
-use crate::text::TextPieces;
+use crate::text::{RowOptions, TextPieces};
 
 /// The end-of-text token of a trained BPE tokenizer, and of GPT-2.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
@@ -60,6 +61,7 @@ impl TrainedTokenizer {
 /// # Errors
 /// As reading the text; `BadFile` without any text or with more than 65,536 distinct characters.
 pub fn train_char(files: &[PathBuf]) -> Result<TrainedTokenizer, IoError> {
+    refuse_conversations(files)?;
     let mut pieces = TextPieces::open(files)?;
     let mut ascii = [false; 128];
     let mut others = BTreeSet::new();
@@ -160,6 +162,7 @@ struct Sample {
 
 impl Sample {
     fn open(files: &[PathBuf]) -> Result<Self, IoError> {
+        refuse_conversations(files)?;
         let pieces = TextPieces::open(files)?;
         let mut n_bytes = 0;
         for path in files {
@@ -188,6 +191,18 @@ impl Sample {
             }
         }
     }
+}
+
+/// Refuses rows of conversations: what is written between their messages is a template's to say.
+fn refuse_conversations(files: &[PathBuf]) -> Result<(), IoError> {
+    for path in files {
+        if has_conversations(std::slice::from_ref(path), &RowOptions::default())? {
+            let reason = "holds conversations, and a tokenizer is made from a text";
+            let hint = "give a text with `--data FILE`, or the tokenizer of a chat model with `--tokenizer DIR`";
+            return Err(IoError::bad_file(path, reason, hint));
+        }
+    }
+    Ok(())
 }
 
 fn no_text(files: &[PathBuf]) -> IoError {

@@ -156,6 +156,12 @@ fn a_format_of_rows_is_none_of_plain_text() {
     let error = lab.fail(4, &words(&format!("{run} --dataset-format messages")));
     assert!(error.contains("train.txt: is plain text by its name"), "{error}");
     std::fs::write(lab.path("rows.jsonl"), "{\"question\": \"a\", \"answer\": \"b\"}\n").unwrap();
+    let init = "init --output-dir m --arch gpt2 --tokenizer bpe --data rows.jsonl";
+    let error = lab.fail(4, &words(init));
+    assert!(
+        error.contains("rows.jsonl: holds conversations") && error.contains("`--tokenizer DIR`"),
+        "{error}"
+    );
     let rows = run.replace("train.txt", "rows.jsonl");
     let error = lab.fail(4, &words(&format!("{rows} --column-mapping answer=solution")));
     assert!(error.contains("rows.jsonl:1: ") && error.contains("no key `solution`"), "{error}");
