@@ -415,12 +415,15 @@ impl Saver {
         Ok(writer.publish(state)?)
     }
 
-    /// Removes the checkpoints that are too many, of a run that has reached `step` and saved `last`.
+    /// Removes the checkpoints that are too many, of a run that has reached `step` and saved `last`; none before it has
+    /// saved one itself.
     ///
     /// # Errors
     /// A failed write.
     pub(crate) fn rotate(&self, step: u64, last: &Path) -> Result<()> {
-        if let Some(n_keep) = self.n_keep {
+        if let Some(n_keep) = self.n_keep
+            && self.resumed_from.as_deref() != Some(last)
+        {
             let never = self.resumed_from.iter().map(PathBuf::as_path).chain([last]);
             rotate(&self.output_dir, step, n_keep, never)?;
         }
