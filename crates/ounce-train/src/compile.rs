@@ -46,7 +46,7 @@ impl<'a> Prepared<'a> {
         let budget_bytes = limits.budget_bytes;
         let pool = Arc::new(start_pool(limits.n_threads)?);
         let timing_bytes = budget_bytes.saturating_sub(baseline.bytes());
-        let costs = Some(env.cache_dir.join("costs"));
+        let costs = Some(env.cache_dir.join(format!("costs-{}", limits.n_threads)));
         let machine = MeasuredMachine::new(pool.clone(), timing_bytes, baseline.bytes(), costs);
         Ok(Self { model, wanted, graphs, budget_bytes, baseline, machine, pool })
     }

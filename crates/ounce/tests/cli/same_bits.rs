@@ -27,7 +27,7 @@ fn many_micro_batches_are_planned_within_the_budget() {
         let refused = lab.fail(3, &words(&format!("plan {run} --memory 1MiB")));
         let budget = smallest_budget(&refused);
         // Kernels are timed by each run: that takes memory beside planning.
-        let _ = std::fs::remove_file(lab.path("cache/costs"));
+        let _ = std::fs::remove_file(lab.path("cache/costs-1"));
         let lines = lab.json(&words(&format!("train {run} --memory {budget} --output-dir out")));
         let done = lines.last().unwrap();
         let bytes = |key: &str| done[key].as_u64().unwrap();
