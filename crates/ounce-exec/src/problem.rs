@@ -300,7 +300,24 @@ fn attributes(kind: &OpKind, tables: &[RopeTable]) -> [u64; 4] {
         OpKind::CrossEntropy { soft_cap } | OpKind::CrossEntropyTrain { soft_cap } => {
             [u64::from(soft_cap.is_some()), 0, 0, 0]
         }
-        _ => [0; 4],
+        OpKind::Embed
+        | OpKind::LayerNorm { .. }
+        | OpKind::RmsNorm { .. }
+        | OpKind::Add
+        | OpKind::Scale { .. }
+        | OpKind::SoftCap { .. }
+        | OpKind::Dropout { .. }
+        | OpKind::TakeRows
+        | OpKind::BiasGrad
+        | OpKind::LayerNormGrad { .. }
+        | OpKind::RmsNormGrad { .. }
+        | OpKind::SoftCapGrad { .. }
+        | OpKind::EmbedGradRows
+        | OpKind::EmbedScatter
+        | OpKind::SumSquares
+        | OpKind::ClipScale
+        | OpKind::AdamW
+        | OpKind::Sgd => [0; 4],
     }
 }
 

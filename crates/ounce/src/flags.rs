@@ -517,7 +517,7 @@ pub(crate) struct BenchStepFlags {
     /// The fastest plan that fits: keeps everything where there is room, for the last per cent of speed
     #[arg(long)]
     pub(crate) fastest: bool,
-    /// Print one JSON line on stdout
+    /// Print JSON lines on stdout: one per step, then the record
     #[arg(long)]
     pub(crate) json: bool,
 }
