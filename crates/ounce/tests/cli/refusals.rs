@@ -111,27 +111,6 @@ fn wrong_models_and_data_are_named() {
 }
 
 /// Two changes together, where neither clipping off nor shorter rows are enough.
-#[cfg(target_os = "linux")]
-#[test]
-fn threads_that_the_system_does_not_start_are_refused() {
-    let lab = Lab::llama();
-    let ounce = env!("CARGO_BIN_EXE_ounce");
-    let line = format!(
-        "ulimit -v 400000; exec {ounce} plan --model model --data train.txt --max-length 64 --threads 900"
-    );
-    let output = std::process::Command::new("sh")
-        .args(["-c", &line])
-        .current_dir(lab.path("."))
-        .env("OUNCE_CACHE_DIR", lab.path("cache"))
-        .output()
-        .unwrap();
-    let error = String::from_utf8(output.stderr).unwrap();
-    assert!(
-        output.status.code() == Some(2) && error.contains("cannot start 900 threads"),
-        "{error}"
-    );
-}
-
 /// A text of one line, and so a vocabulary without the line feed that samples begin with.
 #[test]
 fn a_text_of_one_line_is_trained_on() {
