@@ -101,6 +101,11 @@ impl Baseline {
         self.fixed_bytes() + self.page_table_bytes(budget_bytes)
     }
 
+    /// Whether the smallest budget of a run is what tokenizing takes, however small its model is.
+    pub(crate) fn is_tokenizing(&self, smallest_bytes: u64) -> bool {
+        self.tokenizing_peak_bytes().next_multiple_of(BUDGET_QUANTUM_BYTES) >= smallest_bytes
+    }
+
     /// The smallest budget in which text is tokenized and whose arena has `arena_bytes`.
     pub(crate) fn smallest_budget(&self, arena_bytes: u64) -> u64 {
         let fits = |budget: u64| budget.checked_sub(self.bytes_in(budget)) >= Some(arena_bytes);
@@ -155,6 +160,10 @@ mod tests {
             let heavy = Sizes { tokenizing_bytes: 90 << 20, ..sizes };
             let heavy = Baseline::declare(heavy, 0).smallest_budget(arena_bytes);
             assert_eq!(heavy, budget.max(PROCESS_BYTES + (90 << 20)));
+            // Not a multiple of the quantum.
+            let odd = Baseline::declare(Sizes { tokenizing_bytes: (90 << 20) + 1, ..sizes }, 0);
+            let smallest = odd.smallest_budget(arena_bytes);
+            assert_eq!(odd.is_tokenizing(smallest), arena_bytes < 90 << 20);
             // A child beside the steps takes what it takes.
             let streaming = Sizes { streaming_bytes: 9 << 20, ..sizes };
             let streaming = Baseline::declare(streaming, 0).smallest_budget(arena_bytes);

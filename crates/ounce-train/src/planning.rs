@@ -179,9 +179,8 @@ impl Planner<'_> {
             }
         }
         let enough = format_budget(smallest_bytes).replace(' ', "");
-        // Reading and tokenizing take what they take, however small the model is.
-        let is_model = self.baseline.tokenizing_peak_bytes() < smallest_bytes;
-        let or = if is_model { ", or take a smaller model" } else { "" };
+        let is_tokenizing = self.baseline.is_tokenizing(smallest_bytes);
+        let or = if is_tokenizing { "" } else { ", or take a smaller model" };
         format!("give `--memory {enough}`{or}")
     }
 }

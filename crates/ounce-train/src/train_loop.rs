@@ -220,6 +220,7 @@ impl Run<'_> {
             }
             other => other?,
         };
+        // No step comes that could prove the last one: its weights are finite, as those that are published must be.
         self.prove_checkpoint()?;
         let program = self.session.train.as_ref().expect("a training run has a training plan");
         self.saver.check_room_for_model()?;
