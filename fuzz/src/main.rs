@@ -25,8 +25,10 @@ static ALLOCATOR: PeakAlloc = PeakAlloc;
 
 static RUN: OnceLock<Run> = OnceLock::new();
 
-/// Files between two looks at the clock.
+/// Files between two looks at the clock that ends the run.
 const CLOCK_FILES: u64 = 256;
+/// Processor time that a file may take; libFuzzer stops those that do not end.
+const MAX_FILE_SECONDS: f64 = 10.0;
 
 struct Run {
     target: Target,
@@ -106,6 +108,7 @@ fn try_file(run: &'static Run, bytes: &[u8]) {
         }
         _ => try_it(),
     };
+    let file_seconds = processor_seconds() - seconds;
     let grown_bytes = ALLOCATOR.peak_usage() - before_bytes;
     let share = grown_bytes as f64 / run.target.bound_bytes(bytes.len()) as f64;
     run.memory_millionths.fetch_max((share * 1e6) as u64, Ordering::Relaxed);
@@ -115,6 +118,7 @@ fn try_file(run: &'static Run, bytes: &[u8]) {
             text.or(panic.downcast_ref::<&str>().map(ToString::to_string)).unwrap_or_default()
         }
         Ok(_) if share > 1.0 => format!("{grown_bytes} bytes of memory"),
+        Ok(_) if file_seconds > MAX_FILE_SECONDS => format!("{file_seconds:.1} s"),
         Ok(_) => return,
     };
     eprintln!("{}: {finding}", run.target.name());

@@ -2,7 +2,8 @@
 //!
 //! Idea: fourteen hours are more than one sitting has. Each call gives every parser `--times N` seconds of processor
 //! time (60 where it is not given), as many parsers at once as there are threads, and goes on with the corpus that the
-//! calls before have left in the target directory. The claims are of all kept calls together.
+//! calls before have left in the target directory. The claims are of all kept calls together. What was found lies
+//! there, too, and each call begins with it, so that a finding is named until it is mended.
 //!
 //! The harness is a workspace of its own, `fuzz/`, built with the compiler's coverage counters, which need no nightly
 //! compiler where no sanitizer is asked for.
@@ -20,8 +21,13 @@ use crate::record::kept;
 use crate::shell::{capture, cargo, metadata, output_with, run_with};
 
 const WANTED_S: f64 = 3600.0;
-/// Seconds on the clock that one file may take, beside other work.
-const TIMEOUT: &str = "-timeout=120";
+/// Seconds on the clock after which a file counts as one without end. The harness itself looks at processor time, which
+/// other work beside it does not lengthen, once a file has ended.
+const TIMEOUT: &str = "-timeout=600";
+/// What libFuzzer calls slow goes by the clock as well.
+const NO_SLOW_UNITS: &str = "-report_slow_units=600";
+/// What libFuzzer calls a finding, in the names of the files that it leaves behind a parser's name.
+const KINDS: [&str; 4] = ["crash", "timeout", "oom", "slow-unit"];
 /// What is passed to rustc: counters per edge, comparisons seen by the fuzzer.
 const RUSTFLAGS: &str = "-Cpasses=sancov-module \
     -Cllvm-args=-sanitizer-coverage-level=4 \
@@ -48,6 +54,9 @@ pub(crate) fn fuzzing(s: &Setting<'_>) -> Result<Outcome> {
     }
     let seconds = s.times.unwrap_or(60).to_string();
     let targets = targets(&fuzz)?;
+    for finding in try_again(&fuzz, &folder, &targets)? {
+        outcome.claim(false, finding);
+    }
     let waiting = Mutex::new(targets.iter().rev().collect::<Vec<_>>());
     let found = Mutex::new(Vec::new());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -100,20 +109,52 @@ fn targets(fuzz: &Path) -> Result<Vec<String>> {
     if names.is_empty() { Err("the harness lists no parser".to_owned()) } else { Ok(names) }
 }
 
+/// Gives what earlier calls have found to its parser again: what is still a finding. What is none any more is removed.
+fn try_again(fuzz: &Path, folder: &Path, targets: &[String]) -> Result<Vec<String>> {
+    let files = std::fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    let mut paths: Vec<PathBuf> = files.flatten().map(|file| file.path()).collect();
+    paths.sort();
+    let mut left = Vec::new();
+    for path in paths.iter().filter(|path| path.is_file()) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let is_of = |target: &&String| {
+            KINDS.iter().any(|kind| name.starts_with(&format!("{target}-{kind}-")))
+        };
+        let Some(target) = targets.iter().find(is_of) else { continue };
+        let args = [TIMEOUT, &path.to_string_lossy()];
+        let output = output_with(&fuzz.to_string_lossy(), &args, &[("OUNCE_FUZZ", target)])?;
+        if output.status.success() {
+            println!("mended: {}", path.display());
+            std::fs::remove_file(path).map_err(|e| format!("{}: {e}", path.display()))?;
+        } else {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            left.push(format!("{}: {}", path.display(), what_was_found(target, &stderr)));
+        }
+    }
+    Ok(left)
+}
+
+/// The lines that say what was found: the harness's, libFuzzer's, and where the file lies.
+fn what_was_found(target: &str, stderr: &str) -> String {
+    let ours = format!("{target}: ");
+    let says = |line: &&str| {
+        line.starts_with(&ours) || line.starts_with("SUMMARY: ") || line.contains("written to ")
+    };
+    stderr.lines().filter(says).collect::<Vec<_>>().join("; ")
+}
+
 /// Runs one parser; its report, or what was found.
 fn fuzz_one(fuzz: &Path, folder: &Path, target: &str, seconds: &str) -> Result<Value> {
     let corpus = folder.join("corpus").join(target);
     std::fs::create_dir_all(&corpus).map_err(|e| format!("{}: {e}", corpus.display()))?;
     let findings = format!("-artifact_prefix={}/{target}-", folder.display());
-    let args = [TIMEOUT, "-rss_limit_mb=3000", &findings, &corpus.to_string_lossy()];
+    let args = [TIMEOUT, NO_SLOW_UNITS, "-rss_limit_mb=3000", &findings, &corpus.to_string_lossy()];
     let env = [("OUNCE_FUZZ", target), ("OUNCE_FUZZ_SECONDS", seconds)];
     let output = output_with(&fuzz.to_string_lossy(), &args, &env)?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     // A run that found nothing ends with its report; the exit code says that it was interrupted, which it does itself.
     let Ok(mut report) = last_object(&String::from_utf8_lossy(&output.stdout)) else {
-        // Lines of progress begin with `#`.
-        let said = stderr.lines().filter(|line| !line.starts_with('#')).collect::<Vec<_>>();
-        return Err(said[said.len().saturating_sub(20)..].join("\n"));
+        return Err(what_was_found(target, &stderr));
     };
     // A line such as `#187333 NEW    cov: 1218 ft: 2256 corp: 458/87Kb ...`.
     let last = stderr.lines().rev().find(|line| line.contains(" cov: ")).unwrap_or_default();
@@ -180,6 +221,15 @@ mod tests {
         let mut outcome = Outcome::default();
         judge(&mut outcome, &["rows", "text"].map(str::to_owned), &totals);
         assert_eq!(outcome.claims.iter().filter(|(_, holds)| *holds).count(), 1);
+    }
+
+    #[test]
+    fn a_finding_is_told_without_the_noise_around_it() {
+        let stderr = "INFO: Seed: 7\n#12 NEW cov: 3\nrows: 5470749613 bytes of memory\n==9== ERROR: libFuzzer\n\
+            SUMMARY: libFuzzer: deadly signal\nartifact_prefix='t/rows-'; Test unit written to t/rows-crash-1\n";
+        let expected = "rows: 5470749613 bytes of memory; SUMMARY: libFuzzer: deadly signal; \
+            artifact_prefix='t/rows-'; Test unit written to t/rows-crash-1";
+        assert_eq!(what_was_found("rows", stderr), expected);
     }
 
     #[test]

@@ -271,9 +271,12 @@ fn a_footer_that_lies_is_refused_by_name() {
     };
     for n in [1, -1, 1 << 40, -1000] {
         with_footer(&path, |m| with_group(m, rows(n)));
-        refused(&format!("{n} rows more"));
+        let of_rows = refused(&format!("{n} rows more"));
         with_footer(&path, |m| with_group(m, column("values", n)));
-        refused(&format!("{n} values more"));
+        let of_values = refused(&format!("{n} values more"));
+        for message in [of_rows, of_values] {
+            assert_eq!(message.contains("it claims 10995116"), n > 1 << 30, "{message}");
+        }
         with_footer(&path, |m| with_group(m, column("size", n)));
         refused(&format!("{n} bytes longer"));
         with_footer(&path, |m| with_group(m, column("offset", n)));
@@ -281,6 +284,99 @@ fn a_footer_that_lies_is_refused_by_name() {
     }
     write_texts(&path, 100, 30, Layout { plain: Some(Encoding::DELTA_BYTE_ARRAY), ..SMALL });
     assert!(refused("delta").contains("texts encoded as differences are not read"));
+}
+
+/// Thrift's encoding of a number below 2^63.
+fn number(n: u64) -> Vec<u8> {
+    varint(n << 1)
+}
+
+fn varint(mut n: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while n >= 0x80 {
+        bytes.push(n as u8 | 0x80);
+        n >>= 7;
+    }
+    bytes.push(n as u8);
+    bytes
+}
+
+/// An element of a schema: a group of so many children, or a column of texts.
+fn element(name: &str, n_children: u64) -> Vec<u8> {
+    let kind = if n_children > 0 { &[0x35, 0][..] } else { &[0x15, 12, 0x25, 0] };
+    let name = [&[0x18][..], &varint(name.len() as u64), name.as_bytes()].concat();
+    let children = [&[0x15][..], &number(n_children)].concat();
+    let children = if n_children > 0 { children } else { Vec::new() };
+    [kind, &name, &children, &[0]].concat()
+}
+
+/// Elements in the order of a walk that visits parents before their children.
+type Schema = Vec<Vec<u8>>;
+
+/// A file of nothing but a footer: a schema, no rows, and `more` at its end.
+fn write_footer(path: &Path, schema: &[Vec<u8>], more: &[u8]) {
+    let n = varint(schema.len() as u64);
+    let start = [&[0x15, 2, 0x19, 0xfc][..], &n].concat();
+    let footer = [&start, &schema.concat()[..], &[0x16, 0, 0x19, 0x0c], more, &[0]].concat();
+    let length = (footer.len() as u32).to_le_bytes();
+    std::fs::write(path, [b"PAR1", &footer[..], &length, b"PAR1"].concat()).unwrap();
+}
+
+#[test]
+fn a_footer_can_make_the_library_neither_allocate_nor_loop_nor_overflow_the_stack() {
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("footer.parquet");
+    let chain = |depth: usize| {
+        let mut schema = vec![element("g", 1); depth];
+        schema.push(element("text", 0));
+        schema
+    };
+    let wide = |name: &str, n: u64| {
+        let columns = (0..n).map(|i| element(&i.to_string(), 0));
+        [element("root", 1), element(name, n)].into_iter().chain(columns).collect::<Schema>()
+    };
+    for (n_rows, schema) in [(0, chain(64)), (0, wide("group", 3000)), (2000, vec![])] {
+        write_footer(&path, &schema, &[]);
+        if n_rows > 0 {
+            write_texts(&path, n_rows, 10, Layout { rows_per_group: 1, ..SMALL });
+        }
+        let declared = data_bytes([path.as_path()]) as usize;
+        let before = ALLOCATOR.current_usage();
+        ALLOCATOR.reset_peak_usage();
+        assert_eq!(count_rows(&path).unwrap(), n_rows);
+        let taken = ALLOCATOR.peak_usage() - before;
+        assert!(taken <= declared, "{n_rows} rows: {taken} bytes, declared {declared}");
+    }
+    let truths = [&[0x99, 0xf1][..], &varint(i32::MAX as u64)].concat();
+    let lists = [&[0x99, 0xf9][..], &varint(100), &truths[1..].repeat(100)].concat();
+    let (two, nothing): (Schema, &[u8]) = (chain(1), &[]);
+    let cases: [(&str, Schema, &[u8]); 8] = [
+        ("its schema lacks 2147483647 elements", vec![element("root", i32::MAX as u64)], nothing),
+        (
+            "its schema lacks 1 elements",
+            vec![element("root", 3), two[1].clone(), two[1].clone()],
+            nothing,
+        ),
+        ("its schema has more than one root", [two.clone(), two.clone()].concat(), nothing),
+        ("its schema is nested deeper than 64", chain(65), nothing),
+        ("its schema is nested deeper than 64", chain(200_000), nothing),
+        ("its footer would take", wide(&"x".repeat(1 << 20), 1000), nothing),
+        ("its footer is broken", two.clone(), &truths),
+        ("its footer is broken", two.clone(), &lists),
+    ];
+    for (what, schema, more) in cases {
+        write_footer(&path, &schema, more);
+        let n_bytes = std::fs::metadata(&path).unwrap().len() as usize;
+        let before = ALLOCATOR.current_usage();
+        ALLOCATOR.reset_peak_usage();
+        let error = count_rows(&path).unwrap_err();
+        let taken = ALLOCATOR.peak_usage() - before;
+        assert_eq!(error.kind(), ErrorKind::BadInput);
+        let message = error.to_string();
+        assert!(message.contains("footer.parquet: ") && message.contains(what), "{message}");
+        assert!(taken <= 2 * n_bytes + 10_000, "{what}: {taken} bytes");
+    }
 }
 
 #[test]

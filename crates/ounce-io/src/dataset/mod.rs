@@ -7,18 +7,13 @@
 //! its size, and what that takes is known before ([`data_bytes`], [`row_bytes`]); a row that is broken leaves the
 //! others readable, so that it may be passed over; a file that is broken as a whole is an error.
 //!
-//! Files in reading order: `source.rs` (JSON items in bounded memory), `parquet.rs`, `pages.rs` and `row_sizes.rs`
-//! (the Parquet files), this one (rows and their places), `format.rs` (what rows mean), `conversation.rs` (rows to
-//! conversations).
+//! Files in reading order: `source.rs` (JSON items in bounded memory), `parquet/`, this one (rows and their places),
+//! `format.rs` (what rows mean), `conversation.rs` (rows to conversations).
 
 mod conversation;
 mod format;
 #[cfg(feature = "parquet")]
-mod pages;
-#[cfg(feature = "parquet")]
 mod parquet;
-#[cfg(feature = "parquet")]
-mod row_sizes;
 pub(crate) mod source;
 
 use std::cell::Cell;

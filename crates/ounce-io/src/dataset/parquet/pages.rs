@@ -1,18 +1,20 @@
 //! The sizes that a Parquet file's pages claim, checked before anything is decompressed.
 //!
 //! Idea: a reader allocates what a page's header says that it unpacks to, so one header of twenty bytes can ask for
-//! 2 GiB. Here every header of every column chunk is read, in Thrift's compact encoding, and refused where the page
+//! 2 GiB. Here every header of every column chunk is read (`thrift.rs`), and refused where the page
 //! would be larger than [`MAX_PAGE_BYTES`], than what a packed page of its length may become, or than its chunk, where
 //! a dictionary claims more entries than it has bytes, and where texts are encoded in a way that says only inside the
 //! page how many they are. What is accepted tells how much memory reading the chunk takes.
 //!
 //! Complexity: one small read per page; nothing of the data itself is touched.
-//! Source: the Parquet format's `parquet.thrift` (PageHeader) and Thrift's compact protocol.
+//! Source: the Parquet format's `parquet.thrift` (PageHeader).
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use super::row_sizes::VALUE_BYTES;
+use super::thrift::Shape::{Bool, I32, Struct};
+use super::thrift::{Compact, Field, Seen};
 
 /// Largest page that is unpacked. Writers aim at 1 MiB, but some put a thousand rows into one however long they are.
 const MAX_PAGE_BYTES: i64 = 512 << 20;
@@ -23,8 +25,6 @@ const MAX_RATIO: u64 = 100;
 const MAX_HEADER_BYTES: usize = 1 << 20;
 /// Bytes of a header that are read at first.
 const FIRST_READ_BYTES: usize = 256;
-/// Deepest nesting of structures in a header.
-const MAX_DEPTH: u32 = 8;
 /// What a reader keeps for an entry of a dictionary.
 const ENTRY_BYTES: u64 = 40;
 /// A page unpacked, the one before it as far as a row reaches back, and the row that is made of them, as the library's,
@@ -127,9 +127,9 @@ fn read_header(
         let n_there = n.min((end - at) as usize);
         buffer.resize(n_there, 0);
         file.read_exact_at(buffer, at).map_err(|e| e.to_string())?;
-        let mut input = Compact { bytes: buffer, at: 0 };
+        let mut input = Compact::new(buffer);
         if let Some(page) = page_header(&mut input) {
-            return Ok((input.at, page));
+            return Ok((input.n_read(), page));
         }
         if n_there < n || n >= MAX_HEADER_BYTES {
             return Err("a page has a broken header".into());
@@ -150,127 +150,93 @@ struct PageClaims {
     encoding: i64,
 }
 
-const I32: u8 = 5;
-const STRUCT: u8 = 12;
-/// Fields of a header that are structures: of a data page, of a dictionary, and of a data page of the second version.
-const DATA: i64 = 5;
-const DICTIONARY: i64 = 7;
-const DATA_2: i64 = 8;
+const HEADER: [Field; 8] = [
+    Field(1, "type", I32),
+    Field(2, "uncompressed_page_size", I32),
+    Field(3, "compressed_page_size", I32),
+    Field(4, "crc", I32),
+    Field(5, DATA, Struct(&DATA_PAGE)),
+    Field(6, INDEX, Struct(&[])),
+    Field(7, DICTIONARY, Struct(&DICTIONARY_PAGE)),
+    Field(8, DATA_V2, Struct(&DATA_PAGE_V2)),
+];
+const DATA: &str = "data_page_header";
+const INDEX: &str = "index_page_header";
+const DICTIONARY: &str = "dictionary_page_header";
+const DATA_V2: &str = "data_page_header_v2";
+/// The header that goes with each type of page.
+const TYPES: [&str; 4] = [DATA, INDEX, DICTIONARY, DATA_V2];
+const DATA_PAGE: [Field; 4] = [
+    Field(1, "num_values", I32),
+    Field(2, "encoding", I32),
+    Field(3, "definition_level_encoding", I32),
+    Field(4, "repetition_level_encoding", I32),
+];
+const DICTIONARY_PAGE: [Field; 3] =
+    [Field(1, "num_values", I32), Field(2, "encoding", I32), Field(3, "is_sorted", Bool)];
+const DATA_PAGE_V2: [Field; 7] = [
+    Field(1, "num_values", I32),
+    Field(2, "num_nulls", I32),
+    Field(3, "num_rows", I32),
+    Field(4, "encoding", I32),
+    Field(5, "definition_levels_byte_length", I32),
+    Field(6, "repetition_levels_byte_length", I32),
+    Field(7, "is_compressed", Bool),
+];
 
+/// Reads a header, which must be of its type and no other.
 fn page_header(input: &mut Compact<'_>) -> Option<PageClaims> {
     let mut page = PageClaims { unpacked_bytes: -1, packed_bytes: -1, ..PageClaims::default() };
-    let mut id = 0;
-    while let Some(kind) = input.field(&mut id)? {
-        match (id, kind) {
-            (1, I32) => page.is_index = input.number()? == 1,
-            (2, I32) => page.unpacked_bytes = input.number()?,
-            (3, I32) => page.packed_bytes = input.number()?,
-            (DATA | DICTIONARY | DATA_2, STRUCT) => {
-                page.is_dictionary |= id == DICTIONARY;
-                values_header(input, if id == DATA_2 { 4 } else { 2 }, &mut page)?;
-            }
-            _ => input.skip(kind, 0)?,
-        }
-    }
-    Some(page)
+    let (mut page_type, mut headers) = (-1, Vec::new());
+    input.structure(&HEADER, &mut |name, seen| match (name, seen) {
+        ("type", Seen::Number(n)) => page_type = n,
+        ("uncompressed_page_size", Seen::Number(n)) => page.unpacked_bytes = n,
+        ("compressed_page_size", Seen::Number(n)) => page.packed_bytes = n,
+        ("num_values", Seen::Number(n)) => page.n_values = n,
+        ("encoding", Seen::Number(n)) => page.encoding = n,
+        (name, Seen::Begin) => headers.push(name),
+        _ => {}
+    })?;
+    let expected = *TYPES.get(usize::try_from(page_type).ok()?)?;
+    (page.is_index, page.is_dictionary) = (expected == INDEX, expected == DICTIONARY);
+    // Writers leave out the empty header of an index.
+    (headers == [expected] || page.is_index && headers.is_empty()).then_some(page)
 }
 
-/// How many values a page claims, and how they are encoded, which is its field `encoding_id`.
-fn values_header(input: &mut Compact<'_>, encoding_id: i64, page: &mut PageClaims) -> Option<()> {
-    let mut id = 0;
-    while let Some(kind) = input.field(&mut id)? {
-        match (id, kind) {
-            (1, I32) => page.n_values = input.number()?,
-            (id, I32) if id == encoding_id => page.encoding = input.number()?,
-            _ => input.skip(kind, 1)?,
-        }
-    }
-    Some(())
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Thrift's compact encoding, as far as skipping goes.
-struct Compact<'a> {
-    bytes: &'a [u8],
-    at: usize,
-}
-
-impl Compact<'_> {
-    fn byte(&mut self) -> Option<u8> {
-        let byte = *self.bytes.get(self.at)?;
-        self.at += 1;
-        Some(byte)
+    /// A header of type `page_type` whose fields from 5 on are `rest`.
+    fn header(page_type: u8, rest: &[u8]) -> Option<PageClaims> {
+        let bytes = [&[0x15, 2 * page_type, 0x15, 80, 0x15, 40][..], rest, &[0]].concat();
+        page_header(&mut Compact::new(&bytes))
     }
 
-    fn varint(&mut self) -> Option<u64> {
-        let mut value = 0;
-        for shift in (0..64).step_by(7) {
-            let byte = self.byte()?;
-            value |= u64::from(byte & 0x7f) << shift;
-            if byte < 0x80 {
-                return Some(value);
-            }
+    #[test]
+    fn a_page_has_the_header_of_its_type_and_no_other() {
+        // 7 values, encoding 3; one as a list; a dictionary of 5 entries.
+        let (data, list) = ([0x2c, 0x15, 14, 0x15, 6, 0], [0x29, 0x15, 14]);
+        let dictionary = [0x4c, 0x15, 10, 0x15, 4, 0];
+        let both = [&data[..], &[0x2c], &dictionary[1..]].concat();
+        let page = header(0, &data).unwrap_or_default();
+        assert_eq!((page.unpacked_bytes, page.packed_bytes, page.n_values), (40, 20, 7));
+        assert!(!page.is_dictionary && !page.is_index && page.encoding == 3);
+        assert!(
+            header(2, &dictionary).is_some_and(|page| page.is_dictionary && page.n_values == 5)
+        );
+        assert!(header(1, &[]).is_some_and(|page| page.is_index));
+        for (page_type, rest) in [
+            (0, &[][..]),
+            (0, &both),
+            (0, &list),
+            (0, &dictionary),
+            (1, &data),
+            (2, &data),
+            (3, &data),
+            (4, &data),
+        ] {
+            assert!(header(page_type, rest).is_none(), "{page_type}: {rest:?}");
         }
-        None
-    }
-
-    /// A number in zigzag form.
-    fn number(&mut self) -> Option<i64> {
-        let n = self.varint()?;
-        Some((n >> 1) as i64 ^ -((n & 1) as i64))
-    }
-
-    /// The type of the next field of a structure, whose number goes to `id`; `Some(None)` at its end.
-    #[expect(clippy::option_option, reason = "broken, ended, or a field")]
-    fn field(&mut self, id: &mut i64) -> Option<Option<u8>> {
-        let byte = self.byte()?;
-        if byte == 0 {
-            return Some(None);
-        }
-        *id = match byte >> 4 {
-            0 => self.number()?,
-            delta => *id + i64::from(delta),
-        };
-        Some(Some(byte & 0x0f))
-    }
-
-    fn skip(&mut self, kind: u8, depth: u32) -> Option<()> {
-        if depth > MAX_DEPTH {
-            return None;
-        }
-        match kind {
-            1 | 2 => {}
-            3 => self.at += 1,
-            4..=6 => {
-                self.varint()?;
-            }
-            7 => self.at += 8,
-            8 => {
-                let n = usize::try_from(self.varint()?).ok()?;
-                self.at = self.at.checked_add(n)?;
-            }
-            9 | 10 => {
-                let byte = self.byte()?;
-                let n = if byte >> 4 == 15 { self.varint()? } else { u64::from(byte >> 4) };
-                for _ in 0..n {
-                    // In lists a truth value takes a byte of its own.
-                    if matches!(byte & 0x0f, 1 | 2) {
-                        self.byte()?;
-                    } else {
-                        self.skip(byte & 0x0f, depth + 1)?;
-                    }
-                    if self.at >= self.bytes.len() {
-                        return None;
-                    }
-                }
-            }
-            12 => {
-                let mut id = 0;
-                while let Some(kind) = self.field(&mut id)? {
-                    self.skip(kind, depth + 1)?;
-                }
-            }
-            _ => return None,
-        }
-        (self.at <= self.bytes.len()).then_some(())
     }
 }

@@ -1,13 +1,21 @@
 //! Rows of a Parquet file, nested lists and structures included, one at a time.
 //!
-//! Idea: the `parquet` crate assembles records from pages; around it stand a check of what the pages of a row group
-//! claim before any of them is read (`pages.rs`), one of what their rows unfold to (`row_sizes.rs`), a count of the
-//! rows against what the footer says, and a guard, since the crate panics on some broken files. Compression: none,
-//! snappy, zstd.
+//! Idea: the `parquet` crate assembles records from pages; around it stand a check of what the footer claims before the
+//! crate sees it (`footer.rs`), one of what the pages of a row group claim before any of them is read (`pages.rs`), one
+//! of what their rows unfold to (`row_sizes.rs`), a count of the rows against what the footer says, and a guard, since
+//! the crate panics on some broken files. Compression: none, snappy, zstd.
 //!
 //! Memory: the footer, and per column its dictionary, a page or two and the largest row ([`memory_of`]). The crate
 //! reads ahead a batch of rows of each column, whose pages stay; so a batch is one row. Complexity: to go on from a row
 //! takes reading its row group up to there.
+//!
+//! Files in reading order: this one, `thrift.rs` (the encoding of what a file says about itself), `footer.rs`,
+//! `pages.rs`, `row_sizes.rs`.
+
+mod footer;
+mod pages;
+mod row_sizes;
+mod thrift;
 
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,7 +28,7 @@ use ::parquet::record::reader::{ReaderIter, TreeBuilder};
 use ::parquet::record::{Field, Row};
 use serde_json::{Map, Number, Value};
 
-use super::{Place, RawRow, pages, row_sizes};
+use super::{Place, RawRow};
 use crate::error::IoError;
 use crate::hash::hash_file;
 use crate::json::open_regular;
@@ -29,8 +37,10 @@ use crate::text::SourceHash;
 const HINT: &str = "write the file again, for instance with pyarrow or `datasets`";
 /// Longest footer that is read.
 const MAX_FOOTER_BYTES: u64 = 64 << 20;
-/// What a footer takes in memory, in its own lengths.
-const FOOTER_SHARE: u64 = 8;
+/// Values, nulls among them, that a file may claim to hold: so many, and so many more for each of its bytes. Runs of
+/// equal values take no room, but each takes time.
+const FREE_VALUES: u64 = 1 << 24;
+const VALUES_PER_BYTE: u64 = 1024;
 
 /// The rows of one file.
 pub(super) struct ParquetRows {
@@ -155,18 +165,19 @@ struct Claims {
 
 /// Opens a file and checks its footer and its pages.
 fn check(file: File) -> Result<(SerializedFileReader<File>, Claims), String> {
-    let footer_bytes = check_footer(&file)?;
+    let n_bytes = file.metadata().map_err(|e| e.to_string())?.len();
+    let footer_bytes = footer::check_footer(&read_footer(&file, n_bytes)?)?;
     let for_pages = file.try_clone().map_err(|e| e.to_string())?;
     let reader = guard(|| SerializedFileReader::new(file))?;
+    check_values(&reader, n_bytes)?;
     let mut claims = guard_plain(|| check_chunks(&reader, &for_pages))?;
-    claims.memory_bytes += FOOTER_SHARE * footer_bytes;
+    claims.memory_bytes += footer_bytes;
     Ok((reader, claims))
 }
 
-/// Checks the footer's length before the library allocates it; its bytes.
-fn check_footer(file: &File) -> Result<u64, String> {
+/// The footer of a file of `n_bytes`, whose length is checked before it is believed.
+fn read_footer(file: &File, n_bytes: u64) -> Result<Vec<u8>, String> {
     use std::os::unix::fs::FileExt;
-    let n_bytes = file.metadata().map_err(|e| e.to_string())?.len();
     if n_bytes < 12 {
         return Err(format!("{n_bytes} bytes are too few"));
     }
@@ -180,7 +191,22 @@ fn check_footer(file: &File) -> Result<u64, String> {
     if length > (n_bytes - 12).min(MAX_FOOTER_BYTES) {
         return Err(format!("the footer claims {length} bytes of {n_bytes}"));
     }
-    Ok(length)
+    let mut footer = vec![0; length as usize];
+    file.read_exact_at(&mut footer, n_bytes - 8 - length).map_err(|e| e.to_string())?;
+    Ok(footer)
+}
+
+/// Checks that going through all rows takes a time that the file's length bounds.
+fn check_values(reader: &SerializedFileReader<File>, n_bytes: u64) -> Result<(), String> {
+    let groups = reader.metadata().row_groups().iter();
+    let n_values = groups.fold(0_u64, |n, group| {
+        let columns = group.columns().iter().map(|column| column.num_values().max(0) as u64);
+        columns.fold(n.saturating_add(group.num_rows().max(0) as u64), u64::saturating_add)
+    });
+    if n_values > n_bytes.saturating_mul(VALUES_PER_BYTE).saturating_add(FREE_VALUES) {
+        return Err(format!("it claims {n_values} values in {n_bytes} bytes"));
+    }
+    Ok(())
 }
 
 /// The error for a file that is broken as a whole.
