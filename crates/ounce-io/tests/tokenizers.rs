@@ -8,7 +8,7 @@ use ounce_io::{
     ErrorKind, IdTable, Piece, PieceStart, Tokenizer, Words, read_json, tokenize_to_cache,
     tokenizer_fingerprint, train_bpe, train_char,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const LIBRARY_TOKENIZERS: [&str; 5] =
     ["stories260k", "bpe512", "gpt2-like", "llama3-like", "metaspace-like"];
@@ -283,6 +283,39 @@ fn what_fuzzing_found_in_tokenizers_stays_mended() {
     std::fs::write(dir.path().join("merges.txt"), "#version: 0.2\na b\nab a\n").unwrap();
     let error = Tokenizer::load(dir.path()).unwrap_err().to_string();
     assert!(error.contains("vocab.json: not a vocabulary that goes with"), "{error}");
+}
+
+#[test]
+fn a_normalizer_that_multiplies_text_without_bound_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tokenizer.json");
+    let mut json = read_json(&data("llama3-like/tokenizer.json"), 1 << 20).unwrap();
+    let plain = Tokenizer::load(&data("llama3-like")).unwrap();
+    // The letter a, 16 times a, in `n` steps.
+    let steps = |n: usize| {
+        let step =
+            json!({"type": "Replace", "pattern": {"String": "a"}, "content": "a".repeat(16)});
+        vec![step; n]
+    };
+    for (n, accepted) in [(3, true), (4, false), (60, false)] {
+        json["normalizer"] = json!({"type": "Sequence", "normalizers": steps(n)});
+        std::fs::write(&path, json.to_string()).unwrap();
+        match Tokenizer::load(dir.path()) {
+            Ok(tokenizer) => {
+                assert!(accepted, "{n} steps");
+                assert_eq!(
+                    tokenizer.encode("a").unwrap(),
+                    plain.encode(&"a".repeat(4096)).unwrap()
+                );
+            }
+            Err(error) => {
+                let message = error.to_string();
+                let what =
+                    "tokenizer.json: not a tokenizer that can be read: its normalizer may make";
+                assert!(!accepted && message.contains(what), "{message}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -5,10 +5,11 @@
 //! back into text. Character tokenizers, recognised by their structure, never load it at all.
 //!
 //! Files in reading order: this one (load, encode, decode), `special.rs` (which ids begin and end a text),
-//! `chars.rs` (the character tokenizer), `words.rs` (the library, word by word), `pieces.rs` (encoding a text in
-//! pieces), `memory.rs`, `id_table.rs`, `train.rs`.
+//! `chars.rs` (the character tokenizer), `growth.rs` (what a text may become), `words.rs` (the library, word by word),
+//! `pieces.rs` (encoding a text in pieces), `memory.rs`, `id_table.rs`, `train.rs`.
 
 mod chars;
+mod growth;
 mod id_table;
 mod memory;
 mod pieces;
@@ -409,6 +410,7 @@ fn load_json(path: &Path, json: Vec<u8>) -> Result<Library, IoError> {
             "fetch the file again, or save it again with `AutoTokenizer.save_pretrained`",
         )
     };
+    growth::check(&json).map_err(bad)?;
     let mut library = guard(|| Library::from_bytes(json)).map_err(bad)?;
     // Limits meant for other uses would cut the training text short.
     library.with_padding(None).with_truncation(None).map_err(|e| bad(e.to_string()))?;
