@@ -55,6 +55,25 @@ fn a_value_nested_as_deep_as_its_fuel_allows_leaves_the_stack_whole() {
 }
 
 #[test]
+fn as_many_branches_as_are_allowed_leave_the_stack_whole() {
+    let branches =
+        |n: usize| format!("{{% if a %}}{}{{% else %}}x{{% endif %}}", "{% elif b %}".repeat(n));
+    let nested = |n: usize| {
+        format!("{}{}{}", "{% if true %}".repeat(n), branches(200), "{% endif %}".repeat(n))
+    };
+    // As deep as the library allows.
+    let deepest = (0..200)
+        .take_while(|&n| ChatTemplate::from_source(&nested(n), Map::new(), 0).is_ok())
+        .last()
+        .unwrap();
+    assert!(deepest > 40, "{deepest}");
+    assert_eq!(render(&nested(deepest), &[]).unwrap(), "x");
+    let refused =
+        ChatTemplate::from_source(&branches(80_000), Map::new(), 0).unwrap_err().to_string();
+    assert!(refused.contains("it has more than 200 `elif`"), "{refused}");
+}
+
+#[test]
 fn a_conversation_too_long_for_any_stack_is_rendered_all_the_same() {
     let messages: Vec<Value> =
         (0..2000).map(|i| json!({"role": "user", "content": format!("number {i}")})).collect();

@@ -10,23 +10,22 @@
 use minijinja::value::Rest;
 use minijinja::{Error, ErrorKind, Value};
 
-use super::tag_length;
+use super::tags::Tags;
 
 /// The function that adds.
 pub(super) const ADD: &str = "ounce_add";
 
 /// The template with sums of safe text written as calls.
 pub(super) fn sums_to_calls(source: &str) -> String {
-    let (mut out, mut rest) = (String::with_capacity(source.len()), source);
-    while let Some(at) = rest.find("{{") {
-        let (before, tag) = rest.split_at(at + 2);
-        let (_, behind) = tag_length::measure(tag);
-        let inside = &tag[..tag.len() - behind.len()];
-        out.push_str(before);
-        out.push_str(&as_call(inside).unwrap_or_else(|| inside.to_owned()));
-        rest = behind;
+    let (mut out, mut copied) = (String::with_capacity(source.len()), 0);
+    for tag in Tags::of(source).filter(|tag| !tag.is_block) {
+        if let Some(call) = as_call(tag.inside) {
+            out.push_str(&source[copied..tag.at]);
+            out.push_str(&call);
+            copied = tag.at + tag.inside.len();
+        }
     }
-    out.push_str(rest);
+    out.push_str(&source[copied..]);
     out
 }
 
@@ -134,6 +133,9 @@ mod tests {
             "{{ 'a'|safe + b == c }}",
             "{% set a = 'a'|safe + b %}",
             "{{ 'a'|safe + b",
+            "{# {{ 'a'|safe + b }} #}",
+            "{% raw %}{{ 'a'|safe + b }}{% endraw %}",
+            "{% set a = '{{ a|safe + b }}' %}",
             "{{ vouchsafe + b }}",
         ] {
             assert_eq!(sums_to_calls(same), same);

@@ -12,7 +12,7 @@
 //!
 //! Files in reading order: this one (load, render), `environment.rs`, `python.rs` (values in Python's spelling),
 //! `methods.rs` (Python's methods), `strftime.rs`, `markup.rs` (text marked safe), `supervised.rs` (which part of the
-//! text is supervised), `tag_length.rs` (what is not compiled).
+//! text is supervised), `tags.rs` (what is not compiled).
 
 mod environment;
 mod markup;
@@ -20,7 +20,7 @@ mod methods;
 mod python;
 mod strftime;
 mod supervised;
-mod tag_length;
+mod tags;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -182,7 +182,7 @@ impl ChatTemplate {
     ) -> Result<Self, String> {
         let mut environment = environment::environment(now_s);
         let add = |environment: &mut Environment<'static>, name: &'static str, source: &str| {
-            tag_length::check(source)?;
+            tags::check(source)?;
             let source = environment::adapt(source);
             guard(|| environment.add_template_owned(name, source)).map_err(|f| f.reason)
         };
