@@ -13,7 +13,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use serde_json::Value;
 
-/// Most bytes that a byte of text may become.
+/// Most bytes or tokens that one may become.
 const MAX_GROWTH: u64 = 4096;
 /// Of U+FDFA, whose compatibility form has 18 letters, rounded up.
 const COMPATIBILITY_GROWTH: u64 = 12;
@@ -28,6 +28,8 @@ struct Steps {
     #[serde(default)]
     pre_tokenizer: Value,
     #[serde(default)]
+    post_processor: Value,
+    #[serde(default)]
     decoder: Value,
 }
 
@@ -38,12 +40,15 @@ pub(super) fn check(json: &[u8]) -> Result<(), String> {
     let named = [
         ("normalizer", &steps.normalizer),
         ("pre_tokenizer", &steps.pre_tokenizer),
+        ("post_processor", &steps.post_processor),
         ("decoder", &steps.decoder),
     ];
     for (name, step) in named {
         let n = growth(step);
         if n > MAX_GROWTH {
-            return Err(format!("its {name} may make {n} bytes of one, at most {MAX_GROWTH} are"));
+            return Err(format!(
+                "its {name} may make {n} bytes or tokens of one, at most {MAX_GROWTH} are"
+            ));
         }
     }
     Ok(())
@@ -52,7 +57,7 @@ pub(super) fn check(json: &[u8]) -> Result<(), String> {
 /// Most bytes that a step makes of one. What it is made of says what it is: the library reads steps without a type.
 fn growth(step: &Value) -> u64 {
     let bytes = |key: &str| step[key].as_str().map(|text| text.len() as u64);
-    let lists = ["normalizers", "pretokenizers", "decoders"];
+    let lists = ["normalizers", "pretokenizers", "processors", "decoders"];
     let steps = lists.into_iter().filter_map(|key| step[key].as_array());
     let mut n = steps.flatten().map(growth).fold(1, u64::saturating_mul);
     if let Some(content) = bytes("content") {
@@ -69,8 +74,11 @@ fn growth(step: &Value) -> u64 {
     if let Some(table) = step.get("precompiled_charsmap") {
         n = n.saturating_mul(longest_entry(table.as_str().unwrap_or("")));
     }
+    if let Some(single) = step.get("single") {
+        n = n.saturating_mul(parts(single) * longest_token(&step["special_tokens"]));
+    }
     n.saturating_mul(match step["type"].as_str() {
-        None | Some("Sequence" | "Replace" | "Prepend" | "Precompiled") => 1,
+        None | Some("Sequence" | "Replace" | "Prepend" | "Precompiled" | "TemplateProcessing") => 1,
         // These cut and remove only.
         Some("Split" | "Digits" | "Punctuation" | "Whitespace" | "WhitespaceSplit") => 1,
         Some("UnicodeScripts" | "BertPreTokenizer" | "CharDelimiterSplit" | "FixedLength") => 1,
@@ -78,6 +86,25 @@ fn growth(step: &Value) -> u64 {
         Some("NFC" | "Strip" | "StripAccents" | "Lowercase" | "ByteLevel") => 2,
         Some(_) => PLAIN_GROWTH,
     })
+}
+
+/// Parts of a template around a text, which may be one of them more than once.
+fn parts(template: &Value) -> u64 {
+    let n = match template {
+        Value::String(text) => text.split_whitespace().count(),
+        other => other.as_array().map_or(1, Vec::len),
+    };
+    n.max(1) as u64
+}
+
+/// Most ids that a special token of a template stands for.
+fn longest_token(tokens: &Value) -> u64 {
+    let n_ids = |token: &Value| token["ids"].as_array().map_or(1, Vec::len);
+    let longest = match tokens {
+        Value::Object(tokens) => tokens.values().map(n_ids).max(),
+        other => other.as_array().and_then(|tokens| tokens.iter().map(n_ids).max()),
+    };
+    longest.unwrap_or(1).max(1) as u64
 }
 
 /// The longest text of SentencePiece's table: behind the length of its trie and the trie, each ends with a zero.
@@ -115,6 +142,12 @@ mod tests {
             (replace(&spaces, "\u{2581}"), 4),
             (replace(&json!({"String": "``"}), "abc"), 2),
             (nested, 240),
+            (json!({"single": "<s> $A $A", "special_tokens": {"<s>": {"ids": [1, 2]}}}), 6),
+            (json!({"single": [{"Sequence": {}}], "special_tokens": [{"ids": [1]}]}), 1),
+            (
+                json!({"processors": [{"single": vec![json!({"Sequence": {}}); 50]}, {"single": "$A $A"}]}),
+                100,
+            ),
             (json!({"pretokenizers": vec![json!({"type": "Split"}); 70]}), 1),
             (json!({"pretokenizers": vec![json!({"type": "ByteLevel"}); 13]}), 8192),
             (json!({"pattern": {"String": "a"}, "content": "bcd"}), 3),
