@@ -59,7 +59,7 @@ cargo xtask COMMAND
   accept NAME [FLAGS]   a demonstration; without NAME, the list of them
 
 Flags of bench step: --model M --batch-size B --max-length T --steps N --rounds R --memory BYTES
-  --threads N --python PROGRAM
+  --threads N --precision P --peers NAMES --python PROGRAM
 Flags of accept: --python PROGRAM --threads N --precision P --model M --times N --seed N; of smollm2 and
   finetuning also --gguf FILE --data PATH --llama-python PROGRAM
 ";

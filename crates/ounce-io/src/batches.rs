@@ -56,6 +56,10 @@ impl BlockSampler {
             first = (first.0 + n_tokens, first.1 + n_blocks);
         }
         let mixture = Mixture::new(&blocks, seed);
+        if blocks.iter().any(|&(n_blocks, _)| n_blocks > 0) {
+            // There is text; whether any of it is wanted is for the weights to say.
+            check_weights(&mixture)?;
+        }
         if mixture.n_per_epoch() == 0 {
             let hint = match cache.n_tokens() {
                 0 => "the file is empty: give one with text".into(),
@@ -200,13 +204,8 @@ impl RowSampler {
     }
 
     fn checked(sampler: Self) -> Result<Self, IoError> {
-        if sampler.mixture.n_per_epoch() > 0 {
-            return Ok(sampler);
-        }
-        Err(IoError::Usage {
-            what: "the weights of the data files leave nothing to train on".into(),
-            hint: "give at least one file a weight of 1".into(),
-        })
+        check_weights(&sampler.mixture)?;
+        Ok(sampler)
     }
 
     /// Rows in an epoch.
@@ -253,6 +252,17 @@ impl RowSampler {
         }
         Ok(())
     }
+}
+
+/// Refuses weights that are all zero.
+fn check_weights(mixture: &Mixture) -> Result<(), IoError> {
+    if mixture.n_per_epoch() > 0 {
+        return Ok(());
+    }
+    Err(IoError::Usage {
+        what: "the weights of the data files leave nothing to train on".into(),
+        hint: "give at least one file a weight of 1".into(),
+    })
 }
 
 /// Samples of each file of a cache of rows.

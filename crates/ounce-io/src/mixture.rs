@@ -1,9 +1,9 @@
 //! Which item comes next, out of several parts with weights, without keeping anything.
 //!
-//! Idea: part `k` of `n_k` items gives `m_k = round(weight_k * n_k)` of them to each epoch, so a weight counts passes
-//! per epoch. The items of an epoch are numbered part by part and shuffled by one permutation. A part goes through its
-//! items again and again, over the epochs: with a whole weight in its own order (the shuffle above is enough), else in
-//! an order of its own for each pass, so that every item has its turn.
+//! Idea: part `k` of `n_k` items gives `m_k = round(weight_k * n_k)` of them to each epoch, one at least if it has a
+//! weight, so a weight counts passes per epoch. The items of an epoch are numbered part by part and shuffled by one
+//! permutation. A part goes through its items again and again, over the epochs: with a whole weight in its own order
+//! (the shuffle above is enough), else in an order of its own for each pass, so that every item has its turn.
 //!
 //! Invariants: over many epochs every item of a part comes equally often, up to one; with weights of 1 an epoch is a
 //! permutation of all items. Any position is found in O(parts), so a resumed run needs nothing but its number.
@@ -34,7 +34,8 @@ impl Mixture {
         let parts: Vec<Part> = parts
             .iter()
             .map(|&(n_items, weight)| {
-                let n_taken = (n_items as f64 * weight).round() as u64;
+                let least = u64::from(n_items > 0 && weight > 0.0);
+                let n_taken = ((n_items as f64 * weight).round() as u64).max(least);
                 let part = Part { first, n_items, n_taken };
                 first += n_items;
                 part
@@ -80,6 +81,17 @@ impl Mixture {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_small_weight_gives_an_item_and_none_gives_nothing() {
+        let mixture = Mixture::new(&[(81, 0.006), (3, 0.1), (5, 0.0), (0, 1.0)], 3);
+        assert_eq!(mixture.n_per_epoch(), 2);
+        // Over the epochs every item has its turn.
+        let mut items: Vec<u64> =
+            (0..6).map(|number| mixture.at(number)).filter(|&i| i >= 81).collect();
+        items.sort_unstable();
+        assert_eq!(items, [81, 82, 83]);
+    }
 
     #[test]
     fn with_weights_of_one_an_epoch_is_the_plain_permutation() {

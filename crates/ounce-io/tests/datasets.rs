@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use ounce_io::chat_template::ChatTemplate;
-use ounce_io::dataset::{ColumnMapping, OnBadRow, RowFormat, RowReader};
+use ounce_io::dataset::{ColumnMapping, OnBadRow, RowFormat, RowReader, has_conversations};
 use ounce_io::{
     RowNotes, RowOptions, RowSampler, RowTokens, TextPieces, TokenCache, Tokenizer, parse_json,
 };
@@ -152,6 +152,8 @@ fn every_format_is_found_out_and_only_answers_with_their_end_are_supervised() {
         (json!({ "instruction": "q", "input": "", "output": "a" }), "alpaca"),
         (json!({ "question": "q", "answer": "a" }), "question-answer"),
         (json!({ "prompt": "q", "chosen": "a", "rejected": "b" }), "preference"),
+        (json!({ "question": "q", "chosen": "a", "rejected": "ab" }), "preference"),
+        (json!({ "instruction": "q", "input": "", "chosen": "a", "rejected": "b" }), "preference"),
         (
             json!({ "conversations": [said("human", "q")], "chosen": said("gpt", "a"), "rejected": said("gpt", "b") }),
             "preference",
@@ -185,6 +187,45 @@ fn every_format_is_found_out_and_only_answers_with_their_end_are_supervised() {
     }
     let path = lab.rows("rows.jsonl", &[json!({ "text": "abc" })]);
     assert_eq!(RowFormat::detect(&path, &options()).unwrap(), RowFormat::Text);
+}
+
+#[test]
+fn a_preference_without_a_question_has_what_its_answers_begin_with() {
+    let lab = Lab::new();
+    let shown = |chosen: &str, rejected: &str, system: Option<&str>| {
+        let row = json!({ "system": system, "chosen": chosen, "rejected": rejected });
+        let path = lab.rows("rows.jsonl", &[row]);
+        lab.cache(&[path], &options(), 512, 1).map(|cache| lab.shown(&cache))
+    };
+    let sky = say("The sky is", " blue.");
+    assert_eq!(
+        shown("The sky is blue.", "The sky is brown.", None).unwrap(),
+        std::slice::from_ref(&sky)
+    );
+    let system = format!("<|im_start|>system\ns<|im_end|>\n{sky}");
+    assert_eq!(shown("The sky is blue.", "The sky is brown.", Some("s")).unwrap(), [system]);
+    // Half a word is not what they were asked.
+    let error = shown("Yellow is not a number.", "Yes.", None).unwrap_err();
+    assert!(error.contains("rows.jsonl:1: missing key `prompt`, and the answers"), "{error}");
+}
+
+#[test]
+fn a_mapped_key_that_is_misspelt_is_refused_although_none_is_needed() {
+    let lab = Lab::new();
+    let row = json!({ "instruction": "q", "context": "c", "response": "a" });
+    let path = lab.rows("rows.jsonl", &[row]);
+    let mapped = |input: &str| {
+        let pairs =
+            [("output", "response"), ("input", input)].map(|(a, b)| (a.to_owned(), b.to_owned()));
+        let options = RowOptions { columns: ColumnMapping::new(pairs), ..options() };
+        has_conversations(std::slice::from_ref(&path), &options)
+    };
+    assert!(mapped("context").unwrap());
+    // A key that only some rows have may be missing in the first of them.
+    assert!(mapped("paragraph").unwrap());
+    let error = mapped("contxt").unwrap_err().to_string();
+    assert!(error.contains("rows.jsonl: `--column-mapping input=contxt`: "), "{error}");
+    assert!(error.contains("\nhint: the nearest key is `context`"), "{error}");
 }
 
 #[test]

@@ -23,6 +23,9 @@ use crate::settings::{Optimizer, Precision};
 use crate::step::{Rows, Trainer};
 use crate::{Environment, Error, Observer, Result, Settings};
 
+/// Most steps of a bench, which keeps the time of each.
+const MAX_STEPS: u64 = 1 << 20;
+
 /// What to measure.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BenchSettings {
@@ -132,11 +135,13 @@ pub fn bench_step(
     let model = open_model(&wanted.model, env)?;
     let settings = settings(wanted);
     settings.check_ranges()?;
-    if wanted.n_steps == 0 {
-        return Err(Error::Usage {
-            message: "`steps` is out of range".to_owned(),
-            hint: "it may be at least 1".to_owned(),
-        });
+    for (name, n, least) in [("steps", wanted.n_steps, 1), ("warmup", wanted.n_warmup_steps, 0)] {
+        if !(least..=MAX_STEPS).contains(&n) {
+            return Err(Error::Usage {
+                message: format!("`{name}` is out of range: {n}"),
+                hint: format!("it may be from {least} to {MAX_STEPS}"),
+            });
+        }
     }
     let shape = StepShape::new(wanted.n_rows, wanted.max_length);
     let plans = Wanted {
@@ -149,7 +154,7 @@ pub fn bench_step(
     let mut session = compile(&model, &plans, &limits, env).map_err(with_own_flags)?;
     drop(session.take_picture());
     session.check_baseline()?;
-    let n_steps = wanted.n_warmup_steps + wanted.n_steps;
+    let n_steps = settings.max_steps.expect("a bench sets its length");
     let plan = session.record();
     observer.planned(&plan, n_steps);
     session.load_fresh(wanted.seed);
@@ -232,7 +237,7 @@ fn settings(wanted: &BenchSettings) -> Settings {
     Settings {
         per_device_train_batch_size: wanted.n_rows,
         max_length: Some(wanted.max_length),
-        max_steps: Some(wanted.n_warmup_steps + wanted.n_steps),
+        max_steps: Some(wanted.n_warmup_steps.saturating_add(wanted.n_steps)),
         optimizer: wanted.optimizer,
         learning_rate: wanted.learning_rate,
         lr_scheduler_type: SchedulerType::Constant,

@@ -22,16 +22,18 @@ use crate::data::{Data, TrainRows};
 use crate::graphs::states;
 use crate::model::{Model, missing};
 use crate::precision::config_with_dtype;
+use crate::same_data::{by_full_path, changed_data};
 use crate::schedule::Schedule;
 use crate::session::Session;
-use crate::settings::DataFile;
 use crate::{Environment, Error, Observer, Result, Settings, weights};
 
 /// Settings that change how a run is done or reported, never its bits. The rows per step and the
 /// length of the schedule are compared as such.
-const FREE: [&str; 20] = [
+const FREE: [&str; 21] = [
     "dataloader_num_workers",
     "init_loss_scale",
+    // Whether there were broken rows is a matter of the data, which are compared.
+    "on_bad_row",
     "on_nonfinite",
     "model",
     "output_dir",
@@ -154,23 +156,6 @@ pub(crate) fn state(
     }
 }
 
-/// Settings with the full paths of the data files: neither another spelling nor another working directory makes them
-/// others.
-pub(crate) fn by_full_path(settings: &Settings) -> Settings {
-    let mut settings = settings.clone();
-    for file in &mut settings.data {
-        let path = match file {
-            DataFile::Path(path) => path,
-            DataFile::Weighted(file) => &mut file.path,
-        };
-        // What is not there any more keeps its name.
-        if let Ok(full) = path.canonicalize() {
-            *path = full;
-        }
-    }
-    settings
-}
-
 /// Checks that the run which goes on is the run that was begun.
 ///
 /// # Errors
@@ -273,30 +258,6 @@ pub(crate) fn check_data(
     changed_data("the data", "the data has changed", settings, observer)
 }
 
-/// Tells that `what` of the data is not what it was; whoever insists goes on.
-///
-/// # Errors
-/// [`Error::Input`] without `--override`; `why` begins its hint.
-pub(crate) fn changed_data(
-    what: &str,
-    why: &str,
-    settings: &Settings,
-    observer: &mut dyn Observer,
-) -> Result<()> {
-    let files: Vec<String> =
-        settings.data.iter().map(|file| file.path().display().to_string()).collect();
-    let files = files.join(", ");
-    let message = format!("{files}: {what} is not what it was when the checkpoint was saved");
-    if settings.override_begun {
-        observer.note(&format!("warning: {message}"));
-        return Ok(());
-    }
-    let hint = format!(
-        "{why}: put it back, begin a new run, or `--override` to go on with what is there now"
-    );
-    Err(Error::Input { message, hint })
-}
-
 /// Refuses a run that is to end before the place where the checkpoint stands.
 ///
 /// # Errors
@@ -311,7 +272,7 @@ pub(crate) fn check_end(checkpoint: &Checkpoint, n_steps: u64) -> Result<()> {
             "{}: {step} steps are done, and the run is to have {n_steps}",
             checkpoint.path().display()
         ),
-        hint: "give a larger --max-steps, or resume from an earlier checkpoint".to_owned(),
+        hint: "give a larger --max-steps (or --num-train-epochs), or resume from an earlier checkpoint".to_owned(),
     })
 }
 

@@ -4,16 +4,18 @@ use std::sync::Arc;
 
 use ounce_exec::{Arena, ExecError, MeasuredMachine};
 use ounce_kernels::pool::Pool;
+use ounce_program::Plan;
 
 use crate::baseline::{Baseline, Sizes};
 use crate::budget::format_bytes;
-use crate::graphs::{Graphs, PerPurpose, Wanted, build, everything_bytes};
+use crate::graphs::{Graphs, Job, PerPurpose, Wanted, build, everything_bytes};
 use crate::limits::{Limits, start_pool};
 use crate::model::Model;
 use crate::planning::Planner;
 use crate::program::{Program, check_shared_params, resolve};
 use crate::session::Session;
 use crate::stream::streaming_bytes;
+use crate::together::{Need, plan_together};
 use crate::tokenize;
 use crate::{Environment, Error, Observer, Result};
 
@@ -56,12 +58,46 @@ impl<'a> Prepared<'a> {
         Planner { machine, model, wanted, budget_bytes: *budget_bytes, baseline }
     }
 
-    /// Plans, checks and resolves every graph.
+    /// Plans, checks and resolves every graph, so that all of it fits into the budget together.
     fn programs(&self) -> Result<PerPurpose<Program>> {
         let planner = self.planner();
-        self.graphs.try_map(|job| {
-            let plan = planner.plan(job).ok_or_else(|| planner.does_not_fit(&self.graphs))?;
-            resolve(self.model, job, &plan, &self.machine, &self.pool, self.budget_bytes)
+        let refuse = || Err(planner.does_not_fit(&self.graphs));
+        if self.baseline.tokenizing_peak_bytes() > self.budget_bytes {
+            return refuse();
+        }
+        let has_tables = |programs: &[Program]| programs.iter().any(|p| p.tables_bytes > 0);
+        let mut found = self.together(self.budget_bytes, |job, bytes| planner.plan(job, bytes))?;
+        // Where tables count, what fits depends on how plans are chosen; what is refused must not.
+        if found.as_deref().is_none_or(has_tables) {
+            let (smallest_bytes, _) = planner.smallest_together(&self.graphs);
+            if smallest_bytes > self.budget_bytes {
+                return refuse();
+            }
+            if found.is_none() {
+                let least = |job: &Job, bytes| planner.plan_least(job, bytes);
+                found = self.together(smallest_bytes, least)?;
+            }
+        }
+        let Some(programs) = found else { return refuse() };
+        let mut programs = programs.into_iter();
+        Ok(self.graphs.map(|_| programs.next().expect("there is one for each graph")))
+    }
+
+    /// Programs of all graphs by `plan`, which is given a graph and its budget.
+    fn together(
+        &self,
+        budget_bytes: u64,
+        plan: impl Fn(&Job, u64) -> Option<Plan>,
+    ) -> Result<Option<Vec<Program>>> {
+        let jobs: Vec<&Job> = self.graphs.iter().collect();
+        let need = |p: &Program| Need {
+            peak_bytes: p.certificate.peak_bytes,
+            tables_bytes: p.tables_bytes,
+        };
+        plan_together(jobs.len(), budget_bytes, need, |i, bytes| {
+            let plan = plan(jobs[i], bytes);
+            plan.map(|p| resolve(self.model, jobs[i], &p, &self.machine, &self.pool, bytes))
+                .transpose()
         })
     }
 }
@@ -89,7 +125,12 @@ pub(crate) fn compile(
     let peak = |p: &Program| p.certificate.peak_bytes - p.tables_bytes + tables_bytes;
     let peak_bytes = programs.iter().map(peak).max().unwrap_or(0);
     if peak_bytes > limits.budget_bytes {
-        return Err(too_many_instructions(peak_bytes, limits.budget_bytes));
+        let message = format!(
+            "plans that take {} together were taken for a budget of {}",
+            format_bytes(peak_bytes),
+            format_bytes(limits.budget_bytes)
+        );
+        return Err(Error::Bug { message });
     }
     let PerPurpose { train, variants, eval, sample } = programs;
     Ok(Session {
@@ -130,22 +171,6 @@ pub(crate) fn compile_and_load(
     Ok(session)
 }
 
-/// Each plan fits, but the tables of all of them together do not.
-fn too_many_instructions(peak_bytes: u64, budget_bytes: u64) -> Error {
-    Error::Usage {
-        message: format!(
-            "the plans of training, evaluation and samples, each of which fits, take {} together with their tables, \
-             more than the budget of {}",
-            format_bytes(peak_bytes),
-            format_bytes(budget_bytes)
-        ),
-        hint: format!(
-            "give `--memory {}`, or fewer rows per step",
-            format_bytes(peak_bytes + (1 << 20)).replace(' ', "")
-        ),
-    }
-}
-
 /// Refuses a budget in which the text of a run cannot be tokenized, before that is tried.
 ///
 /// # Errors
@@ -175,7 +200,12 @@ pub(crate) fn estimate(
     let planner = prepared.planner();
     let (smallest_bytes, _) = planner.smallest(&prepared.graphs);
     let fits = smallest_bytes <= limits.budget_bytes;
-    let plan = prepared.graphs.iter().next().filter(|_| fits).and_then(|job| planner.plan(job));
+    let plan = prepared
+        .graphs
+        .iter()
+        .next()
+        .filter(|_| fits)
+        .and_then(|job| planner.plan(job, limits.budget_bytes));
     // Without the file the costs are only measured again.
     let _ = prepared.machine.save();
     Ok((smallest_bytes, plan.map(|plan| plan.certificate.step_s)))

@@ -24,8 +24,15 @@ pub(crate) struct Data {
     pub(crate) stop_ids: Vec<u32>,
 }
 
+/// The rows of a run, one after the other.
+pub(crate) struct TrainRows {
+    source: Source,
+    /// Rows by which the run is ahead of its steps times its rows per step, since it had more of them before.
+    ahead: i64,
+}
+
 /// What rows are made of.
-pub(crate) enum TrainRows {
+enum Source {
     /// Blocks of a stream of text.
     Blocks(BlockSampler),
     /// Samples, one in a row or several.
@@ -81,10 +88,14 @@ impl Data {
         let mut token_files = answer.token_files.iter();
         let train = if settings.streaming {
             let stream = TrainStream::open(settings, env, model, limits, from, observer)?;
-            TrainRows::Stream(Box::new(stream))
+            TrainRows { source: Source::Stream(Box::new(stream)), ahead: 0 }
         } else {
             let path = token_files.next().expect("each data set has a token file");
-            TrainRows::of(TokenCache::open(path)?, settings, max_length)?
+            let source = Source::of(TokenCache::open(path)?, settings, max_length)?;
+            if settings.packing && matches!(source, Source::Blocks(_)) {
+                observer.note("`--packing` changes nothing here: blocks of text are full");
+            }
+            TrainRows::of(source, settings, from)
         };
         let eval = token_files
             .next()
@@ -100,7 +111,7 @@ impl Data {
     }
 }
 
-impl TrainRows {
+impl Source {
     /// The rows of a token file, mixed by the weights of its data files.
     fn of(cache: TokenCache, settings: &Settings, max_length: usize) -> Result<Self> {
         let weights: Vec<f64> =
@@ -123,32 +134,6 @@ impl TrainRows {
         }))
     }
 
-    /// Steps that pass over the data `n_epochs` times, rounded up to whole steps; of a stream nobody knows.
-    pub(crate) fn n_steps(&self, n_epochs: f64, rows_per_step: u64) -> u64 {
-        let n_per_epoch = self.n_per_epoch().unwrap_or(0);
-        (n_epochs * n_per_epoch as f64 / rows_per_step as f64).ceil() as u64
-    }
-
-    /// Where a run stands after `n_rows` rows.
-    pub(crate) fn cursor(&self, n_rows: u64) -> (DataCursor, Option<StreamCursor>) {
-        if let Self::Stream(stream) = self {
-            let (cursor, place) = stream.cursor(n_rows);
-            return (cursor, Some(place));
-        }
-        let n = self.n_per_epoch().unwrap_or(1);
-        (DataCursor { epoch: n_rows / n, row: n_rows % n }, None)
-    }
-
-    /// What the data files held, in words for a checkpoint; a stream keeps it in its cursor.
-    pub(crate) fn contents(&self) -> Option<String> {
-        let cache = match self {
-            Self::Blocks(blocks) => blocks.cache(),
-            Self::Samples(samples) => samples.cache(),
-            Self::Stream(_) => return None,
-        };
-        Some(format!("{:016x}", cache.contents_hash()))
-    }
-
     /// Rows of an epoch.
     fn n_per_epoch(&self) -> Option<u64> {
         match self {
@@ -156,6 +141,50 @@ impl TrainRows {
             Self::Samples(samples) => Some(samples.n_rows()),
             Self::Stream(_) => None,
         }
+    }
+}
+
+impl TrainRows {
+    /// The rows of a token file from the beginning, or from where a checkpoint stands in it.
+    fn of(source: Source, settings: &Settings, from: Option<&Checkpoint>) -> Self {
+        let n_per_epoch = source.n_per_epoch().unwrap_or(0);
+        let ahead = from.map_or(0, |checkpoint| {
+            let state = checkpoint.state();
+            let first = state.cursor.epoch * n_per_epoch + state.cursor.row;
+            first as i64 - (state.step * settings.n_rows()) as i64
+        });
+        Self { source, ahead }
+    }
+
+    /// The number of a row that steps times rows per step say.
+    fn number(&self, row: u64) -> u64 {
+        row.saturating_add_signed(self.ahead)
+    }
+
+    /// Steps that pass over the data `n_epochs` times, rounded up to whole steps; of a stream nobody knows.
+    pub(crate) fn n_steps(&self, n_epochs: f64, rows_per_step: u64) -> u64 {
+        let n_per_epoch = self.source.n_per_epoch().unwrap_or(0);
+        (n_epochs * n_per_epoch as f64 / rows_per_step as f64).ceil() as u64
+    }
+
+    /// Where a run stands after `n_rows` rows.
+    pub(crate) fn cursor(&self, n_rows: u64) -> (DataCursor, Option<StreamCursor>) {
+        if let Source::Stream(stream) = &self.source {
+            let (cursor, place) = stream.cursor(n_rows);
+            return (cursor, Some(place));
+        }
+        let (n, number) = (self.source.n_per_epoch().unwrap_or(1), self.number(n_rows));
+        (DataCursor { epoch: number / n, row: number % n }, None)
+    }
+
+    /// What the data files held, in words for a checkpoint; a stream keeps it in its cursor.
+    pub(crate) fn contents(&self) -> Option<String> {
+        let cache = match &self.source {
+            Source::Blocks(blocks) => blocks.cache(),
+            Source::Samples(samples) => samples.cache(),
+            Source::Stream(_) => return None,
+        };
+        Some(format!("{:016x}", cache.contents_hash()))
     }
 }
 
@@ -168,38 +197,50 @@ impl Rows for TrainRows {
         to: &mut Row,
         observer: &mut dyn Observer,
     ) -> Result<()> {
-        match self {
-            Self::Blocks(blocks) => {
-                let (n, row) = (blocks.max_length(), row as usize);
-                blocks.fill_row_range(step - 1, n_rows as usize, row..row + 1, &mut to.ids[..n])?;
+        let number = self.number((step - 1) * n_rows + row);
+        let (step, in_step) = (number / n_rows, (number % n_rows) as usize);
+        match &mut self.source {
+            Source::Blocks(blocks) => {
+                let (n, rows) = (blocks.max_length(), in_step..in_step + 1);
+                blocks.fill_row_range(step, n_rows as usize, rows, &mut to.ids[..n])?;
                 to.is_text(n);
             }
-            Self::Samples(samples) => {
-                let number = samples.row(step - 1, n_rows as usize, row as usize);
+            Source::Samples(samples) => {
+                let number = samples.row(step, n_rows as usize, in_step);
                 samples.read(number, &mut to.ids, &mut to.supervised, &mut to.lengths)?;
             }
-            Self::Stream(stream) => {
+            Source::Stream(stream) => {
                 if row == 0 {
                     stream.begin_step();
                 }
-                stream.read((step - 1) * n_rows + row, to, observer)?;
+                stream.read(number, to, observer)?;
             }
         }
         Ok(())
     }
 
     fn name(&self, step: u64, n_rows: u64) -> String {
-        let number: Box<dyn Fn(usize) -> u64 + '_> = match self {
-            Self::Blocks(blocks) => Box::new(|row| blocks.block(step - 1, n_rows as usize, row)),
-            Self::Samples(samples) => Box::new(|row| samples.row(step - 1, n_rows as usize, row)),
-            Self::Stream(stream) => return stream.name((step - 1) * n_rows..step * n_rows),
+        let first = self.number((step - 1) * n_rows);
+        let place = |row: u64| ((first + row) / n_rows, ((first + row) % n_rows) as usize);
+        let number: Box<dyn Fn(u64) -> u64 + '_> = match &self.source {
+            Source::Blocks(blocks) => Box::new(|row| {
+                let (step, row) = place(row);
+                blocks.block(step, n_rows as usize, row)
+            }),
+            Source::Samples(samples) => Box::new(|row| {
+                let (step, row) = place(row);
+                samples.row(step, n_rows as usize, row)
+            }),
+            Source::Stream(stream) => return stream.name(first..first + n_rows),
         };
         // Enough to find the text; a large batch is not listed whole.
         let listed = n_rows.min(16);
-        let numbers: Vec<String> =
-            (0..listed).map(|row| number(row as usize).to_string()).collect();
+        let numbers: Vec<String> = (0..listed).map(|row| number(row).to_string()).collect();
         let more = if listed < n_rows { ", ..." } else { "" };
-        let what = if matches!(self, Self::Blocks(_)) { "blocks" } else { "rows" };
+        let what = match self.source {
+            Source::Blocks(_) => "blocks",
+            _ => "rows (from 0, without those that were left out)",
+        };
         format!("{what} {}{more} of the data", numbers.join(", "))
     }
 }

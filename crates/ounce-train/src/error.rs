@@ -93,6 +93,14 @@ pub enum Error {
         /// The checkpoint that was written.
         checkpoint: Option<PathBuf>,
     },
+    /// The caller asked to stop something that goes on where it was.
+    #[error("{message}\nhint: {hint}")]
+    Paused {
+        /// What was stopped.
+        message: String,
+        /// How it goes on.
+        hint: String,
+    },
     /// The process outside the arena is larger than declared.
     #[error(
         "the process takes {} before its first step, more than the {} that are declared for it\n\
@@ -178,7 +186,7 @@ impl Error {
             Self::Input { .. } => ErrorClass::Input,
             Self::NonFinite { .. } | Self::BrokenModel { .. } => ErrorClass::NonFinite,
             Self::Files { .. } => ErrorClass::Files,
-            Self::Interrupted { .. } => ErrorClass::Interrupted,
+            Self::Interrupted { .. } | Self::Paused { .. } => ErrorClass::Interrupted,
             Self::Baseline { .. } | Self::Bug { .. } => ErrorClass::Bug,
         }
     }

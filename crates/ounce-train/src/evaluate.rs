@@ -92,14 +92,6 @@ pub fn evaluate(
     if files.is_empty() {
         return Err(missing("--data FILE"));
     }
-    if settings.streaming {
-        return Err(Error::Usage {
-            message:
-                "`--streaming` is for training data; an evaluation passes over all of its data once"
-                    .to_owned(),
-            hint: "leave it out".to_owned(),
-        });
-    }
     let (limits, max_length) = (Limits::of(settings), model.max_length(settings));
     let wanted = Wanted {
         tokenizes: true,

@@ -112,12 +112,15 @@ pub fn export(
 
 /// Refuses to write over the model that is exported, or over the result of a run.
 fn check_target(dir: &Path, model: &Path) -> Result<()> {
-    let is_source =
-        dir.canonicalize().is_ok_and(|dir| model.canonicalize().is_ok_and(|m| m == dir));
-    let what = match (is_source, holds_run(dir)) {
-        (true, _) => "is the model that is exported",
-        (false, true) => "holds the result of a training run",
-        (false, false) => return Ok(()),
+    let full = |path: &Path| path.canonicalize().ok();
+    let (target, source) = (full(dir), full(model));
+    let what = match (target, source.as_deref()) {
+        (Some(target), Some(source)) if target == source => "is the model that is exported",
+        (Some(target), Some(source)) if source.parent() == Some(&*target) && source.is_file() => {
+            "holds the file that is exported"
+        }
+        _ if holds_run(dir) => "holds the result of a training run",
+        _ => return Ok(()),
     };
     Err(Error::Usage {
         message: format!("{} {what}", dir.display()),

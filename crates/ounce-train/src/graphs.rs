@@ -6,6 +6,7 @@ use ounce_passes::{OpClass, PrecisionPolicy};
 use ounce_program::StepShape;
 
 use crate::model::{Model, model_error};
+use crate::precision::all_demoted;
 use crate::precision::classes;
 use crate::settings::{OnNonfinite, Optimizer};
 use crate::stream::StreamWanted;
@@ -80,14 +81,13 @@ impl<T> PerPurpose<T> {
     }
 
     /// What `f` makes of each, in that order.
-    pub(crate) fn try_map<U>(&self, f: impl Fn(&T) -> Result<U>) -> Result<PerPurpose<U>> {
-        let variant = |(demoted, x): &(Vec<OpClass>, T)| Ok((demoted.clone(), f(x)?));
-        Ok(PerPurpose {
-            train: self.train.as_ref().map(&f).transpose()?,
-            variants: self.variants.iter().map(variant).collect::<Result<_>>()?,
-            eval: self.eval.as_ref().map(&f).transpose()?,
-            sample: self.sample.as_ref().map(&f).transpose()?,
-        })
+    pub(crate) fn map<U>(&self, mut f: impl FnMut(&T) -> U) -> PerPurpose<U> {
+        PerPurpose {
+            train: self.train.as_ref().map(&mut f),
+            variants: self.variants.iter().map(|(demoted, x)| (demoted.clone(), f(x))).collect(),
+            eval: self.eval.as_ref().map(&mut f),
+            sample: self.sample.as_ref().map(&mut f),
+        }
     }
 }
 
@@ -127,8 +127,11 @@ pub(crate) fn build(model: &Model, wanted: &Wanted) -> Result<Graphs> {
         }
     }
     let reserved_bytes = train.as_ref().map_or(0, |job| state_bytes(&job.graph));
+    // What has overflowed in training would overflow here.
+    let demotes = wanted.train.as_ref().is_some_and(|t| t.demote);
+    let policy = if demotes { all_demoted(&wanted.policy) } else { wanted.policy.clone() };
     let lowered = |purpose, shape| {
-        let graph = ounce_passes::lower_precision(&forward(purpose, 0.0)?, &wanted.policy);
+        let graph = ounce_passes::lower_precision(&forward(purpose, 0.0)?, &policy);
         Ok::<_, Error>(Job { graph, shape, reserved_bytes })
     };
     let eval = wanted.eval.map(|shape| lowered(Purpose::Loss, shape)).transpose()?;

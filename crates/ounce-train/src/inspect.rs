@@ -10,6 +10,7 @@ use ounce_io::{
 };
 use serde::Serialize;
 
+use crate::error::message_and_hint;
 use crate::limits::Limits;
 use crate::model::Model;
 use crate::tokenize::{RowRequest, file_lines, load_template, now_s};
@@ -102,16 +103,29 @@ pub fn inspect(
     };
     let table = IdTable::new(&tokenizer)?;
     let mut record = InspectRecord { remarks: Vec::new(), files: Vec::new() };
+    // As in a run: beside conversations, rows of text are samples, too. Files that no run takes together are looked at
+    // one by one.
+    let together = has_conversations(&wanted.files, &options);
+    let mut has_samples = false;
     for path in &wanted.files {
-        if has_conversations(std::slice::from_ref(path), &options)? {
+        let are_samples = match together {
+            Ok(are_samples) => are_samples,
+            Err(_) => has_conversations(std::slice::from_ref(path), &options)?,
+        };
+        has_samples |= are_samples;
+        if are_samples {
             let (notes, shown) = rows.inspect(path, wanted.n_samples)?;
             record.files.push(file_record(&notes, &shown, &table, max_length));
         } else {
             record.files.push(text_record(path, &tokenizer, &options)?);
         }
     }
-    if record.files.iter().any(|f| f.format != "text") {
+    if has_samples {
         record.remarks = rows.remarks(&rows.end_of_turn());
+    }
+    if let Err(e) = together {
+        let (message, _) = message_and_hint(&e);
+        record.remarks.push(format!("warning: a run refuses these files together: {message}"));
     }
     Ok(record)
 }

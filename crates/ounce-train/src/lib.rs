@@ -6,10 +6,10 @@
 //! step, evaluate, sample, save.
 //!
 //! Files, in reading order: [`error`], [`budget`] (bytes stated, free and used), `baseline` (the
-//! declared size of the process), [`settings`], [`schedule`], [`report`] (what is told), `model`
-//! (the directory that a run starts from), [`precision`] (who chooses it; the loss scale),
-//! `tokenize`, `text_table`, `stream` and `data` (tokenizing in a child process), `weights`, `batch` (rows on
-//! the token axis), `graphs`, `planning`, `limits` (what a run may take),
+//! declared size of the process), [`settings`], [`schedule`], [`report`] (what is told), `child` (a process that works
+//! for this one), `model` (the directory that a run starts from), [`precision`] (who chooses it; the loss scale),
+//! `tokenize`, `text_table`, `same_data`, `stream`, `worker` (the child's side of them) and `data`, `weights`, `batch`
+//! (rows on the token axis), `graphs`, `together`, `planning`, `limits` (what a run may take),
 //! `program`, `session`, `compile` (where all of it meets), `plan_record`, `output` (the directory in the making),
 //! `checkpoint`, `step`, [`train_loop`], [`mod@evaluate`], [`mod@generate`], [`mod@bench`],
 //! [`mod@init`], [`mod@export`], [`mod@doctor`],
@@ -37,6 +37,8 @@ pub mod schedule;
 
 pub mod report;
 
+mod child;
+
 mod model;
 
 pub mod precision;
@@ -45,7 +47,11 @@ mod tokenize;
 
 mod text_table;
 
+mod same_data;
+
 mod stream;
+
+mod worker;
 
 mod data;
 
@@ -54,6 +60,8 @@ mod weights;
 mod batch;
 
 mod graphs;
+
+mod together;
 
 mod planning;
 
@@ -111,8 +119,8 @@ pub use report::{DoneRecord, EvalRecord, Observer, PhaseRecord, PlanRecord, Sile
 pub use settings::{
     BadRows, Columns, DataFile, OnNonfinite, Optimizer, Precision, Settings, WeightedFile,
 };
-pub use tokenize::answer_tokenize_request;
 pub use train_loop::{plan, train};
+pub use worker::answer_tokenize_request;
 
 /// What the library may know of the process that it runs in.
 #[derive(Debug, Clone)]

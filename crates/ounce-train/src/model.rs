@@ -6,12 +6,16 @@
 
 use std::path::{Path, PathBuf};
 
-use ounce_io::GgufModel;
+use ounce_io::{GgufModel, StagingDir};
 use ounce_models::{ModelConfig, ModelError, Purpose, build_for_length};
+use serde::{Deserialize, Serialize};
 
+use crate::child::Working;
 use crate::error::message_and_hint;
-use crate::tokenize;
-use crate::{Environment, Error, Result, Settings};
+use crate::{Environment, Error, Result, Settings, Silent};
+
+/// The kind of the child's work.
+pub(crate) const WORK: &str = "unpack";
 
 /// Rows are at most this long where neither the user nor the model says less.
 const DEFAULT_MAX_LENGTH: u64 = 1024;
@@ -109,13 +113,30 @@ fn side_files(path: &Path, env: &Environment) -> Result<PathBuf> {
     let dir = env.cache_dir.join("gguf").join(format!("{hash:016x}-{SIDE_FILES_VERSION}"));
     // Files appear in it all at once.
     if !dir.join("config.json").exists() {
-        let unpacked = tokenize::unpack(env, path, &dir);
+        let request = SideFiles { gguf: path.to_path_buf(), dir: dir.clone() };
+        let working = Working::start(&env.worker, WORK, &request);
+        let unpacked = working.and_then(|child| child.finish::<()>(&Silent));
         // Another process may have been faster.
         if !dir.join("config.json").exists() {
             unpacked?;
         }
     }
     Ok(dir)
+}
+
+/// A GGUF file whose configuration and tokenizer are to be files of a directory.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct SideFiles {
+    gguf: PathBuf,
+    dir: PathBuf,
+}
+
+/// The child's work: writes them all at once, so that half of them is never taken for all.
+pub(crate) fn write_side_files(request: &SideFiles) -> Result<()> {
+    let model = GgufModel::open(&request.gguf)?;
+    let staging = StagingDir::create(&request.dir)?;
+    model.write_side_files(staging.path())?;
+    Ok(staging.publish()?)
 }
 
 /// Reads `config.json` of a directory, or a configuration file.

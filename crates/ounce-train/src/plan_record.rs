@@ -67,7 +67,8 @@ impl Session {
 
     /// What each phase takes. Saving streams from where training has left the tensors: nothing is added.
     fn phases(&self) -> Vec<PhaseRecord> {
-        let peak = |program: &Program| program.certificate.peak_bytes;
+        // The tables of all plans are there all the time.
+        let peak = |p: &Program| p.certificate.peak_bytes - p.tables_bytes + self.tables_bytes;
         let timed = self.timed_peak_bytes();
         let loaded = self.baseline.bytes() + self.main().stored_bytes;
         [

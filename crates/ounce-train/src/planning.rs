@@ -17,6 +17,7 @@ use crate::baseline::{Baseline, INSTR_BYTES};
 use crate::budget::{format_budget, format_bytes};
 use crate::graphs::{Graphs, Job, TrainWanted, Wanted, build};
 use crate::model::Model;
+use crate::together::{Need, plan_together};
 
 /// Flags of a step of one row.
 pub(crate) const ONE_ROW_FLAGS: &str =
@@ -63,8 +64,8 @@ fn options(reserved_bytes: u64) -> PlanOptions {
 }
 
 impl Planner<'_> {
-    /// The plan of a graph, if one fits.
-    pub(crate) fn plan(&self, job: &Job) -> Option<Plan> {
+    /// The plan of a graph, if one fits into `budget_bytes`, which is all of the run's or a part of it.
+    pub(crate) fn plan(&self, job: &Job, budget_bytes: u64) -> Option<Plan> {
         let Job { graph, shape, reserved_bytes } = job;
         let mut options = options(*reserved_bytes);
         // A small budget has room for short lists.
@@ -77,7 +78,7 @@ impl Planner<'_> {
         let declared = Declared(self.machine);
         let least = || Frontier::solve(graph, shape, &declared, &low_end(*reserved_bytes));
         let smallest_bytes = least().smallest_bytes();
-        if smallest_bytes.max(self.baseline.tokenizing_peak_bytes()) > self.budget_bytes {
+        if smallest_bytes > budget_bytes {
             return None;
         }
         // Kernels are timed before there are lists, and lists are made before plans are unrolled: timing has the memory
@@ -89,22 +90,35 @@ impl Planner<'_> {
         self.machine.release_memory();
         let measured = Frontier::solve(graph, shape, self.machine, &options);
         release_free_heap();
-        if let Ok(plan) = measured.plan(self.budget_bytes) {
+        if let Ok(plan) = measured.plan(budget_bytes) {
             return Some(plan);
         }
         let fastest_s = measured.fastest_s();
         drop(measured);
-        self.least(graph, &least(), fastest_s).ok()
+        self.least(graph, least().plan(budget_bytes), fastest_s).ok()
+    }
+
+    /// The plan near the least peak, with its measured times: what fits together in the smallest budget fits in any
+    /// larger one.
+    pub(crate) fn plan_least(&self, job: &Job, budget_bytes: u64) -> Option<Plan> {
+        let Job { graph, shape, reserved_bytes } = job;
+        let declared = Declared(self.machine);
+        let plan =
+            ounce_plan::plan(graph, shape, budget_bytes, &declared, &low_end(*reserved_bytes));
+        let measured = Frontier::solve(graph, shape, self.machine, &low_end(*reserved_bytes));
+        let fastest_s = measured.fastest_s();
+        drop(measured);
+        self.least(graph, plan, fastest_s).ok()
     }
 
     /// A plan near the least peak that measured costs do not find, with its measured times.
     fn least(
         &self,
         graph: &Graph,
-        least: &Frontier<'_>,
+        plan: Result<Plan, PlanError>,
         (bound_s, fastest_s): (f64, f64),
     ) -> Result<Plan, PlanError> {
-        let mut plan = least.plan(self.budget_bytes)?;
+        let mut plan = plan?;
         let cost = |instr: &Instr| match instr {
             Instr::Run { op, tokens, .. } => {
                 self.machine.cost_s(graph, *op, &plan.shape, tokens.end - tokens.start)
@@ -138,8 +152,22 @@ impl Planner<'_> {
         }
     }
 
-    /// The smallest budget that every plan of a run fits into, and what the largest of them holds in it.
+    /// The smallest budget of a run, and what the largest of its plans holds in it.
     pub(crate) fn smallest(&self, graphs: &Graphs) -> (u64, Vec<(Category, u64)>) {
+        let (together_bytes, mut parts) = self.smallest_together(graphs);
+        let arena_bytes = together_bytes.saturating_sub(self.baseline.bytes());
+        let smallest_bytes = self.baseline.smallest_budget(arena_bytes);
+        for (category, bytes) in &mut parts {
+            if *category == Category::Process {
+                *bytes = self.baseline.bytes_in(smallest_bytes);
+            }
+        }
+        (smallest_bytes, parts)
+    }
+
+    /// The smallest budget that the plans of a run fit into together, beside the process as it is declared for this
+    /// budget.
+    pub(crate) fn smallest_together(&self, graphs: &Graphs) -> (u64, Vec<(Category, u64)>) {
         let declared = Declared(self.machine);
         let mut worst = (0, Vec::new());
         for Job { graph, shape, reserved_bytes } in graphs.iter() {
@@ -150,15 +178,27 @@ impl Planner<'_> {
                 worst = (smallest_bytes, dominating);
             }
         }
-        let arena_bytes = worst.0.saturating_sub(self.baseline.bytes());
-        let smallest_bytes = self.baseline.smallest_budget(arena_bytes);
-        let (_, mut parts) = worst;
-        for (category, bytes) in &mut parts {
-            if *category == Category::Process {
-                *bytes = self.baseline.bytes_in(smallest_bytes);
-            }
+        while !self.fit_together(graphs, worst.0) {
+            worst.0 += BUDGET_STEP_BYTES;
         }
-        (smallest_bytes, parts)
+        worst
+    }
+
+    /// Whether plans by declared costs fit into a budget together.
+    fn fit_together(&self, graphs: &Graphs, budget_bytes: u64) -> bool {
+        let declared = Declared(self.machine);
+        let jobs: Vec<&Job> = graphs.iter().collect();
+        let need = |&need: &Need| need;
+        let found = plan_together(jobs.len(), budget_bytes, need, |i, budget_bytes| {
+            let Job { graph, shape, reserved_bytes } = jobs[i];
+            let plan =
+                ounce_plan::plan(graph, shape, budget_bytes, &declared, &low_end(*reserved_bytes));
+            Ok(plan.ok().map(|plan| Need {
+                peak_bytes: plan.certificate.peak_bytes,
+                tables_bytes: plan.baseline_bytes - self.machine.baseline_bytes(),
+            }))
+        });
+        matches!(found, Ok(Some(_)))
     }
 
     /// The first change, those that cost least first, after which the run fits into the budget; if none is enough by
@@ -185,6 +225,8 @@ impl Planner<'_> {
     }
 }
 
+/// By what budgets are tried.
+const BUDGET_STEP_BYTES: u64 = 64 << 10;
 /// The planner's lists take one of so many parts of what a budget leaves free.
 const LISTS_SHARE: u64 = 16;
 const NO_CLIPPING: &str = "--max-grad-norm 0";

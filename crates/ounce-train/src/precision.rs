@@ -110,11 +110,22 @@ pub(crate) fn classes(graph: &Graph) -> Vec<OpClass> {
 
 /// The precision to evaluate or sample a model in: as set, else as recorded beside it, else f32.
 pub(crate) fn policy_for(settings: &Settings, dir: &Path) -> PrecisionPolicy {
+    let policy = |settings: &Settings| {
+        let policy = settings.policy();
+        if settings.f16_demote { all_demoted(&policy) } else { policy }
+    };
     if settings.precision.is_some() {
-        return settings.policy();
+        return policy(settings);
     }
     let begun = recorded(dir).and_then(|map| serde_json::from_value(Value::Object(map)).ok());
-    begun.map_or_else(PrecisionPolicy::default, |begun: Settings| begun.policy())
+    begun.as_ref().map_or_else(PrecisionPolicy::default, policy)
+}
+
+/// What a run that may take classes of ops out of f16 evaluates and samples in: none of them is in it.
+pub(crate) fn all_demoted(policy: &PrecisionPolicy) -> PrecisionPolicy {
+    let mut policy = policy.clone();
+    policy.keep_f32.extend(OpClass::CHOSEN);
+    policy
 }
 
 /// The precision settings of the run that made the model in `dir`, if it says so. What is not ours to
@@ -134,7 +145,7 @@ fn recorded(dir: &Path) -> Option<Map<String, Value>> {
             _ => return None,
         },
     };
-    all.retain(|key, _| key.starts_with("precision"));
+    all.retain(|key, _| key.starts_with("precision") || key == "f16_demote");
     Some(all)
 }
 
@@ -261,33 +272,6 @@ impl Scaler {
             self.state.strikes.get(class.name()).is_some_and(|&count| count >= STRIKES)
         };
         OpClass::CHOSEN.into_iter().filter(is_out).collect()
-    }
-}
-
-/// The precision as a word in settings.
-pub(crate) mod by_name {
-    use ounce_passes::Precision;
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-
-    #[expect(
-        clippy::trivially_copy_pass_by_ref,
-        clippy::ref_option,
-        reason = "the signature is serde's"
-    )]
-    pub(crate) fn serialize<S: Serializer>(p: &Option<Precision>, s: S) -> Result<S::Ok, S::Error> {
-        match p {
-            Some(p) => s.serialize_str(p.name()),
-            None => s.serialize_none(),
-        }
-    }
-
-    pub(crate) fn deserialize<'de, D>(d: D) -> Result<Option<Precision>, D::Error>
-    where
-        D: Deserializer<'de>,
-    {
-        let Some(name) = Option::<String>::deserialize(d)? else { return Ok(None) };
-        let unknown = || D::Error::custom(format!("`{name}` is not f32, bf16 or f16"));
-        Precision::from_name(&name).map(Some).ok_or_else(unknown)
     }
 }
 

@@ -10,16 +10,18 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use ounce_io::dataset::{ColumnMapping, RowFormat};
+use ounce_io::dataset::{ColumnMapping, RowFormat, nearest};
 pub use ounce_passes::Precision;
 use ounce_passes::{OpClass, PrecisionPolicy};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::budget::Memory;
-use crate::precision::by_name;
 use crate::schedule::SchedulerType;
 use crate::{Error, Result};
+
+/// Rows of a window if not given: the buffer of Hugging Face's `IterableDataset.shuffle`.
+const WINDOW_ROWS: u64 = 1000;
 
 /// What to do with a step whose loss or gradient is infinite or not a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -308,7 +310,15 @@ impl Settings {
             unreachable!("a struct of plain fields serializes to an object")
         };
         map.insert("precision".to_owned(), self.policy().precision.name().into());
+        if self.streaming {
+            map.insert("shuffle_buffer_size".to_owned(), self.window_rows().into());
+        }
         map
+    }
+
+    /// Rows, or blocks, of a window of a stream.
+    pub(crate) fn window_rows(&self) -> u64 {
+        self.shuffle_buffer_size.unwrap_or(WINDOW_ROWS)
     }
 
     /// What values are stored in, class by class.
@@ -322,7 +332,9 @@ impl Settings {
 
     /// The settings as a YAML file that [`Settings::resolve`] reads back; what is not set is left out.
     pub fn to_yaml(&self) -> String {
-        let map = self.to_map();
+        let mut map = self.to_map();
+        // Whoever repeats a run begins it.
+        map.remove("resume_from_checkpoint");
         // A JSON value is a YAML value, but for characters that YAML allows as escapes only.
         let is_escaped = |c: char| {
             matches!(
@@ -350,7 +362,6 @@ impl Settings {
     /// Refuses values that make no sense.
     pub(crate) fn check_ranges(&self) -> Result<()> {
         self.check_rows()?;
-        self.check_company()?;
         self.check_numbers()?;
         self.check_overrides()
     }
@@ -376,9 +387,16 @@ impl Settings {
         Ok(())
     }
 
-    /// Refuses settings without the one that they belong to.
-    fn check_company(&self) -> Result<()> {
+    /// Refuses settings of training without the one that they belong to; where they have a default, other values than
+    /// that. Where nothing is trained, they change nothing anyway.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] with both names.
+    pub(crate) fn check_company(&self) -> Result<()> {
         let is_f16 = self.policy().precision == Precision::F16;
+        let is_constant = self.lr_scheduler_type == SchedulerType::Constant;
+        let (is_adamw, default) = (self.optimizer == Optimizer::Adamw, Self::default());
+        let of_adam = |s: &Self| [s.adam_beta1, s.adam_beta2, s.adam_epsilon];
         let alone = [
             (
                 self.shuffle_buffer_size.is_some(),
@@ -393,6 +411,19 @@ impl Settings {
                 "--streaming",
             ),
             (self.f16_demote, "f16_demote", is_f16, "--precision f16"),
+            (
+                self.init_loss_scale != default.init_loss_scale,
+                "init_loss_scale",
+                is_f16,
+                "--precision f16",
+            ),
+            (of_adam(self) != of_adam(&default), "adam_*", is_adamw, "--optimizer adamw"),
+            (
+                self.min_lr_ratio != default.min_lr_ratio,
+                "min_lr_ratio",
+                !is_constant,
+                "--lr-scheduler-type linear` or `cosine",
+            ),
         ];
         match alone.iter().find(|(given, _, has_other, _)| *given && !has_other) {
             Some((_, name, _, other)) => {
@@ -464,6 +495,7 @@ impl Settings {
                 "max_length",
                 "from 2 to 16777216",
             ),
+            (self.sample_tokens <= 1 << 24, "sample_tokens", "at most 16777216"),
             (self.logging_steps != Some(0), "logging_steps", "at least 1"),
             (self.eval_steps != Some(0), "eval_steps", "at least 1"),
             (self.save_steps != Some(0), "save_steps", "at least 1"),
@@ -599,10 +631,31 @@ fn lines_of<'a>(text: &'a str, key: &'a str) -> impl Iterator<Item = usize> + 'a
     text.lines().enumerate().filter(move |(_, l)| starts(l)).map(|(i, _)| i + 1)
 }
 
-/// The candidate most like `word`, if any is alike.
-fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let scored = candidates.map(|c| (strsim::jaro_winkler(word, c), c));
-    scored.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(score, _)| *score > 0.7).map(|(_, c)| c)
+/// The precision as a word in settings.
+mod by_name {
+    use ounce_passes::Precision;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    #[expect(
+        clippy::trivially_copy_pass_by_ref,
+        clippy::ref_option,
+        reason = "the signature is serde's"
+    )]
+    pub(super) fn serialize<S: Serializer>(p: &Option<Precision>, s: S) -> Result<S::Ok, S::Error> {
+        match p {
+            Some(p) => s.serialize_str(p.name()),
+            None => s.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D>(d: D) -> Result<Option<Precision>, D::Error>
+    where
+        D: Deserializer<'de>,
+    {
+        let Some(name) = Option::<String>::deserialize(d)? else { return Ok(None) };
+        let unknown = || D::Error::custom(format!("`{name}` is not f32, bf16 or f16"));
+        Precision::from_name(&name).map(Some).ok_or_else(unknown)
+    }
 }
 
 #[cfg(test)]
@@ -675,10 +728,14 @@ mod tests {
             json!({ "streaming": true, "shuffle_buffer_size": 0 }),
             json!({ "streaming": true, "dataloader_num_workers": 1000 }),
             json!({ "f16_demote": true, "precision": "bf16" }),
+            json!({ "init_loss_scale": 1024.0 }),
+            json!({ "adam_beta1": 0.5, "optimizer": "sgd" }),
+            json!({ "min_lr_ratio": 0.1, "lr_scheduler_type": "constant" }),
             json!({ "precision_overrides": { "norms": "f32" } }),
             json!({ "precision_overrides": { "norm": "f16" } }),
         ] {
-            assert!(resolve("", flags.clone()).is_err(), "{flags}");
+            let resolved = resolve("", flags.clone()).and_then(|s| s.check_company());
+            assert!(resolved.is_err(), "{flags}");
         }
     }
 

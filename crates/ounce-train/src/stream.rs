@@ -16,15 +16,16 @@ use ounce_io::{
 use serde::{Deserialize, Serialize};
 
 use crate::batch::Row;
-use crate::checkpoint::{by_full_path, changed_data};
+use crate::child::Working;
 use crate::limits::Limits;
 use crate::model::Model;
+use crate::same_data::{by_full_path, changed_data};
 use crate::settings::DataFile;
-use crate::tokenize::{self, RowRequest, Work, Working, file_lines, load_template, now_s};
+use crate::tokenize::{self, RowRequest, file_lines, load_template, now_s};
 use crate::{Environment, Error, Observer, Result, Settings};
 
-/// Rows of a window if not given: the buffer of Hugging Face's `IterableDataset.shuffle`.
-const WINDOW_ROWS: u64 = 1000;
+/// The kind of the child's work.
+pub(crate) const WORK: &str = "window";
 
 /// The child's own stack, heap and libraries' data; its code is shared with this process.
 const CHILD_BYTES: u64 = 4 << 20;
@@ -51,8 +52,9 @@ impl StreamWanted {
         let n_workers = settings.dataloader_num_workers.unwrap_or(1) as usize;
         let n_files = settings.data.len() as u64;
         let reading_bytes = data_bytes_at_once(settings.data.iter().map(DataFile::path));
-        let window_bytes = ROW_BYTES * window_rows(settings) + FILE_BYTES * n_files + reading_bytes;
-        let window_disk_bytes = window_disk_bytes(window_rows(settings), max_length);
+        let window_bytes =
+            ROW_BYTES * settings.window_rows() + FILE_BYTES * n_files + reading_bytes;
+        let window_disk_bytes = window_disk_bytes(settings.window_rows(), max_length);
         settings.streaming.then_some(Self { n_workers, window_bytes, window_disk_bytes })
     }
 }
@@ -60,10 +62,6 @@ impl StreamWanted {
 /// Most bytes of the child that tokenizes beside the steps.
 pub(crate) fn streaming_bytes(tokenizer: &Path, stream: StreamWanted) -> u64 {
     CHILD_BYTES + stream.window_bytes + ounce_io::tokenizing_bytes(tokenizer, stream.n_workers)
-}
-
-fn window_rows(settings: &Settings) -> u64 {
-    settings.shuffle_buffer_size.unwrap_or(WINDOW_ROWS)
 }
 
 /// A window that a child is asked for.
@@ -134,7 +132,7 @@ impl TrainStream {
             hint: "give the length of the run as `--max-steps N`".to_owned(),
         })?;
         let dir = StreamDir::create(env.disk.clone(), &tokenize::cache_dir(env))?;
-        let disk_bytes = 2 * window_disk_bytes(window_rows(settings), max_length);
+        let disk_bytes = 2 * window_disk_bytes(settings.window_rows(), max_length);
         check_room(&*env.disk, dir.path(), dir.path(), disk_bytes)?;
         let begun = from.and_then(|checkpoint| cursor_of(checkpoint, settings));
         if let (Some(_), None) = (from, &begun) {
@@ -148,7 +146,7 @@ impl TrainStream {
             stream: StreamOptions {
                 files: settings.data.iter().map(file_and_weight).collect(),
                 max_length: max_length as usize,
-                window_rows: window_rows(settings),
+                window_rows: settings.window_rows(),
                 packs: settings.packing,
                 seed: settings.seed,
                 insists: settings.override_begun,
@@ -158,7 +156,7 @@ impl TrainStream {
             // Nothing else runs yet.
             n_workers: tokenize::n_threads(&model.dir, limits),
         };
-        Working::start(&env.worker, &Work::Window(Box::new(request.clone())))?.finish(observer)?;
+        Working::start(&env.worker, WORK, &request)?.finish::<()>(observer)?;
         let window = StreamWindow::open(&request.path, &request.stream)?;
         request.n_workers = StreamWanted::of(settings, max_length).map_or(1, |s| s.n_workers);
         let notes = window.notes();
@@ -239,8 +237,7 @@ impl TrainStream {
         let place = self.window.notes().next.clone();
         self.request.path = self.dir.path().join(format!("window-{}.bin", place.window));
         self.request.place = Some(place);
-        let work = Work::Window(Box::new(self.request.clone()));
-        self.next = Some(Working::start(&self.worker, &work)?);
+        self.next = Some(Working::start(&self.worker, WORK, &self.request)?);
         Ok(())
     }
 
@@ -250,7 +247,7 @@ impl TrainStream {
             self.start_next()?;
         }
         if let Some(child) = self.next.take() {
-            child.finish(observer)?;
+            child.finish::<()>(observer)?;
         }
         let window = StreamWindow::open(&self.request.path, &self.request.stream)?;
         let (before, notes) = (self.window.notes(), window.notes());

@@ -1,35 +1,29 @@
-//! Work on tokenizers in a child process, so that its memory is never ours.
+//! Tokenizing in a child process, before the arena is touched.
 //!
-//! A tokenizer takes tens of MiB, and the pages it leaves behind would stay resident for the whole
-//! run. So the parent starts its own program file as `__tokenize`, sends one request as JSON on stdin
-//! and reads one answer from stdout. What stays: token files on disk, read with `pread`, and the
-//! table from id to bytes. The child ends before the arena is touched.
+//! A tokenizer takes tens of MiB. What stays of it: token files on disk, read with `pread`, and the table from id to
+//! bytes.
 
-use std::io::{Read, Write};
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
-use std::time::Duration;
 
 use ounce_io::chat_template::ChatTemplate;
 use ounce_io::dataset::{ColumnMapping, OnBadRow, RowFormat, has_conversations, row_bytes};
 use ounce_io::{
-    FileNotes, GgufModel, IdTable, RowNotes, RowOptions, RowTokens, StagingDir, StreamNotes,
-    TokenCache, Tokenizer, data_fingerprint,
+    FileNotes, IdTable, RowNotes, RowOptions, RowTokens, StreamNotes, TokenCache, Tokenizer,
+    data_fingerprint,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::baseline::PROCESS_BYTES;
 use crate::budget::peak_resident_bytes;
+use crate::child::Working;
 use crate::error::message_and_hint;
 use crate::limits::Limits;
 use crate::settings::{BadRows, Columns};
-use crate::stream::{WindowRequest, make_window};
 use crate::text_table::TextTable;
-use crate::{Environment, Error, Observer, Result, Settings, Silent};
+use crate::{Environment, Error, Observer, Result, Settings};
 
-/// Between two looks at the child.
-const POLL_EVERY: Duration = Duration::from_millis(3);
+/// The kind of work.
+pub(crate) const WORK: &str = "tokenize";
 
 /// What the child is asked to do.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -146,65 +140,11 @@ pub(crate) struct Answer {
     pub(crate) notes: Vec<String>,
 }
 
-/// What a child is started for.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Work {
-    Tokenize(Request),
-    /// A window of a stream.
-    Window(Box<WindowRequest>),
-    /// Configuration and tokenizer of a GGUF file become files of a directory.
-    Unpack {
-        gguf: PathBuf,
-        dir: PathBuf,
-    },
-}
-
-/// An answer, or what went wrong in the child.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Reply {
-    Tokenized(Answer),
-    /// What was asked for is on disk.
-    Written,
-    Failed {
-        input: bool,
-        message: String,
-        hint: String,
-    },
-}
-
-/// The child's whole work: a request in, an answer out.
+/// The child's work: token files, and the table from id to bytes.
 ///
 /// # Errors
-/// A request that is not one; failures of the work itself are part of the answer.
-pub fn answer_tokenize_request(request: &str) -> Result<String> {
-    let work: Work = serde_json::from_str(request).map_err(|e| Error::Usage {
-        message: format!("not a request to tokenize: {e}"),
-        hint: "`__tokenize` is started by ounce itself".to_owned(),
-    })?;
-    let done = match &work {
-        Work::Tokenize(request) => tokenize(request).map(Reply::Tokenized),
-        Work::Window(request) => make_window(request).map(|()| Reply::Written),
-        Work::Unpack { gguf, dir } => write_side_files(gguf, dir).map(|()| Reply::Written),
-    };
-    let reply = match done {
-        Ok(reply) => reply,
-        Err(e) => {
-            let (message, hint) = message_and_hint(&e);
-            Reply::Failed { input: e.class() != crate::ErrorClass::Files, message, hint }
-        }
-    };
-    Ok(serde_json::to_string(&reply).expect("plain fields serialize"))
-}
-
-/// Writes them all at once, so that half of them is never taken for all.
-fn write_side_files(gguf: &Path, dir: &Path) -> Result<()> {
-    let model = GgufModel::open(gguf)?;
-    let staging = StagingDir::create(dir)?;
-    model.write_side_files(staging.path())?;
-    Ok(staging.publish()?)
-}
-
-fn tokenize(request: &Request) -> Result<Answer> {
+/// Files that are missing or wrong.
+pub(crate) fn tokenize(request: &Request) -> Result<Answer> {
     std::fs::create_dir_all(&request.cache_dir).map_err(|e| Error::file(&request.cache_dir, &e))?;
     let tokenizer = Tokenizer::load(&request.tokenizer)?;
     let options = request.rows.options();
@@ -341,102 +281,7 @@ pub(crate) fn file_lines(file: &FileNotes, max_length: usize) -> Vec<String> {
 
 /// Has a child process tokenize, which is killed where the observer asks to stop.
 pub(crate) fn ask(env: &Environment, request: &Request, observer: &dyn Observer) -> Result<Answer> {
-    match Working::start(&env.worker, &Work::Tokenize(request.clone()))?.finish(observer)? {
-        Reply::Tokenized(answer) => Ok(answer),
-        _ => unreachable!("a child answers what it is asked"),
-    }
-}
-
-/// Has a child process write configuration and tokenizer of a GGUF file into a directory.
-pub(crate) fn unpack(env: &Environment, gguf: &Path, dir: &Path) -> Result<()> {
-    let work = Work::Unpack { gguf: gguf.to_path_buf(), dir: dir.to_path_buf() };
-    Working::start(&env.worker, &work)?.finish(&Silent).map(|_| ())
-}
-
-/// A child process at work. Dropped, it is killed.
-#[derive(Debug)]
-pub(crate) struct Working {
-    child: Child,
-    stdout: Option<ChildStdout>,
-    worker: PathBuf,
-}
-
-impl Working {
-    /// Starts `worker` on some work.
-    ///
-    /// # Errors
-    /// A program that cannot be started.
-    pub(crate) fn start(worker: &Path, work: &Work) -> Result<Self> {
-        let mut child = Command::new(worker)
-            .arg("__tokenize")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(|e| Error::file(worker, &e))?;
-        let text = serde_json::to_string(work).expect("plain fields serialize");
-        // A child that dies early closes the pipe; its status below says more than the pipe's error.
-        let _ = child.stdin.take().expect("stdin is piped").write_all(text.as_bytes());
-        let stdout = child.stdout.take();
-        Ok(Self { child, stdout, worker: worker.to_path_buf() })
-    }
-
-    /// Waits for the reply.
-    ///
-    /// # Errors
-    /// What went wrong in the child; a request to stop, after which it is killed.
-    pub(crate) fn finish(mut self, observer: &dyn Observer) -> Result<Reply> {
-        let mut stdout = self.stdout.take().expect("the reply is read once");
-        let (child, mut said) = (&mut self.child, Vec::new());
-        let status = std::thread::scope(|scope| {
-            // Read beside the wait: a long answer would fill the pipe.
-            scope.spawn(|| stdout.read_to_end(&mut said));
-            wait(child, observer)
-        });
-        let Some(status) = status.map_err(|e| Error::file(&self.worker, &e))? else {
-            return Err(Error::Interrupted { step: 0, checkpoint: None });
-        };
-        // A signal to the whole group may end the child before it listens, and before we have heard of it.
-        if status.signal().is_some() {
-            std::thread::sleep(POLL_EVERY);
-            if observer.stop_requested() {
-                return Err(Error::Interrupted { step: 0, checkpoint: None });
-            }
-        }
-        match serde_json::from_slice(&said) {
-            Ok(Reply::Failed { input: true, message, hint }) => Err(Error::Input { message, hint }),
-            Ok(Reply::Failed { input: false, message, hint }) => {
-                Err(Error::Files { message, hint })
-            }
-            Ok(reply) if status.success() => Ok(reply),
-            _ => Err(Error::Files {
-                message: format!("the tokenizing process ended early ({status})"),
-                hint: "if it was killed, the machine may be short of memory".to_owned(),
-            }),
-        }
-    }
-}
-
-impl Drop for Working {
-    fn drop(&mut self) {
-        // One that has ended cannot be killed, and that is as well.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// The child's end; `None` where it was killed because the observer asked to stop.
-fn wait(child: &mut Child, observer: &dyn Observer) -> std::io::Result<Option<ExitStatus>> {
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(Some(status));
-        }
-        if observer.stop_requested() {
-            child.kill()?;
-            child.wait()?;
-            return Ok(None);
-        }
-        std::thread::sleep(POLL_EVERY);
-    }
+    Working::start(&env.worker, WORK, request)?.finish(observer)
 }
 
 /// Most that tokenizing the data files of a run takes besides code and libraries.

@@ -28,6 +28,7 @@ use crate::{DoneRecord, Environment, Error, Observer, PlanRecord, Result, Settin
 /// # Errors
 /// As [`train`] before its first step.
 pub fn plan(settings: &Settings, env: &Environment) -> Result<PlanRecord> {
+    settings.check_company()?;
     let model = Model::open(settings, env)?;
     check_files(settings)?;
     let session = compile(&model, &wanted(settings, &model), &Limits::of(settings), env)?;
@@ -54,6 +55,7 @@ pub fn train(
     env: &Environment,
     observer: &mut dyn Observer,
 ) -> Result<DoneRecord> {
+    settings.check_company()?;
     let output_dir = settings.output_dir.as_deref().ok_or_else(|| missing("--output-dir DIR"))?;
     let from = checkpoint::find(settings, output_dir, observer)?;
     let begun = from.as_ref().map(|c| (c.state().step, c.path().to_path_buf()));
@@ -156,7 +158,8 @@ fn wanted(settings: &Settings, model: &Model) -> Wanted {
     let max_length = model.max_length(settings);
     let shape = StepShape::new(settings.n_rows(), max_length);
     // A token of the prompt is at least a byte, and one more may begin it.
-    let sample_tokens = settings.sample_tokens + settings.sample_prompt.len() as u64 + 1;
+    let sample_tokens =
+        settings.sample_tokens.saturating_add(settings.sample_prompt.len() as u64 + 1);
     Wanted {
         tokenizes: true,
         train: Some(TrainWanted::of(settings, shape)),
@@ -217,6 +220,12 @@ impl Run<'_> {
                 let saved = self.place.checkpoint.clone().filter(|_| self.place.saved_step == step);
                 let path = saved.map_or_else(|| self.save(), Ok)?;
                 return Err(Error::Interrupted { step, checkpoint: Some(path) });
+            }
+            // A row that cannot be read, of a stream: what was done before is kept for when the data are mended.
+            Err(e @ Error::Input { .. }) if self.place.step > self.place.saved_step => {
+                let path = self.save()?;
+                observer.note(&format!("the steps that were done are in {}", path.display()));
+                return Err(e);
             }
             other => other?,
         };

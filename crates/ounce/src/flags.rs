@@ -34,6 +34,7 @@ pub(crate) enum Command {
     #[command(allow_negative_numbers = true)]
     Train(RunFlags),
     /// Loss and perplexity of a model on a text
+    #[command(allow_negative_numbers = true)]
     Eval(RunFlags),
     /// Continue a prompt
     #[command(allow_negative_numbers = true)]
@@ -88,8 +89,9 @@ impl Command {
     }
 }
 
-/// Swallows whatever follows a command that is refused.
+// Swallows whatever follows a command that is refused; no doc comment, which would be help.
 #[derive(Debug, Args)]
+#[command(disable_help_flag = true)]
 pub(crate) struct NotBuiltFlags {
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
     _rest: Vec<String>,
@@ -470,6 +472,7 @@ pub(crate) struct BenchFlags {
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchWhat {
     /// Full training steps on one fixed random batch from random weights
+    #[command(allow_negative_numbers = true)]
     Step(BenchStepFlags),
 }
 

@@ -80,7 +80,7 @@ fn told_as(e: &HubError) -> Error {
         HubError::NotFound { .. } | HubError::Unauthorized { .. } | HubError::Checksum { .. } => {
             Error::Input { message, hint }
         }
-        HubError::Interrupted => Error::Interrupted { step: 0, checkpoint: None },
+        HubError::Interrupted => Error::Paused { message, hint },
         HubError::BadAnswer { .. }
         | HubError::Network { .. }
         | HubError::NoRoom { .. }

@@ -5,13 +5,14 @@
 //!    template's own text; it must stand around the answers in the true text, in the same order. This needs no
 //!    template whose text for a part is the start of its text for the whole, which Qwen3's is not.
 //! 2. An answer that the template takes apart (reasoning, calls of tools) is found by rendering what comes before it,
-//!    with the prompt to answer: if the true text begins with that, the answer is what follows, up to the end of turn.
+//!    with the prompt to answer: if the true text begins with that, the answer is what follows, up to the end of turn,
+//!    which must come before the next message does.
 //! 3. An answer that is found by neither is not supervised, and counted.
 //!
 //! The end of a turn is what the template writes behind an answer, up to and with its first special token; what
 //! follows (mostly a line feed) is not supervised: nobody has to write it.
 //!
-//! Complexity: two renderings of the conversation; one more for each answer that is taken apart.
+//! Complexity: two renderings of the conversation; three more for each answer that is taken apart.
 
 use std::ops::Range;
 
@@ -22,6 +23,8 @@ use crate::dataset::Conversation;
 
 /// What marks a stand-in: characters that no text is meant to hold.
 const STAND_IN: [char; 2] = ['\u{fdd2}', '\u{fdd3}'];
+/// Where messages have reasoning beside their content.
+const REASONING: [&str; 3] = ["reasoning_content", "reasoning", "thinking"];
 /// Longest end of turn that is no token.
 const MAX_END_BYTES: usize = 40;
 
@@ -189,16 +192,20 @@ impl Search<'_> {
     fn answers(&self, mut wanted: Vec<usize>) -> Result<(Vec<Range<usize>>, usize), String> {
         let (mut spans, mut n_lost) = (Vec::new(), 0);
         wanted.retain(|&i| {
-            let plain = self.messages[i]["content"].as_str().is_some_and(|c| !c.is_empty());
-            let calls = self.messages[i]["tool_calls"].as_array();
-            let plain = plain && calls.is_none_or(Vec::is_empty);
-            if !plain {
-                match self.by_prefix(i) {
-                    Some(span) => spans.push(span),
-                    None => n_lost += 1,
-                }
+            let message = &self.messages[i];
+            let is_text = |key: &str| message[key].as_str().is_some_and(|text| !text.is_empty());
+            let has_calls = message["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty());
+            let is_said = is_text("content") && !has_calls;
+            if is_said && !REASONING.iter().any(|key| is_text(key)) {
+                return true;
             }
-            plain
+            match self.by_prefix(i) {
+                Some(span) => spans.push(span),
+                // Without its reasoning rather than not at all.
+                None if is_said => return true,
+                None => n_lost += 1,
+            }
+            false
         });
         while !wanted.is_empty() {
             let stuck_at = match self.by_stand_ins(&wanted)? {
@@ -251,6 +258,9 @@ impl Search<'_> {
             content.trim_end(),
             said.trim_start_matches('\n'),
             said.trim(),
+            said,
+            said.trim_start(),
+            said.trim_end(),
         ];
         let here = &self.text[at..];
         let fits = |s: &&str| here.strip_prefix(*s).is_some_and(|rest| rest.starts_with(next));
@@ -263,19 +273,21 @@ impl Search<'_> {
         end.map_or(at, |end| at + (next.len() - next.trim_start().len()) + end.len())
     }
 
-    /// What follows the prompt to answer message `i`, up to the end of its turn.
+    /// What follows the prompt to answer message `i`, up to the end of its turn, which must lie before the next message
+    /// begins: a template may write the last message otherwise than one in the middle.
     fn by_prefix(&self, i: usize) -> Option<Range<usize>> {
         let render =
             |n: usize, prompt| self.template.render(&self.messages[..n], self.tools, prompt);
         let prompt = render(i, true).ok()?.text;
-        let answer = self.text.strip_prefix(prompt.as_str())?;
         let start = prompt.len();
+        let limit = self.next_content(i)?;
+        let answer = self.text.strip_prefix(prompt.as_str())?.get(..limit.checked_sub(start)?)?;
         let part = render(i + 1, false).ok()?.text;
+        let turn = part.trim_end();
+        let is_whole = turn.len() > start && self.text.starts_with(turn);
         if let Some(end) = self.end.text() {
             let found = answer.find(end).map(|at| start + at + end.len());
             // A turn may end in another token, as calls of tools do: what the next one ends in is not its own.
-            let turn = part.trim_end();
-            let is_whole = turn.len() > start && self.text.starts_with(turn);
             return match found {
                 Some(found) if is_whole && found > part.len() => Some(start..turn.len()),
                 None if is_whole => Some(start..turn.len()),
@@ -283,7 +295,21 @@ impl Search<'_> {
             };
         }
         let same = part.bytes().zip(self.text.bytes()).take_while(|(a, b)| a == b).count();
-        (same > start && self.text.is_char_boundary(same)).then_some(start..same)
+        let said = self.messages[i]["content"].as_str().unwrap_or_default().trim();
+        let found = self.text.get(start..same)?;
+        (is_whole || !said.is_empty() && found.contains(said)).then_some(start..same)
+    }
+
+    /// Where the content of the message behind `i` begins in the text, the text's end if there is none; `None` where it
+    /// cannot be told.
+    fn next_content(&self, i: usize) -> Option<usize> {
+        let mut messages = self.messages.to_vec();
+        let Some(next) = messages.get_mut(i + 1) else { return Some(self.text.len()) };
+        next["content"] = stand_in(i + 1).into();
+        let outline = self.template.render(&messages, self.tools, false).ok()?.text;
+        let at = outline.find(&stand_in(i + 1))?;
+        let same = outline.bytes().zip(self.text.bytes()).take_while(|(a, b)| a == b).count();
+        Some(same.min(at))
     }
 }
 
@@ -326,6 +352,71 @@ mod tests {
             { "role": "assistant", "content": "a", "tool_calls": [] },
         ]);
         assert_eq!(supervised(source, &messages, "<end>").expect("rendered"), ["a<end>"]);
+    }
+
+    #[test]
+    fn what_others_say_is_never_supervised_where_the_last_message_is_written_otherwise() {
+        // Reasoning in the last message only, which alone ends in `<return>`.
+        let source = "{% for m in messages %}<{{ m.role }}>\
+            {% if m.thinking and loop.last %}{{ m.thinking }}|{% endif %}{{ m.content }}\
+            {% if m.role == 'assistant' and loop.last %}<return>{% else %}<end>{% endif %}{% endfor %}\
+            {% if add_generation_prompt %}<assistant>{% endif %}";
+        let messages = json!([
+            { "role": "user", "content": "q" },
+            { "role": "assistant", "content": "", "thinking": "hm" },
+            { "role": "user", "content": "r" },
+            { "role": "assistant", "content": "b", "thinking": "so" },
+        ]);
+        assert_eq!(supervised(source, &messages, "<return>").expect("rendered"), ["so|b<return>"]);
+        assert_eq!(
+            supervised(source, &messages, "<end>").expect("rendered"),
+            ["<end>", "so|b<return>"]
+        );
+    }
+
+    #[test]
+    fn reasoning_is_supervised_wherever_it_stands() {
+        let source = "{% for m in messages %}<{{ m.role }}>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}\
+            </think>{% endif %}{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}";
+        let row = |message: Value| json!([{ "role": "user", "content": "q" }, message]);
+        for message in [
+            json!({ "role": "assistant", "content": "a", "reasoning_content": "r" }),
+            json!({ "role": "assistant", "content": "<think>r</think>a" }),
+        ] {
+            let found = supervised(source, &row(message), "<end>").expect("rendered");
+            assert_eq!(found, ["<think>r</think>a<end>"]);
+        }
+    }
+
+    #[test]
+    fn an_answer_is_found_where_the_template_cuts_its_reasoning_off() {
+        let source = "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}<end>{% endfor %}\
+            {% if add_generation_prompt %}<assistant><think>{% endif %}";
+        let messages = json!([
+            { "role": "user", "content": "q" },
+            { "role": "assistant", "content": "<think>\nr\n</think>\n\na" },
+        ]);
+        assert_eq!(supervised(source, &messages, "<end>").expect("rendered"), ["\n\na<end>"]);
+    }
+
+    #[test]
+    fn a_piece_of_the_template_is_not_taken_for_an_answer_without_an_end() {
+        let source = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<think>\
+            {% if loop.last %}{{ m.content }}{% else %}</think>{{ m.content.split('</think>')[-1] | upper }}{% endif %}\
+            {% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}";
+        let messages = json!([
+            { "role": "user", "content": "q" },
+            { "role": "assistant", "content": "r</think>a" },
+            { "role": "user", "content": "q" },
+            { "role": "assistant", "content": "b" },
+        ]);
+        let template = ChatTemplate::from_source(source, Map::new(), 0).expect("a template");
+        let messages = messages.as_array().expect("a list").clone();
+        let conversation = Conversation { messages, ..Conversation::default() };
+        let found = template.supervised_text(&conversation, &EndOfTurn::None).expect("rendered");
+        let texts: Vec<&str> =
+            found.supervised.iter().map(|span| &found.text[span.clone()]).collect();
+        assert_eq!((&texts[..], found.n_lost), (&["b"][..], 1), "{}", found.text);
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //! OUT/checkpoint-1200/
 //!   config.json, tokenizer files, ...   as in any model directory: the checkpoint is one
 //!   model.safetensors                   the parameters
-//!   optimizer.safetensors               the optimizer's states, called STATE.PARAMETER, F32
+//!   optimizer.safetensors               the optimizer's states, called STATE.PARAMETER, F32 (lower halves of bf16
+//!                                       masters: I16)
 //!   trainer_state.json                  step, data cursor, seed, schedule, settings, ... (`state.rs`)
 //!   manifest.json                       length and XXH64 of every other file
 //! ```

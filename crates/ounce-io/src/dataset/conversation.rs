@@ -172,12 +172,12 @@ impl Row<'_> {
             messages.extend(self.answer("chosen")?);
             return self.with_tools(messages, n_given);
         }
-        if let (Some(Value::String(chosen)), Some(Value::String(rejected))) =
-            (self.get("chosen"), self.get("rejected"))
-        {
-            let (prompt, answer) = split_common(chosen, rejected);
-            let messages = vec![message("user", prompt), message("assistant", answer)];
-            return self.with_tools(messages, 1);
+        if self.get("chosen").is_some_and(Value::is_string) {
+            let mut messages = self.system()?;
+            let (question, answer) = self.question_and_chosen()?;
+            messages.extend([message("user", &question), message("assistant", &answer)]);
+            let n_given = messages.len() - 1;
+            return self.with_tools(messages, n_given);
         }
         let chosen = self.messages("chosen")?;
         let rejected = match self.get("rejected") {
@@ -186,6 +186,26 @@ impl Row<'_> {
         };
         let n_given = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
         self.with_tools(chosen, n_given)
+    }
+
+    /// A chosen answer that is a string, after a question of another name than `prompt`, or what both answers begin
+    /// with.
+    fn question_and_chosen(&self) -> Result<(String, String), Fault> {
+        let chosen = self.text("chosen")?;
+        if self.get("question").is_some() {
+            return Ok((self.text("question")?, chosen));
+        }
+        if self.get("instruction").is_some() {
+            return Ok((self.instruction(&self.optional_text("input")?)?, chosen));
+        }
+        let (prompt, answer) = split_common(&chosen, &self.optional_text("rejected")?);
+        if prompt.trim().is_empty() {
+            let prompt = self.columns.name("prompt");
+            return Err(Fault(format!(
+                "missing key `{prompt}`, and the answers have no begin in common"
+            )));
+        }
+        Ok((prompt.to_owned(), answer.to_owned()))
     }
 
     /// Whether `prompt` is a text that both answers, whole conversations, begin with once more.
@@ -390,6 +410,6 @@ fn kind_of(value: &Value) -> &'static str {
 fn split_common<'a>(chosen: &'a str, rejected: &str) -> (&'a str, &'a str) {
     let same = chosen.char_indices().zip(rejected.chars()).take_while(|((_, a), b)| a == b);
     let end = same.last().map_or(0, |((at, c), _)| at + c.len_utf8());
-    let end = chosen[..end].rfind([' ', '\n']).unwrap_or(end);
+    let end = chosen[..end].rfind([' ', '\n']).unwrap_or(0);
     chosen.split_at(end)
 }

@@ -4,13 +4,13 @@
 //! is not of it is a broken row. The user may name the format, and say which of the file's keys stands for which key of
 //! the format.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{Place, RowReader};
+use super::{Place, RawRow, RowReader};
 use crate::error::IoError;
 use crate::text::RowOptions;
 
@@ -102,6 +102,42 @@ impl RowFormat {
             IoError::bad_file(path, "holds no rows", "give a file with at least one row")
         }))
     }
+}
+
+/// Refuses a mapped key that none of the first rows has where it looks like one that they have: a key that is not
+/// needed would be read as empty.
+///
+/// # Errors
+/// Reading the file; `BadFile` with the key that was meant.
+pub(super) fn check_columns(path: &Path, options: &RowOptions) -> Result<(), IoError> {
+    if options.columns.pairs().next().is_none() {
+        return Ok(());
+    }
+    let mut rows = RowReader::open_within(path, options.row_bytes)?;
+    let mut keys = BTreeSet::new();
+    for _ in 0..N_LOOKED_AT {
+        match rows.next_row()? {
+            None => break,
+            Some(Ok(RawRow { value: Value::Object(row), .. })) => {
+                keys.extend(row.into_iter().map(|(key, _)| key));
+            }
+            Some(_) => {}
+        }
+    }
+    for (key, name) in options.columns.pairs().filter(|(_, name)| !keys.contains(*name)) {
+        if let Some(meant) = nearest(name, keys.iter().map(String::as_str)) {
+            let reason =
+                format!("`--column-mapping {key}={name}`: no row of the first has a key `{name}`");
+            return Err(IoError::bad_file(path, reason, format!("the nearest key is `{meant}`")));
+        }
+    }
+    Ok(())
+}
+
+/// The candidate most like `word`, if any is alike.
+pub fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let scored = candidates.map(|c| (strsim::jaro_winkler(word, c), c));
+    scored.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(score, _)| *score > 0.7).map(|(_, c)| c)
 }
 
 impl fmt::Display for RowFormat {

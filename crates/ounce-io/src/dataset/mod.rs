@@ -25,7 +25,7 @@ use serde_json::Value;
 
 pub(crate) use conversation::samples;
 pub use conversation::{Conversation, Sample};
-pub use format::{ColumnMapping, RowFormat};
+pub use format::{ColumnMapping, RowFormat, nearest};
 
 use crate::error::{IoError, excerpt};
 use crate::json::parse_at_most;
@@ -359,6 +359,9 @@ pub fn has_conversations(paths: &[PathBuf], options: &RowOptions) -> Result<bool
             (_, Some(format)) => Some(format),
             (_, None) => Some(RowFormat::detect(path, options)?),
         };
+        if format.is_some() {
+            format::check_columns(path, options)?;
+        }
         match format {
             None => text = Some(path),
             Some(RowFormat::Text) => {}

@@ -173,6 +173,13 @@ fn inspect_shows_format_counts_lengths_and_what_is_supervised() {
     ));
     assert!(text.contains("chat.jsonl: 40 rows read as `question-answer`"), "{text}");
     assert!(text.contains("train.txt: 1 rows of text"), "{text}");
+    // Beside conversations, rows of text are samples, in a run and here; plain text is refused there.
+    std::fs::write(lab.path("texts.jsonl"), "{\"text\": \"a\"}\n{\"text\": \"b\"}\n").unwrap();
+    let mixed =
+        lab.run(&words("data inspect chat.jsonl texts.jsonl --model model --max-length 64"));
+    let shown = [mixed.stdout, mixed.stderr].concat();
+    let shown = String::from_utf8(shown).unwrap();
+    assert!(shown.contains("texts.jsonl: 2 rows read as `text`; 2 samples"), "{shown}");
     assert!(text.contains("tokens") && text.contains("####"), "{text}");
     assert!(text.contains("[0\u{b7} ") || text.contains("[0"), "{text}");
     let lines = lab.json(&words("data inspect chat.jsonl --model model --samples 1"));

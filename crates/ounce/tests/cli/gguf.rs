@@ -82,6 +82,24 @@ fn weights_are_written_in_the_type_that_is_asked_for() {
 }
 
 #[test]
+fn a_file_is_not_exported_over_itself() {
+    let lab = Lab::llama();
+    lab.succeed(&words(
+        "init --output-dir m --arch llama --tokenizer bpe --vocab-size 300 --data train.txt",
+    ));
+    lab.succeed(&words("export --model m --format gguf --dtype f32 --output-dir g"));
+    let before = std::fs::read(lab.path("g/model.gguf")).unwrap();
+    std::os::unix::fs::symlink(lab.path("g"), lab.path("link")).unwrap();
+    for (model, out) in [("g/model.gguf", "g"), ("link/model.gguf", "g"), ("g/model.gguf", "link")]
+    {
+        let line = format!("export --model {model} --format gguf --dtype q8_0 --output-dir {out}");
+        let error = lab.fail(2, &words(&line));
+        assert!(error.contains(&format!("{out} holds the file that is exported")), "{error}");
+    }
+    assert!(std::fs::read(lab.path("g/model.gguf")).unwrap() == before);
+}
+
+#[test]
 fn what_cannot_be_exported_is_refused_and_leaves_nothing() {
     // A tokenizer of characters.
     let chars = Lab::llama();

@@ -132,6 +132,39 @@ fn f16_with_demotion_takes_a_class_that_overflows_back_to_f32() {
     assert!(peak(&demoting[0]) > peak(&plain[0]), "the variants count in the peak");
 }
 
+/// Multiplies a tensor of a model.
+fn scale(lab: &Lab, file: &str, name: &str, factor: f32) {
+    let path = lab.path(file);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..start]).unwrap();
+    let offsets = &header[name]["data_offsets"];
+    let at = |i: usize| start + offsets[i].as_u64().unwrap() as usize;
+    for x in bytes[at(0)..at(1)].chunks_exact_mut(4) {
+        let scaled = f32::from_le_bytes(x.try_into().unwrap()) * factor;
+        x.copy_from_slice(&scaled.to_le_bytes());
+    }
+    std::fs::write(path, bytes).unwrap();
+}
+
+/// Goal: what has overflowed in training does not overflow in the evaluations and samples of the same run, nor in an
+/// evaluation of its model.
+#[test]
+fn a_run_that_takes_classes_out_of_f16_evaluates_without_them() {
+    let lab = gpt2();
+    let file = "model/model.safetensors";
+    scale(&lab, file, "transformer.h.0.mlp.c_fc.weight", 3e6);
+    scale(&lab, file, "transformer.h.0.mlp.c_proj.weight", 1e-6);
+    let run = RUN.replace("--sample-steps 0", "");
+    let line = format!(
+        "{run} --learning-rate 1e-5 --precision f16 --f16-demote --max-steps 12 --eval-data eval.txt --output-dir out"
+    );
+    let output = lab.run(&words(&line));
+    let notes = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && notes.contains("is f32 from here on"), "{notes}");
+    lab.succeed(&words("eval --model out --eval-data eval.txt --max-length 64"));
+}
+
 #[test]
 fn a_step_that_is_not_finite_stops_the_run_or_is_skipped() {
     let lab = gpt2();

@@ -399,3 +399,49 @@ fn a_fresh_model_takes_the_place_of_a_fresh_one_but_not_of_a_trained_one() {
     assert!(error.contains("out: holds a model whose weights are not fresh"), "{error}");
     assert!(weights() == before);
 }
+
+/// Goal: the smallest budget is one for all plans and their tables. Method: so many rows that training and evaluation
+/// have more instructions than the process declares room for.
+#[test]
+fn the_smallest_budget_of_many_rows_works_and_less_does_not() {
+    let lab = Lab::with_model(&words(
+        "--arch gpt2 --n-layers 2 --n-heads 2 --hidden-size 32 --context-length 64",
+    ));
+    let plan = |rows: u64, memory: &str| {
+        format!(
+            "plan --model model --data train.txt --eval-data eval.txt --max-length 64 \
+             --per-device-train-batch-size {rows} --memory {memory}"
+        )
+    };
+    for rows in [512, 1024] {
+        let error = lab.fail(3, &words(&plan(rows, "1MiB")));
+        let smallest = smallest_budget(&error);
+        let mib: f64 = smallest.strip_suffix("MiB").unwrap().parse().unwrap();
+        let with = |mib: f64| plan(rows, &format!("{}KiB", (mib * 1024.0) as u64));
+        for more in [0.0, 0.0625, 0.5, 1.0, 2.0, 4.0, 7.5, 12.0] {
+            lab.succeed(&words(&with(mib + more)));
+        }
+        for less in [0.0625, 0.5, 1.0] {
+            let error = lab.fail(3, &words(&with(mib - less)));
+            assert_eq!(smallest_budget(&error), smallest);
+        }
+    }
+}
+
+#[test]
+fn numbers_that_leave_their_range_are_refused_by_name() {
+    let lab = Lab::llama();
+    let most = u64::MAX;
+    for (line, name) in [
+        (
+            format!("bench step --model model --batch-size 1 --max-length 64 --warmup {most}"),
+            "warmup",
+        ),
+        (format!("plan --model model --max-length 64 --sample-tokens {most}"), "sample_tokens"),
+        ("eval --model model --eval-data eval.txt --learning-rate -1".to_owned(), "learning_rate"),
+        ("bench step --model model --learning-rate -1".to_owned(), "learning_rate"),
+    ] {
+        let error = lab.fail(2, &words(&line));
+        assert!(error.contains(&format!("`{name}` is out of range")), "{line}: {error}");
+    }
+}

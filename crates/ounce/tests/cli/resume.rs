@@ -338,3 +338,28 @@ fn another_spelling_of_the_data_s_path_is_the_same_data() {
     let error = lab.fail(2, &words(&format!("{resume} --data eval.txt")));
     assert!(error.contains("begun with other settings: data\n"), "{error}");
 }
+
+#[test]
+fn a_run_that_goes_on_with_other_rows_per_step_goes_on_in_its_data() {
+    let lab = gpt2();
+    // With a rate of zero the loss says which rows a step has.
+    let run = RUN.replace("--learning-rate 1e-2 --dropout 0.1", "--learning-rate 0");
+    let rows = |n: u64| run.replace("batch-size 6", &format!("batch-size {n}"));
+    lab.succeed(&words(&format!("{} --save-steps 3 --output-dir o", rows(6))));
+    for (n, from) in [(2, 18), (9, 18)] {
+        let go_on = format!(
+            "{} --output-dir o{n} --resume-from-checkpoint o/checkpoint-3 --override --max-steps 6",
+            rows(n)
+        );
+        let losses: Vec<f64> = steps(&lab.json(&words(&go_on))).into_iter().map(|s| s.1).collect();
+        let line = rows(1).replace("--max-steps 8", "--max-steps 45");
+        let single = steps(&lab.json(&words(&format!("{line} --output-dir one{n}"))));
+        assert_eq!(losses.len(), 3);
+        for (i, loss) in losses.iter().enumerate() {
+            let first = from + i * n as usize;
+            let of_rows = single[first..first + n as usize].iter().map(|s| s.1);
+            let mean = of_rows.sum::<f64>() / n as f64;
+            assert!((loss - mean).abs() < 1e-5, "{n} rows, step {}: {loss}, {mean}", i + 4);
+        }
+    }
+}

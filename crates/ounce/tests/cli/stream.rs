@@ -264,11 +264,45 @@ fn what_a_stream_cannot_do_is_refused_by_name() {
     assert!(error.contains("`--streaming` cannot count epochs"), "{error}");
     let error = lab.fail(2, &words(&format!("{train} --shuffle-buffer-size 9")));
     assert!(error.contains("`shuffle_buffer_size` says nothing without `--streaming`"), "{error}");
-    let error = lab.fail(2, &words("eval --model model --data train.txt --streaming"));
-    assert!(error.contains("`--streaming` is for training data"), "{error}");
     std::fs::write(lab.path("broken.jsonl"), "{\"text\": \"a\"}\n{\"text\": 1}\n").unwrap();
     let broken = train.replace("train.txt", "broken.jsonl");
     let error = lab.fail(4, &words(&format!("{broken} --streaming --max-steps 1")));
     assert!(error.contains("broken.jsonl:2: "), "{error}");
     assert!(!lab.path("out").exists());
+}
+
+#[test]
+fn a_broken_row_of_a_stream_ends_the_run_but_not_its_steps() {
+    let lab = lab();
+    let whole = std::fs::read_to_string(lab.path("chat.jsonl")).unwrap();
+    let mut lines: Vec<&str> = whole.lines().collect();
+    lines[60] = "{\"question\": 1}";
+    std::fs::write(lab.path("broken.jsonl"), lines.join("\n")).unwrap();
+    let run = format!(
+        "{RUN} --data broken.jsonl --streaming --shuffle-buffer-size 20 --max-steps 12 --output-dir o"
+    );
+    let error = lab.fail(4, &words(&run));
+    assert!(error.contains("broken.jsonl:61: "), "{error}");
+    assert!(error.contains("the steps that were done are in o/checkpoint-"), "{error}");
+    // As its hint says.
+    lab.succeed(&words(&format!("{run} --resume-from-checkpoint auto --on-bad-row skip")));
+    let skipped = format!("{run} --on-bad-row skip").replace("--output-dir o", "--output-dir p");
+    lab.succeed(&words(&skipped));
+    let weights = |out: &str| std::fs::read(lab.path(out).join("model.safetensors")).unwrap();
+    assert!(weights("o") == weights("p"));
+}
+
+#[test]
+fn the_settings_of_a_streamed_run_serve_an_evaluation_and_a_resume_that_says_a_default() {
+    let lab = lab();
+    let run =
+        format!("{RUN} --data train.txt --streaming --max-steps 4 --save-steps 2 --output-dir o");
+    lab.succeed(&words(&run));
+    let resume = "--resume-from-checkpoint o/checkpoint-2 --shuffle-buffer-size 1000";
+    lab.succeed(&words(&format!("{} {resume}", run.replace("--output-dir o", "--output-dir p"))));
+    let evaluated = lab.json(&words("eval --config o/run.yaml --model o --eval-data eval.txt"));
+    assert!(
+        evaluated.last().unwrap()["eval_loss"].is_number()
+            || evaluated.last().unwrap()["loss"].is_number()
+    );
 }

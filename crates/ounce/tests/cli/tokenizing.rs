@@ -34,7 +34,7 @@ fn peaks(lab: &Lab, model: &str, file: &str) -> (u64, u64) {
     let rows = json!({
         "format": null, "columns": [], "skips_bad_rows": false, "max_length": 64, "row_bytes": ROW_BYTES,
     });
-    let request = json!({ "Tokenize": {
+    let request = json!({ "kind": "tokenize", "request": {
         "tokenizer": lab.path(model), "cache_dir": lab.path("tokens"), "streams": [[lab.path(file)]],
         "rows": rows, "prompt": null, "n_threads": 2, "now_s": 0,
     } });
@@ -43,7 +43,7 @@ fn peaks(lab: &Lab, model: &str, file: &str) -> (u64, u64) {
     child.stdin.take().unwrap().write_all(request.to_string().as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
     let said: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let peak = said["Tokenized"]["rss_peak_bytes"].as_u64().unwrap_or_else(|| panic!("{said}"));
+    let peak = said["Done"]["rss_peak_bytes"].as_u64().unwrap_or_else(|| panic!("{said}"));
     std::fs::remove_dir_all(lab.path("tokens")).unwrap();
     (peak, phase["peak_bytes"].as_u64().unwrap())
 }
