@@ -208,23 +208,31 @@ impl Search<'_> {
             false
         });
         while !wanted.is_empty() {
-            let stuck_at = match self.by_stand_ins(&wanted)? {
+            let suspects = match self.by_stand_ins(&wanted)? {
                 Ok(found) => {
                     spans.extend(found);
                     break;
                 }
-                Err(k) => wanted.remove(k),
+                Err(suspects) => suspects,
             };
-            match self.by_prefix(stuck_at) {
-                Some(span) => spans.push(span),
-                None => n_lost += 1,
+            let found = suspects.iter().find_map(|&k| Some((k, self.by_prefix(wanted[k])?)));
+            if let Some((k, span)) = found {
+                wanted.remove(k);
+                spans.push(span);
+            } else {
+                wanted.remove(suspects[0]);
+                n_lost += 1;
             }
         }
         Ok((spans, n_lost))
     }
 
-    /// The spans of all of `wanted`, or the number of the first that is not found.
-    fn by_stand_ins(&self, wanted: &[usize]) -> Result<Result<Vec<Range<usize>>, usize>, String> {
+    /// The spans of all of `wanted`, or the number of the first that is not found and of one beside it, either of which
+    /// the template may have taken apart.
+    fn by_stand_ins(
+        &self,
+        wanted: &[usize],
+    ) -> Result<Result<Vec<Range<usize>>, [usize; 2]>, String> {
         let mut messages = self.messages.to_vec();
         for &i in wanted {
             messages[i]["content"] = stand_in(i).into();
@@ -233,19 +241,24 @@ impl Search<'_> {
         let mut rest = outline.as_str();
         let (mut at, mut spans) = (0, Vec::with_capacity(wanted.len()));
         for (k, &i) in wanted.iter().enumerate() {
-            let Some((before, after)) = rest.split_once(&stand_in(i)) else { return Ok(Err(k)) };
+            let Some((before, after)) = rest.split_once(&stand_in(i)) else {
+                return Ok(Err([k, k]));
+            };
             if !self.text[at..].starts_with(before) {
-                return Ok(Err(k.saturating_sub(1)));
+                // Before this one stands what it was begun with, or the one before ends otherwise.
+                return Ok(Err([k.saturating_sub(1), k]));
             }
             at += before.len();
             let next = after.find(STAND_IN[0]).map_or(after, |end| &after[..end]);
             let content = self.messages[i]["content"].as_str().unwrap_or_default();
-            let Some(answer) = self.spelled(at, content, next) else { return Ok(Err(k)) };
+            let Some(answer) = self.spelled(at, content, next) else {
+                return Ok(Err([k, (k + 1).min(wanted.len() - 1)]));
+            };
             spans.push(at..self.with_end(at + answer, next));
             at += answer;
             rest = after;
         }
-        Ok(if self.text[at..] == *rest { Ok(spans) } else { Err(wanted.len() - 1) })
+        Ok(if self.text[at..] == *rest { Ok(spans) } else { Err([wanted.len() - 1; 2]) })
     }
 
     /// Bytes of the text at `at` that are `content` as the template spells it, followed by `next`.
@@ -389,6 +402,25 @@ mod tests {
     }
 
     #[test]
+    fn an_earlier_answer_is_found_where_the_last_one_keeps_its_reasoning() {
+        // As Qwen3 thinks: reasoning within the content stays in the last message alone, behind the prompt.
+        let source = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% if loop.last %}<think>\
+            {{ m.content if '</think>' in m.content else '</think>' + m.content }}{% else %}\
+            {{ m.content.split('</think>')[-1] }}{% endif %}{% else %}{{ m.content }}{% endif %}<end>{% endfor %}\
+            {% if add_generation_prompt %}<assistant><think>{% endif %}";
+        let messages = json!([
+            { "role": "user", "content": "q" },
+            { "role": "assistant", "content": "r</think>a" },
+            { "role": "user", "content": "q" },
+            { "role": "assistant", "content": "s</think>b" },
+        ]);
+        assert_eq!(
+            supervised(source, &messages, "<end>").expect("rendered"),
+            ["a<end>", "s</think>b<end>"]
+        );
+    }
+
+    #[test]
     fn an_answer_is_found_where_the_template_cuts_its_reasoning_off() {
         let source = "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}<end>{% endfor %}\
             {% if add_generation_prompt %}<assistant><think>{% endif %}";
@@ -416,7 +448,8 @@ mod tests {
         let found = template.supervised_text(&conversation, &EndOfTurn::None).expect("rendered");
         let texts: Vec<&str> =
             found.supervised.iter().map(|span| &found.text[span.clone()]).collect();
-        assert_eq!((&texts[..], found.n_lost), (&["b"][..], 1), "{}", found.text);
+        // What follows the prompt is the answer, as the model has to write it.
+        assert_eq!((&texts[..], found.n_lost), (&["<think>b"][..], 1), "{}", found.text);
     }
 
     #[test]
