@@ -265,7 +265,7 @@ pub const TABLE: [ClassPrecision; 10] = [
         stores: "dx",
         computes: "logits, softmax, loss, dw",
         autocast: "16-bit logits, f32 loss",
-        note: "differs: logits are never rounded (and never stored)",
+        note: "differs: logits are never rounded (nor stored), their gradient is before its products",
     },
     ClassPrecision {
         class: OpClass::Update,
