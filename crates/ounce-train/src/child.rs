@@ -102,7 +102,14 @@ impl Working {
                 Err(Error::Files { message, hint })
             }
             Ok(Reply::Done(answer)) if status.success() => {
-                Ok(serde_json::from_value(answer).expect("a child answers what it is asked"))
+                // The program file may have been replaced since this process began.
+                serde_json::from_value(answer).map_err(|e| Error::Files {
+                    message: format!(
+                        "{}: not the answer that was asked for: {e}",
+                        self.worker.display()
+                    ),
+                    hint: "if ounce was replaced while it ran, start it again".to_owned(),
+                })
             }
             _ => Err(Error::Files {
                 message: format!("the tokenizing process ended early ({status})"),
@@ -132,5 +139,32 @@ fn wait(child: &mut Child, observer: &dyn Observer) -> std::io::Result<Option<Ex
             return Ok(None);
         }
         std::thread::sleep(POLL_EVERY);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::Silent;
+
+    #[test]
+    fn a_child_that_answers_something_else_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let worker = dir.path().join("worker");
+        for (says, told) in [
+            (r#"{"Done": 5}"#, "worker: not the answer that was asked for"),
+            ("nothing", "the tokenizing process ended early"),
+            (r#"{"Failed": {"input": false, "message": "m", "hint": "h"}}"#, "m\nhint: h"),
+        ] {
+            std::fs::write(&worker, format!("#!/bin/sh\ncat > /dev/null\necho '{says}'\n"))
+                .unwrap();
+            std::fs::set_permissions(&worker, std::fs::Permissions::from_mode(0o755)).unwrap();
+            let child = Working::start(&worker, "kind", &1).unwrap();
+            let error = child.finish::<String>(&Silent).unwrap_err();
+            assert_eq!(error.class(), ErrorClass::Files);
+            assert!(error.to_string().contains(told), "{error}");
+        }
     }
 }

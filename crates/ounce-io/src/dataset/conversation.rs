@@ -202,7 +202,7 @@ impl Row<'_> {
         if prompt.trim().is_empty() {
             let prompt = self.columns.name("prompt");
             return Err(Fault(format!(
-                "missing key `{prompt}`, and the answers have no begin in common"
+                "missing key `{prompt}`, and the answers have no beginning in common"
             )));
         }
         Ok((prompt.to_owned(), answer.to_owned()))

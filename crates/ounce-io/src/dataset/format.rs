@@ -126,8 +126,9 @@ pub(super) fn check_columns(path: &Path, options: &RowOptions) -> Result<(), IoE
     }
     for (key, name) in options.columns.pairs().filter(|(_, name)| !keys.contains(*name)) {
         if let Some(meant) = nearest(name, keys.iter().map(String::as_str)) {
-            let reason =
-                format!("`--column-mapping {key}={name}`: no row of the first has a key `{name}`");
+            let reason = format!(
+                "`--column-mapping {key}={name}`: none of the first rows has a key `{name}`"
+            );
             return Err(IoError::bad_file(path, reason, format!("the nearest key is `{meant}`")));
         }
     }
