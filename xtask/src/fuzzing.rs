@@ -52,12 +52,12 @@ pub(crate) fn fuzzing(s: &Setting<'_>) -> Result<Outcome> {
     for record in kept("accept fuzzing") {
         add(&mut totals, &record["result"]);
     }
-    let seconds = s.times.unwrap_or(60).to_string();
     let targets = targets(&fuzz)?;
     for finding in try_again(&fuzz, &folder, &targets)? {
         outcome.claim(false, finding);
     }
-    let waiting = Mutex::new(targets.iter().rev().collect::<Vec<_>>());
+    let slices = slices(&targets, &totals, s.times.unwrap_or(60));
+    let waiting = Mutex::new(slices.iter().rev().collect::<Vec<_>>());
     let found = Mutex::new(Vec::new());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let n_threads = s.n_threads(cores)?;
@@ -67,9 +67,9 @@ pub(crate) fn fuzzing(s: &Setting<'_>) -> Result<Outcome> {
                 loop {
                     // In the head of the loop the lock would be held while the parser runs.
                     let next = lock(&waiting).pop();
-                    let Some(target) = next else { break };
+                    let Some((target, seconds)) = next else { break };
                     // Before the lock is taken, for the same reason.
-                    let result = fuzz_one(&fuzz, &folder, target, &seconds);
+                    let result = fuzz_one(&fuzz, &folder, target, *seconds);
                     lock(&found).push((target, result));
                 }
             });
@@ -109,6 +109,19 @@ fn targets(fuzz: &Path) -> Result<Vec<String>> {
     if names.is_empty() { Err("the harness lists no parser".to_owned()) } else { Ok(names) }
 }
 
+/// The parsers of one call, each with its seconds: no more than its hour lacks, and all of `asked` where no hour lacks
+/// any.
+fn slices(targets: &[String], totals: &BTreeMap<String, Total>, asked: u64) -> Vec<(String, u64)> {
+    let lacks = |target: &String| {
+        let done_s = totals.get(target).map_or(0.0, |total| total.processor_s);
+        (WANTED_S - done_s).max(0.0).ceil() as u64
+    };
+    let is_any_short = targets.iter().any(|target| lacks(target) > 0);
+    let seconds = |target: &String| if is_any_short { lacks(target).min(asked) } else { asked };
+    let slices = targets.iter().map(|target| (target.clone(), seconds(target)));
+    slices.filter(|(_, seconds)| *seconds > 0).collect()
+}
+
 /// Gives what earlier calls have found to its parser again: what is still a finding. What is none any more is removed.
 fn try_again(fuzz: &Path, folder: &Path, targets: &[String]) -> Result<Vec<String>> {
     let files = std::fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
@@ -144,12 +157,12 @@ fn what_was_found(target: &str, stderr: &str) -> String {
 }
 
 /// Runs one parser; its report, or what was found.
-fn fuzz_one(fuzz: &Path, folder: &Path, target: &str, seconds: &str) -> Result<Value> {
+fn fuzz_one(fuzz: &Path, folder: &Path, target: &str, seconds: u64) -> Result<Value> {
     let corpus = folder.join("corpus").join(target);
     std::fs::create_dir_all(&corpus).map_err(|e| format!("{}: {e}", corpus.display()))?;
     let findings = format!("-artifact_prefix={}/{target}-", folder.display());
     let args = [TIMEOUT, NO_SLOW_UNITS, "-rss_limit_mb=3000", &findings, &corpus.to_string_lossy()];
-    let env = [("OUNCE_FUZZ", target), ("OUNCE_FUZZ_SECONDS", seconds)];
+    let env = [("OUNCE_FUZZ", target), ("OUNCE_FUZZ_SECONDS", &seconds.to_string())];
     let output = output_with(&fuzz.to_string_lossy(), &args, &env)?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     // A run that found nothing ends with its report; the exit code says that it was interrupted, which it does itself.
@@ -221,6 +234,20 @@ mod tests {
         let mut outcome = Outcome::default();
         judge(&mut outcome, &["rows", "text"].map(str::to_owned), &totals);
         assert_eq!(outcome.claims.iter().filter(|(_, holds)| *holds).count(), 1);
+    }
+
+    #[test]
+    fn a_full_hour_waits_for_the_others() {
+        let targets = ["rows", "text"].map(str::to_owned);
+        let total = |processor_s| Total { n_files: 1, processor_s };
+        let slices = |rows_s, text_s, asked| {
+            let totals = [("rows".to_owned(), total(rows_s)), ("text".to_owned(), total(text_s))];
+            let slices = slices(&targets, &BTreeMap::from(totals), asked);
+            slices.into_iter().map(|(_, seconds)| seconds).collect::<Vec<_>>()
+        };
+        assert_eq!(slices(0.0, 3589.5, 60), [60, 11]);
+        assert_eq!(slices(3600.0, 3589.5, 60), [11]);
+        assert_eq!(slices(3600.0, 3700.0, 60), [60, 60]);
     }
 
     #[test]
