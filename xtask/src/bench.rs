@@ -5,7 +5,8 @@
 use serde_json::Value;
 
 use crate::Result;
-use crate::accept::{Setting, median, number, smallest_budget};
+use crate::demonstration::Setting;
+use crate::numbers::{median, number, smallest_budget};
 use crate::record::{Record, keep};
 use crate::shell::{capture, cargo, flag, json_lines, output, release_binary};
 

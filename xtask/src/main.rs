@@ -2,10 +2,9 @@
 //!
 //! Files, in reading order: `shell` (running programs), `ci` (the list of checks), `tidy` (what the
 //! compiler does not check), `golden` (making golden data anew), `record` (results kept under
-//! `bench/runs`), `bench` (speed, side by side with PyTorch; `instructions`), `accept`
-//! (demonstrations; each in a file of its own: `smoke`, `nanogpt`, `budgets`, `grid`, `plan_times`,
-//! `killed`, `cgroup_runs`, `smollm2`, `finetuning`, `fuzzing`, `speed` and `tokenising`, with `random`
-//! and `cgroup`), `quickstart` (the README's first command).
+//! `bench/runs`), `numbers` (in what programs print), `demonstration` (what each is given and returns),
+//! `bench` (speed, side by side with PyTorch; `instructions`), `accept/` (the demonstrations, with
+//! `random` and `cgroup`), `quickstart` (the README's first command).
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "chores speak to people")]
 
@@ -14,30 +13,21 @@ mod shell;
 mod ci;
 mod tidy;
 
-mod finetuning;
-mod fuzzing;
 mod golden;
 
+mod numbers;
 mod record;
 
+mod cgroup;
+mod demonstration;
 mod random;
 
-mod cgroup;
+mod bench;
+mod instructions;
 
 mod accept;
-mod bench;
-mod budgets;
-mod cgroup_runs;
-mod grid;
-mod instructions;
-mod killed;
-mod nanogpt;
-mod plan_times;
+
 mod quickstart;
-mod smoke;
-mod smollm2;
-mod speed;
-mod tokenising;
 
 use std::process::ExitCode;
 

@@ -3,8 +3,8 @@
 //! It only types what a user would type, and says what it types.
 
 use crate::Result;
-use crate::accept::shakespeare;
-use crate::nanogpt::RECIPE;
+use crate::accept::nanogpt::RECIPE;
+use crate::demonstration::shakespeare;
 use crate::shell::{release_binary, root, run};
 
 /// The model: nanoGPT's CPU size, 0.8 million parameters.

@@ -16,9 +16,9 @@ use ounce_kernels::view::ViewMut;
 use ounce_kernels::{activation, elementwise, embed, head, norm, rope};
 
 use crate::arena::Operands;
+use crate::inputs::StepInputs;
 use crate::scratch::{attention_dims, frozen_dw_elems};
 use crate::spec::OpSpec;
-use crate::step::StepInputs;
 
 /// What every task of a step shares, and the place of this one.
 pub(crate) struct Context<'a> {

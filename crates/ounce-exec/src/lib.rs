@@ -8,10 +8,11 @@
 //! Files, in reading order: [`error`], [`arena`] (the reservation, and the only place that turns
 //! offsets into slices), `spec` (an op's operands without the graph), `scratch` (scratch bytes of
 //! every op), `resolve` (plan and graph to tasks), `gate` (where a step stops before its updates),
-//! `dispatch` (a task to its kernel), [`step`] (the executor), [`buffers`] (what the session reads
-//! and writes between steps), [`profile`] (time per op), [`machine`] (costs measured on this
-//! machine), `problem` (what is measured of an op), `measure` (how), `contention` (what
-//! other programs took meanwhile), `cost_file` (where costs are kept), [`heap`] (freed memory given back).
+//! [`inputs`] (what changes from step to step), `dispatch` (a task to its kernel), [`step`] (the
+//! executor), [`buffers`] (what the session reads and writes between steps), [`profile`] (time per
+//! op), [`machine`] (costs measured on this machine), `problem` (what is measured of an op),
+//! `measure` (how), `contention` (what other programs took meanwhile), `cost_file` (where costs are
+//! kept), [`heap`] (freed memory given back).
 //!
 //! ```
 //! use std::sync::Arc;
@@ -42,6 +43,8 @@ mod resolve;
 
 mod gate;
 
+pub mod inputs;
+
 mod dispatch;
 
 pub mod step;
@@ -65,8 +68,9 @@ pub mod heap;
 pub use arena::Arena;
 pub use buffers::Buffers;
 pub use error::{ExecError, NonFinite};
+pub use inputs::{OptimizerHyper, StepInputs};
 pub use machine::{MeasuredMachine, machine_fingerprint};
 pub use ounce_kernels::attention::RowSpan;
 pub use profile::{OpTime, TimeClass};
 pub use resolve::MAX_ARENA_BYTES;
-pub use step::{Executor, OptimizerHyper, StepInputs};
+pub use step::Executor;

@@ -16,7 +16,6 @@ use ounce_program::{BufferId, BufferRef, BufferRole, Instr, Plan, Tier};
 
 use crate::ExecError;
 use crate::arena::{UNIT_BYTES, check_operands};
-use crate::gate::Gates;
 use crate::scratch::scratch_bytes;
 use crate::spec::{Extent, OpSpec};
 
@@ -68,7 +67,6 @@ pub(crate) struct Resolved {
     pub(crate) arena_bytes: u64,
     pub(crate) n_tokens: u64,
     pub(crate) n_selected: u64,
-    pub(crate) gates: Gates,
 }
 
 /// Resolves a plan for a pool of `n_threads` threads.
@@ -93,13 +91,11 @@ pub(crate) fn resolve(graph: &Graph, plan: &Plan, n_threads: usize) -> Result<Re
         arena_bytes: plan.arena_bytes,
         n_tokens,
         n_selected: plan.shape.n_selected,
-        gates: Gates::default(),
     };
     resolve_buffers(graph, plan, &mut resolved)?;
     for (i, instr) in plan.instrs.iter().enumerate() {
         resolve_instr(graph, plan, n_threads, i, instr, &mut resolved)?;
     }
-    resolved.gates = Gates::of(graph, &resolved);
     Ok(resolved)
 }
 

@@ -17,76 +17,18 @@ use ounce_program::{GRANULE_TOKENS, Plan};
 
 use crate::arena::Operands;
 use crate::dispatch::{Context, dispatch};
+use crate::gate::Gates;
+use crate::inputs::StepInputs;
 use crate::profile::Profile;
 use crate::resolve::{Resolved, Task, resolve};
 use crate::scratch::scratch_bytes;
 use crate::spec::Extent;
 use crate::{Arena, Buffers, ExecError, NonFinite, OpTime};
 
-/// Constants of the update rule, as in `torch.optim.AdamW` and `torch.optim.SGD`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct OptimizerHyper {
-    /// Decay of AdamW's first moment.
-    pub beta1: f32,
-    /// Decay of AdamW's second moment.
-    pub beta2: f32,
-    /// Added to AdamW's denominator.
-    pub eps: f32,
-    /// Weight decay of the parameters to which it applies.
-    pub weight_decay: f32,
-}
-
-impl Default for OptimizerHyper {
-    fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 }
-    }
-}
-
-/// What changes from step to step besides the data.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct StepInputs<'a> {
-    /// Seed of the run's random ops.
-    pub seed: u64,
-    /// Step of the run, counted from 1: part of the key of random numbers.
-    pub step: u64,
-    /// Update of the run, counted from 1: fewer than steps where some were skipped. AdamW corrects
-    /// its bias by it.
-    pub update: u64,
-    /// Multiplies every token's loss before it is differentiated: 1 / supervised tokens of the step.
-    pub grad_scale: f32,
-    /// What gradients are multiplied with on the way back, a power of two: 1 but for f16. The clip
-    /// scale divides by it, so graphs without one take 1.
-    pub loss_scale: f32,
-    /// Learning rate.
-    pub lr: f32,
-    /// Constants of the update rule.
-    pub hyper: OptimizerHyper,
-    /// Norm to which gradients are clipped, in graphs that clip.
-    pub max_grad_norm: f32,
-    /// Rows of the step on its token axis, ascending.
-    pub rows: &'a [RowSpan],
-}
-
-impl<'a> StepInputs<'a> {
-    /// Inputs of a graph without update and random ops: evaluation and decoding.
-    pub fn forward(rows: &'a [RowSpan]) -> Self {
-        Self {
-            seed: 0,
-            step: 1,
-            update: 1,
-            grad_scale: 1.0,
-            loss_scale: 1.0,
-            lr: 0.0,
-            hyper: OptimizerHyper::default(),
-            max_grad_norm: f32::INFINITY,
-            rows,
-        }
-    }
-}
-
 /// A plan, ready to run on a pool of threads.
 pub struct Executor {
     resolved: Resolved,
+    gates: Gates,
     pool: Arc<Pool>,
     /// Rows of one task, counted from its first token; capacity for the most that can be.
     rows: RefCell<Vec<RowSpan>>,
@@ -111,7 +53,8 @@ impl Executor {
         let resolved = resolve(graph, plan, pool.n_threads())?;
         let n_rows_max = resolved.n_tokens / GRANULE_TOKENS;
         let rows = RefCell::new(Vec::with_capacity(n_rows_max as usize));
-        Ok(Self { resolved, pool, rows, profile: None })
+        let gates = Gates::of(graph, &resolved);
+        Ok(Self { resolved, gates, pool, rows, profile: None })
     }
 
     /// Measures the time of every op from now on, from zero.
@@ -152,7 +95,7 @@ impl Executor {
         assert_rows(inputs.rows, self.resolved.n_tokens);
         let mut rows = self.rows.borrow_mut();
         for (i, &task) in self.resolved.tasks.iter().enumerate() {
-            self.resolved.gates.check(arena, i)?;
+            self.gates.check(arena, i)?;
             let start = self.profile.is_some().then(Instant::now);
             let op = self.run_task(arena, inputs, &mut rows, task);
             if let (Some(profile), Some(start)) = (&self.profile, start) {

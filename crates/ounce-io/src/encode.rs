@@ -8,9 +8,11 @@
 
 use std::path::PathBuf;
 
+use crate::dataset::RowOptions;
 use crate::error::IoError;
+use crate::hash::SourceHash;
 use crate::pipeline;
-use crate::text::{Piece, PieceStart, RowOptions, SourceHash, TextPieces};
+use crate::text::{Piece, PieceStart, TextPieces};
 use crate::tokenizer::{Tokenizer, Words};
 
 /// A job has at least so much text, and at most a piece more.

@@ -19,6 +19,15 @@ const P3: u64 = 0x1656_67B1_9E37_79F9;
 const P4: u64 = 0x85EB_CA77_C2B2_AE63;
 const P5: u64 = 0x27D4_EB2F_1656_67C5;
 
+/// Fingerprint of a data file as it was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceHash {
+    /// Bytes read.
+    pub n_bytes: u64,
+    /// XXH64 of the bytes.
+    pub hash: u64,
+}
+
 /// A running hash with seed 0.
 #[derive(Debug, Clone)]
 pub(crate) struct Xxh64 {

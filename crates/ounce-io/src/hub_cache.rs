@@ -6,8 +6,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::IoError;
-use crate::hf_dir::is_plain_name;
 use crate::json::read_small_file;
+use crate::model_files::is_plain_name;
 
 /// The revision that is meant where none is named.
 pub const DEFAULT_REVISION: &str = "main";

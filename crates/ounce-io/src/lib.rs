@@ -22,14 +22,14 @@
 //! # }
 //! ```
 //!
-//! Files in reading order: `error.rs`; `json.rs` (strict, bounded), `hash.rs`, `window.rs`; `disk.rs` (the
-//! seam below all writing), `temp.rs`, `atomic.rs` (one file), `staging.rs` and `publication.rs` (a model directory);
-//! `safetensors/`; `gguf/`; `hf_dir.rs` (a model directory's side files), `hub_cache.rs`; `checkpoint/`; `tokenizer/`;
-//! `dataset/` (rows and what they mean), `chat_template/` (conversations to text), `text.rs` (training text in pieces),
-//! `pipeline.rs` (work on several threads, in order), `encode.rs` (text to ids), `token_cache.rs`, `row_tokens.rs`
-//! (conversations to tokens), `shuffle.rs`, `mixture.rs` (several files with weights), `packs.rs` (several samples in a
-//! row), `batches.rs`, `stream/` (data that is never tokenized whole); `disk_speed.rs`; `testing/` (faults and fuzzing,
-//! for tests).
+//! Files in reading order: `error.rs`; `json.rs` (strict, bounded), `hash.rs`, `window.rs`; `disk.rs` (the seam below
+//! all writing), `temp.rs`, `atomic.rs` (one file), `model_files.rs` (names of a model's files), `staging.rs` and
+//! `publication.rs` (a model directory); `safetensors/`; `gguf/`; `hf_dir.rs` (a model directory's side files),
+//! `hub_cache.rs`; `checkpoint/`; `tokenizer/`; `dataset/` (rows and what they mean), `chat_template/` (conversations
+//! to text), `text.rs` (training text in pieces), `pipeline.rs` (work on several threads, in order), `encode.rs` (text
+//! to ids), `token_cache.rs`, `row_tokens.rs` (conversations to tokens), `shuffle.rs`, `mixture.rs` (several files
+//! with weights), `packs.rs` (several samples in a row), `batches.rs`, `stream/` (data that is never tokenized whole);
+//! `disk_speed.rs`; `testing/` (faults and fuzzing, for tests).
 
 #![forbid(unsafe_code)]
 
@@ -48,6 +48,7 @@ mod hf_dir;
 mod hub_cache;
 mod json;
 mod mixture;
+mod model_files;
 mod packs;
 mod pipeline;
 mod publication;
@@ -65,12 +66,15 @@ mod tokenizer;
 mod window;
 pub use atomic::{AtomicFile, write_file};
 pub use batches::{BlockSampler, EvalBlocks, RowSampler};
+pub use dataset::source::PIECE_BYTES;
+pub use dataset::{MAX_LINE_BYTES, RowOptions};
 pub use disk::{Disk, check_room, real_disk};
 pub use disk_speed::{DiskSpeed, disk_speed};
 pub use error::{ErrorKind, IoError};
 pub use gguf::{
     GGUF_FILE, GgmlType, Gguf, GgufArray, GgufExport, GgufModel, GgufTensor, GgufValue, is_gguf,
 };
+pub use hash::SourceHash;
 pub use hf_dir::{
     MAX_CONFIG_BYTES, copy_side_files, copy_tokenizer_files, read_config, write_json,
 };
@@ -90,9 +94,7 @@ pub use stream::{
     StreamCursor, StreamDir, StreamEncoder, StreamOptions, StreamPlace, StreamWindow, WindowNotes,
     window_disk_bytes, write_window,
 };
-pub use text::{
-    MAX_LINE_BYTES, PIECE_BYTES, Piece, PieceStart, RowOptions, SourceHash, TextPieces,
-};
+pub use text::{Piece, PieceStart, TextPieces};
 pub use token_cache::{
     StreamNotes, TokenCache, cache_path, tokenize_to_cache, tokenize_to_cache_with,
 };

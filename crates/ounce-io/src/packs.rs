@@ -15,9 +15,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::IoError;
-use crate::hash::{Xxh64, hash_file};
+use crate::hash::{SourceHash, Xxh64, hash_file};
 use crate::shuffle::Permutation;
-use crate::text::SourceHash;
 use crate::token_cache::{CacheWriter, TokenCache};
 
 /// Samples that are packed at a time.

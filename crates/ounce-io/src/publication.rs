@@ -24,9 +24,8 @@ use std::path::Path;
 
 use crate::disk::{Disk, real_disk, write_all_at};
 use crate::error::IoError;
-use crate::hf_dir::is_plain_name;
-use crate::hf_dir::is_side_file;
 use crate::json::read_small_file;
+use crate::model_files::{is_plain_name, is_side_file};
 use crate::temp::temp_path;
 
 const PUBLISHING: &str = ".publishing";

@@ -14,11 +14,12 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::chat_template::{ChatTemplate, EndOfTurn, SupervisedText};
-use crate::dataset::{Conversation, OnBadRow, RawRow, RowFormat, RowReader, Sample, samples};
+use crate::dataset::{
+    Conversation, OnBadRow, RawRow, RowFormat, RowOptions, RowReader, Sample, samples,
+};
 use crate::error::IoError;
 use crate::hash::Xxh64;
 use crate::pipeline;
-use crate::text::RowOptions;
 use crate::token_cache::{CacheWriter, SUPERVISED_BIT, TokenCache};
 use crate::tokenizer::{Tokenizer, Words};
 

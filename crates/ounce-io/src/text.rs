@@ -20,45 +20,13 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::dataset::source::{BOM, RowPlace, Source};
+use crate::dataset::source::{BOM, NOT_UTF8_HINT, PIECE_BYTES, RowPlace, Source, count_newlines};
 use crate::dataset::{
-    ColumnMapping, FileKind, OnBadRow, Place, RowFormat, RowReader, Sample, samples,
+    ColumnMapping, FileKind, OnBadRow, Place, RowFormat, RowOptions, RowReader, Sample, samples,
 };
 use crate::error::{IoError, excerpt};
+use crate::hash::SourceHash;
 use crate::json::open_regular;
-
-/// What to do with text of another encoding.
-pub(crate) const NOT_UTF8_HINT: &str =
-    "convert the file, with `iconv -f LATIN1 -t UTF-8` or `iconv -f UTF-16 -t UTF-8` for instance";
-
-/// Most bytes of text in one piece.
-pub const PIECE_BYTES: usize = 32 << 10;
-/// Longest row of a file of JSON, in bytes.
-pub const MAX_LINE_BYTES: usize = 16 << 20;
-
-/// How rows are read.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RowOptions {
-    /// What rows mean; found out from the first of them where it is not given.
-    pub format: Option<RowFormat>,
-    /// Names of the file's keys.
-    pub columns: ColumnMapping,
-    /// What to do with broken rows.
-    pub on_bad_row: OnBadRow,
-    /// Longest row of JSON that there is room for; at most [`MAX_LINE_BYTES`].
-    pub row_bytes: usize,
-}
-
-impl Default for RowOptions {
-    fn default() -> Self {
-        Self {
-            format: None,
-            columns: ColumnMapping::default(),
-            on_bad_row: OnBadRow::default(),
-            row_bytes: MAX_LINE_BYTES,
-        }
-    }
-}
 
 /// What stands before a piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,15 +78,6 @@ pub struct Piece<'a> {
     pub path: &'a Path,
     /// The line on which the piece starts, from 1.
     pub line: u64,
-}
-
-/// Fingerprint of a data file as it was read.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SourceHash {
-    /// Bytes read.
-    pub n_bytes: u64,
-    /// XXH64 of the bytes.
-    pub hash: u64,
 }
 
 /// The pieces of several files, in order.
@@ -561,13 +520,10 @@ fn char_boundary(text: &str, at: usize) -> usize {
     (0..=at).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0)
 }
 
-pub(crate) fn count_newlines(bytes: &[u8]) -> u64 {
-    bytes.iter().map(|&byte| u64::from(byte == b'\n')).sum()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dataset::MAX_LINE_BYTES;
 
     /// Writes `bytes` to a file called `name` and reads it back: rows of pieces, or the error with the path cut off.
     fn rows(name: &str, bytes: &[u8]) -> Result<Vec<String>, String> {

@@ -31,13 +31,13 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::atomic::AtomicFile;
+use crate::dataset::RowOptions;
 use crate::disk::parent_of;
 use crate::encode::encode_files;
 use crate::error::IoError;
-use crate::hash::{Xxh64, hash_file};
+use crate::hash::{SourceHash, Xxh64, hash_file};
 use crate::json::open_regular;
 use crate::temp::create_locked;
-use crate::text::{RowOptions, SourceHash};
 use crate::tokenizer::{Tokenizer, tokenizer_fingerprint};
 
 const MAGIC: &[u8; 8] = b"OUNCETOK";

@@ -21,7 +21,7 @@ use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
 
 use ounce_ir::{Graph, OpId};
-use ounce_program::{BufferRole, Certificate, Choice, Instr, LoopOrder, Machine, Plan, StepShape};
+use ounce_program::{BufferRole, Certificate, Choice, LoopOrder, Machine, Plan, StepShape};
 
 use crate::bound::time_bound_s;
 use crate::chain::{Action, Chain, Point};
@@ -503,9 +503,4 @@ fn choice(cx: &Context, actions: &[Action], n_recomputed: u64) -> Choice {
         n_kept: n_kept * cx.n_micro,
         n_recomputed: n_recomputed.saturating_sub(head * head_chunks),
     }
-}
-
-/// Instructions that run ops, for reports.
-pub fn n_runs(plan: &Plan) -> usize {
-    plan.instrs.iter().filter(|i| matches!(i, Instr::Run { .. })).count()
 }

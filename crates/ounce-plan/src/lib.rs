@@ -31,8 +31,8 @@ use ounce_ir::Graph;
 use ounce_program::{Machine, Plan, StepShape};
 
 pub use error::PlanError;
-pub use frontier::{Frontier, InstrBytes, PlanOptions, n_runs};
-pub use report::{category_bytes_at_peak, explain, timeline};
+pub use frontier::{Frontier, InstrBytes, PlanOptions};
+pub use report::{category_bytes_at_peak, explain, n_runs, timeline};
 
 /// The plan for a budget: [`Frontier::solve`] and [`Frontier::plan`] in one call.
 ///

@@ -2,10 +2,9 @@
 
 use std::fmt::Write;
 
-use ounce_program::{Category, Plan};
+use ounce_program::{Category, Instr, Plan};
 
 use crate::error::mib;
-use crate::frontier::n_runs;
 
 /// Bytes per category at every instruction, process included: the picture of a plan over time.
 pub fn timeline(plan: &Plan) -> Vec<[u64; Category::ALL.len()]> {
@@ -34,6 +33,11 @@ pub fn category_bytes_at_peak(plan: &Plan) -> Vec<(Category, u64)> {
     let peak = rows.iter().max_by_key(|row| row.iter().sum::<u64>());
     let bytes = peak.copied().unwrap_or_default();
     Category::ALL.into_iter().zip(bytes).collect()
+}
+
+/// Instructions that run ops, for reports.
+pub fn n_runs(plan: &Plan) -> usize {
+    plan.instrs.iter().filter(|i| matches!(i, Instr::Run { .. })).count()
 }
 
 /// The table that `ounce plan` prints: where the bytes of the peak are, what was chosen, what is

@@ -2,17 +2,16 @@
 
 use std::io::{IsTerminal, Read};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
 use ounce_train::{
-    BenchSettings, DoctorRecord, Environment, Error, Family, GenerateSettings, InitSettings,
-    InspectRecord, InspectSettings, ModelShape, Optimizer, Precision, Result, Settings,
-    format_bytes,
+    BenchSettings, DoctorRecord, Error, Family, GenerateSettings, InitSettings, InspectRecord,
+    InspectSettings, ModelShape, Optimizer, Precision, Result, Settings, format_bytes,
 };
 
 use crate::console::{Console, print_err, print_json, print_out, print_while_read};
+use crate::environment::environment;
 use crate::export::export;
 use crate::flags::{
     BenchFlags, BenchStepFlags, BenchWhat, Command, DataFlags, DataWhat, DoctorFlags,
@@ -45,25 +44,6 @@ pub(crate) fn run(command: Command, signal: &Arc<AtomicUsize>) -> Result<()> {
 
 fn not_built(command: &str) -> Result<()> {
     Err(Error::NotBuilt { what: format!("`ounce {command}`") })
-}
-
-/// What the library may know of this process: its own program file, and where caches go.
-pub(crate) fn environment() -> Result<Environment> {
-    let worker = std::env::current_exe().map_err(|e| Error::Files {
-        message: format!("cannot find the program's own file: {e}"),
-        hint: "start ounce by its full path".to_owned(),
-    })?;
-    let home = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let cache_dir = home("OUNCE_CACHE_DIR")
-        .or_else(|| home("XDG_CACHE_HOME").map(|d| d.join("ounce")))
-        .or_else(|| home("HOME").map(|d| d.join(".cache/ounce")))
-        .unwrap_or_else(|| std::env::temp_dir().join("ounce"));
-    let hub_dir = home("HF_HUB_CACHE")
-        .or_else(|| home("HF_HOME").map(|d| d.join("hub")))
-        .or_else(|| home("XDG_CACHE_HOME").map(|d| d.join("huggingface/hub")))
-        .or_else(|| home("HOME").map(|d| d.join(".cache/huggingface/hub")))
-        .unwrap_or_else(|| cache_dir.join("hub"));
-    Ok(Environment { hub_dir, ..Environment::new(worker, cache_dir) })
 }
 
 fn settings(flags: &RunFlags) -> Result<Settings> {

@@ -7,8 +7,8 @@ use std::sync::atomic::AtomicUsize;
 use clap::Args;
 use ounce_train::{Error, ExportDtype, ExportFormat, ExportSettings, Result, format_bytes};
 
-use crate::commands::environment;
 use crate::console::{Console, print_err, print_json};
+use crate::environment::environment;
 
 #[derive(Debug, Args)]
 pub(crate) struct ExportFlags {

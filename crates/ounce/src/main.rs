@@ -1,12 +1,14 @@
 //! The `ounce` command: flags in, exit code out. Everything else is in `ounce-train`.
 //!
-//! Files, in reading order: `flags` (the command line as typed), `console` (what is printed),
-//! `commands` (one function per command), `export`,
-//! `pull`. This is the only crate that prints, reads the environment,
-//! handles signals and exits.
+//! Files, in reading order: `flags` (the command line as typed), `environment` (where the process finds
+//! itself and its caches), `console` (what is printed), `commands` (one function per command),
+//! `export`, `pull`. This is the only crate that prints, reads the environment, handles signals and
+//! exits.
 #![forbid(unsafe_code)]
 
 mod flags;
+
+mod environment;
 
 mod console;
 

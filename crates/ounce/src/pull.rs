@@ -9,8 +9,8 @@ use ounce_hub::{HubError, HubName, Progress, PullSettings, hub_name, pull as fet
 use ounce_train::{Error, Result, format_bytes, message_and_hint};
 use serde_json::json;
 
-use crate::commands::environment;
 use crate::console::{print_err, print_json, print_out};
+use crate::environment::environment;
 
 /// The hub where HF_ENDPOINT names no other.
 const ENDPOINT: &str = "https://huggingface.co";

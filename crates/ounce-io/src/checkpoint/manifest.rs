@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use super::{FORMAT, MANIFEST};
 use crate::error::IoError;
 use crate::hash::hash_file;
-use crate::hf_dir::is_plain_name;
 use crate::json::read_json;
+use crate::model_files::is_plain_name;
 
 pub(super) const DAMAGED: &str = "resume from an earlier checkpoint, or give \
      `--resume-from-checkpoint auto` to take the newest that is whole";

@@ -15,8 +15,9 @@ use super::{FORMAT, MANIFEST, OPTIMIZER, STATE, TrainerState, WEIGHTS, checkpoin
 use crate::disk::{Disk, check_room, create_dirs, real_disk, write_all_at};
 use crate::error::IoError;
 use crate::hash::Xxh64;
-use crate::hf_dir::{is_plain_name, side_files, stay_inside};
+use crate::hf_dir::stay_inside;
 use crate::json::open_regular;
+use crate::model_files::{is_plain_name, side_files};
 use crate::safetensors::{ByteSink, SafetensorsWriter, TensorSpec, safetensors_bytes};
 use crate::temp::{TempDir, remove_stale_temps};
 

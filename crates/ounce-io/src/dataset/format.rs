@@ -11,8 +11,8 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::{Place, RawRow, RowReader};
+use crate::dataset::RowOptions;
 use crate::error::IoError;
-use crate::text::RowOptions;
 
 /// First rows that are looked at.
 const N_LOOKED_AT: usize = 16;

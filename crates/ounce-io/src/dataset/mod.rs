@@ -28,10 +28,12 @@ pub use conversation::{Conversation, Sample};
 pub use format::{ColumnMapping, RowFormat, nearest};
 
 use crate::error::{IoError, excerpt};
+use crate::hash::SourceHash;
 use crate::json::parse_at_most;
-use crate::text::{MAX_LINE_BYTES, NOT_UTF8_HINT, RowOptions, SourceHash};
-use source::{Item, JsonItems, RowPlace};
+use source::{Item, JsonItems, NOT_UTF8_HINT, RowPlace};
 
+/// Longest row of a file of JSON, in bytes.
+pub const MAX_LINE_BYTES: usize = 16 << 20;
 /// A row may have a value for so many bytes of the longest row. Of text there are more bytes to a value, of lists of
 /// numbers fewer.
 const BYTES_PER_VALUE: usize = 32;
@@ -54,6 +56,30 @@ pub enum OnBadRow {
     Error,
     /// Pass it over and count it.
     Skip,
+}
+
+/// How rows are read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RowOptions {
+    /// What rows mean; found out from the first of them where it is not given.
+    pub format: Option<RowFormat>,
+    /// Names of the file's keys.
+    pub columns: ColumnMapping,
+    /// What to do with broken rows.
+    pub on_bad_row: OnBadRow,
+    /// Longest row of JSON that there is room for; at most [`MAX_LINE_BYTES`].
+    pub row_bytes: usize,
+}
+
+impl Default for RowOptions {
+    fn default() -> Self {
+        Self {
+            format: None,
+            columns: ColumnMapping::default(),
+            on_bad_row: OnBadRow::default(),
+            row_bytes: MAX_LINE_BYTES,
+        }
+    }
 }
 
 /// Where a row comes from.

@@ -7,11 +7,15 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{IoError, excerpt};
-use crate::hash::Xxh64;
+use crate::hash::{SourceHash, Xxh64};
 use crate::json::open_regular;
-use crate::text::{PIECE_BYTES, SourceHash, count_newlines};
 
 pub(crate) const BOM: &[u8] = b"\xef\xbb\xbf";
+/// What to do with text of another encoding.
+pub(crate) const NOT_UTF8_HINT: &str =
+    "convert the file, with `iconv -f LATIN1 -t UTF-8` or `iconv -f UTF-16 -t UTF-8` for instance";
+/// Most bytes that are read at once, and of text in one piece.
+pub const PIECE_BYTES: usize = 32 << 10;
 
 /// A file that hashes what is read from it.
 #[derive(Debug)]
@@ -335,4 +339,8 @@ impl JsonItems {
         self.n_lines += u64::from(byte == Some(b'\n'));
         Ok(byte)
     }
+}
+
+pub(crate) fn count_newlines(bytes: &[u8]) -> u64 {
+    bytes.iter().map(|&byte| u64::from(byte == b'\n')).sum()
 }

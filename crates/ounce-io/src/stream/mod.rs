@@ -42,12 +42,11 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::dataset::has_conversations;
+use crate::dataset::{RowOptions, has_conversations};
 use crate::disk::Disk;
 use crate::error::IoError;
 use crate::row_tokens::FileNotes;
 use crate::temp::{TempDir, remove_stale_temps};
-use crate::text::RowOptions;
 pub use window::StreamWindow;
 pub use write::{StreamEncoder, write_window};
 

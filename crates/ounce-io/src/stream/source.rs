@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::dataset::source::RowPlace;
-use crate::dataset::{RawRow, RowFormat, RowReader};
+use crate::dataset::{RawRow, RowFormat, RowOptions, RowReader};
 use crate::error::IoError;
 use crate::row_tokens::RowCounts;
-use crate::text::{PieceStart, RowOptions, TextPieces, TextPlace, share};
+use crate::text::{PieceStart, TextPieces, TextPlace, share};
 
 /// Where a source is read on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::chat_template::EndOfTurn;
+use crate::dataset::RowOptions;
 use crate::dataset::source::RowPlace;
 use crate::error::IoError;
 use crate::hash::Xxh64;
@@ -11,7 +12,7 @@ use crate::pipeline;
 use crate::row_tokens::{
     EncodedRow, FileNotes, RowNotes, RowTokens, count, data_fingerprint, nothing_to_learn,
 };
-use crate::text::{Piece, PieceStart, RowOptions, TextPlace};
+use crate::text::{Piece, PieceStart, TextPlace};
 use crate::token_cache::{CacheWriter, TokenCache};
 use crate::tokenizer::{Tokenizer, Words};
 

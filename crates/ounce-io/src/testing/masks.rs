@@ -6,9 +6,8 @@ use serde_json::{Value, json};
 
 use super::templates::Comparison;
 use crate::chat_template::ChatTemplate;
-use crate::dataset::{ColumnMapping, Place, RawRow, RowFormat, samples};
+use crate::dataset::{ColumnMapping, Place, RawRow, RowFormat, RowOptions, samples};
 use crate::row_tokens::{EncodedRow, RowTokens};
-use crate::text::RowOptions;
 use crate::tokenizer::{Tokenizer, Words};
 
 /// Encodes every case of a file that `tests/data/make_mask_goldens.py` wrote into `folder`. A case is equal where ids

@@ -30,10 +30,11 @@ pub use memory::tokenizing_bytes;
 pub use train::{END_OF_TEXT, MIN_BPE_VOCAB_SIZE, TrainedTokenizer, train_bpe, train_char};
 pub use words::Words;
 
+use crate::dataset::source::count_newlines;
 use crate::error::{IoError, excerpt};
 use crate::hash::Xxh64;
 use crate::json::{open_regular, read_small_file};
-use crate::text::{Piece, PieceStart, count_newlines, first_piece};
+use crate::text::{Piece, PieceStart, first_piece};
 use chars::CharTable;
 use pieces::PieceRules;
 use special::SpecialIds;

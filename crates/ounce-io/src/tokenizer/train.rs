@@ -18,10 +18,10 @@ use tokenizers::{AddedToken, Tokenizer as Library};
 use super::MAX_IDS;
 use super::chars::tokenizer_json;
 use crate::atomic::write_file;
-use crate::dataset::has_conversations;
+use crate::dataset::{RowOptions, has_conversations};
 use crate::error::IoError;
 use crate::hf_dir::write_json;
-use crate::text::{RowOptions, TextPieces};
+use crate::text::TextPieces;
 
 /// The end-of-text token of a trained BPE tokenizer, and of GPT-2.
 pub const END_OF_TEXT: &str = "<|endoftext|>";

@@ -30,9 +30,8 @@ use serde_json::{Map, Number, Value};
 
 use super::{Place, RawRow};
 use crate::error::IoError;
-use crate::hash::hash_file;
+use crate::hash::{SourceHash, hash_file};
 use crate::json::open_regular;
-use crate::text::SourceHash;
 
 const HINT: &str = "write the file again, for instance with pyarrow or `datasets`";
 /// Longest footer that is read.

@@ -12,8 +12,9 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::accept::{MIB, Outcome, Setting, mib, number, path, shakespeare, smallest_budget};
 use crate::cgroup::Cgroup;
+use crate::demonstration::{Outcome, Setting, path, shakespeare};
+use crate::numbers::{MIB, mib, number, smallest_budget};
 use crate::random::Random;
 use crate::shell::{json_lines, output, scratch_folder};
 

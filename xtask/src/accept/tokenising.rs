@@ -14,8 +14,9 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::accept::{MIB, Outcome, Setting, number, path, shakespeare};
 use crate::bench::last_object;
+use crate::demonstration::{Outcome, Setting, path, shakespeare};
+use crate::numbers::{MIB, number};
 use crate::random::Random;
 use crate::shell::{capture, scratch_folder};
 

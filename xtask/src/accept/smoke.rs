@@ -1,8 +1,9 @@
 //! `accept smoke`: a tiny model through every command, in seconds; CI runs it.
 
 use crate::Result;
-use crate::accept::{MIB, Outcome, Setting, mib, number, path, shakespeare, smallest_budget};
 use crate::bench::last_object;
+use crate::demonstration::{Outcome, Setting, path, shakespeare};
+use crate::numbers::{MIB, mib, number, smallest_budget};
 use crate::shell::{json_lines, output, scratch_folder};
 
 /// A tiny model through every command. Seconds; part of CI.

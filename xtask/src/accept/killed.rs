@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::Result;
-use crate::accept::{Outcome, Setting, fresh_model, path, shakespeare};
+use crate::demonstration::{Outcome, Setting, fresh_model, path, shakespeare};
 use crate::random::Random;
 use crate::shell::scratch_folder;
 

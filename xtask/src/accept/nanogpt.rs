@@ -5,8 +5,9 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::accept::{MIB, Outcome, Setting, median, number, path, shakespeare};
 use crate::bench::last_object;
+use crate::demonstration::{Outcome, Setting, path, shakespeare};
+use crate::numbers::{MIB, median, number};
 use crate::shell::{capture, json_lines, scratch_folder};
 
 /// What f16 begins with here: it overflows, and the run must find its way down by itself.

@@ -11,9 +11,10 @@
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::accept::{MIB, Outcome, Setting, median, mib, number};
 use crate::bench::{StepRun, last_object};
 use crate::cgroup::Cgroup;
+use crate::demonstration::{Outcome, Setting};
+use crate::numbers::{MIB, median, mib, number};
 
 /// More than any of these runs can use.
 const UNCONSTRAINED: &str = "20GiB";

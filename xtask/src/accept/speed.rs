@@ -9,8 +9,9 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::accept::{Outcome, Setting, median, number};
 use crate::bench::{StepRun, last_object};
+use crate::demonstration::{Outcome, Setting};
+use crate::numbers::{median, number};
 use crate::shell::{capture, cargo, json_lines};
 
 /// A step that is measured, and what is claimed of it.

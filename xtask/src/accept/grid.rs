@@ -5,8 +5,9 @@
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::accept::{Outcome, Setting, mib, number};
 use crate::bench::{StepRun, last_object};
+use crate::demonstration::{Outcome, Setting};
+use crate::numbers::{mib, number};
 
 /// More than any of these runs can use.
 const PLENTY: &str = "20GiB";

@@ -9,8 +9,9 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::accept::{Outcome, Setting, number, path};
 use crate::bench::last_object;
+use crate::demonstration::{Outcome, Setting, path};
+use crate::numbers::number;
 use crate::shell::{capture, scratch_folder};
 
 /// The mean loss that was measured by another implementation over the first 512 tokens.

@@ -15,8 +15,9 @@ use std::sync::Mutex;
 use serde_json::Value;
 
 use crate::Result;
-use crate::accept::{Outcome, Setting, number};
 use crate::bench::last_object;
+use crate::demonstration::{Outcome, Setting};
+use crate::numbers::number;
 use crate::record::kept;
 use crate::shell::{capture, cargo, metadata, output_with, run_with};
 

@@ -8,8 +8,9 @@
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::accept::{Outcome, Setting, median, mib, number, path};
 use crate::bench::{StepRun, last_object};
+use crate::demonstration::{Outcome, Setting, path};
+use crate::numbers::{median, mib, number};
 use crate::shell::scratch_folder;
 
 /// More than any of these runs can use.

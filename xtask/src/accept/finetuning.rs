@@ -9,12 +9,13 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::smollm2::{QUESTIONS, answers, as_chat, compare, eval, peer};
 use crate::Result;
-use crate::accept::{MIB, Outcome, Setting, mib, number, path};
 use crate::bench::last_object;
 use crate::cgroup::Cgroup;
+use crate::demonstration::{Outcome, Setting, path};
+use crate::numbers::{MIB, mib, number};
 use crate::shell::{json_lines, scratch_folder};
-use crate::smollm2::{QUESTIONS, answers, as_chat, compare, eval, peer};
 
 /// Budget and `--max-grad-norm`.
 const RUNS: [(&str, &str); 2] = [("2GiB", "0"), ("2.5GiB", "1.0")];

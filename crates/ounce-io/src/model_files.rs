@@ -1,0 +1,37 @@
+//! Names of the files of a Hugging Face model directory beside its weights.
+
+use std::path::Path;
+
+/// Tokenizer files, as published by one program or another. They are copied byte for byte.
+pub(crate) const TOKENIZER_FILES: [&str; 9] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+/// A name that any file in a directory may have: visible, no way out, not longer than file systems allow.
+pub(crate) fn is_plain_name(name: &str) -> bool {
+    let is_plain = |c: char| !c.is_control() && c != '/' && c != '\\';
+    !name.is_empty() && name.len() <= 255 && !name.starts_with('.') && name.chars().all(is_plain)
+}
+
+/// The files of a model beside its weights: configuration and tokenizer.
+fn side_file_names() -> impl Iterator<Item = &'static str> {
+    ["config.json", "generation_config.json"].into_iter().chain(TOKENIZER_FILES)
+}
+
+/// Whether a file of that name belongs to a model.
+pub(crate) fn is_side_file(name: &str) -> bool {
+    side_file_names().any(|side_file| side_file == name)
+}
+
+/// The side files that `dir` has.
+pub(crate) fn side_files(dir: &Path) -> Vec<&'static str> {
+    side_file_names().filter(|name| dir.join(name).exists()).collect()
+}
