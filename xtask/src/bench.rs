@@ -116,6 +116,9 @@ pub(crate) fn step(args: &[&str]) -> Result {
     let (memory, python) = (flag(args, "--memory", FLAGS)?, flag(args, "--python", FLAGS)?);
     let rounds: usize = get("--rounds", "2")?.parse().map_err(|_| "--rounds is a number")?;
     let peers: Vec<&str> = get("--peers", "eager")?.split(',').collect();
+    if python.is_none() && flag(args, "--peers", FLAGS)?.is_some() {
+        return Err("--peers needs --python with torch".to_owned());
+    }
     let binary = release_binary()?;
     let ounce_args = run.ounce_args(memory);
     let ounce_args: Vec<&str> = ounce_args.iter().map(String::as_str).collect();

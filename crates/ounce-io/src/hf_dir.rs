@@ -1,15 +1,17 @@
 //! The side files of a Hugging Face model directory: everything but the weights.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::atomic::{AtomicFile, write_file};
+use crate::chat_template::{MAX_TOKENIZER_CONFIG_BYTES, TEMPLATE_FILE, template_files};
 use crate::error::IoError;
 use crate::json::{open_regular, read_json};
-use crate::model_files::{TOKENIZER_FILES, side_files};
+use crate::model_files::{TOKENIZER_CONFIG, TOKENIZER_FILES, side_files, stay_inside};
 use crate::publication::{interrupted_hint, is_interrupted};
 
 /// Longest configuration file accepted.
@@ -50,7 +52,8 @@ pub fn write_json(path: &Path, value: &Value) -> Result<(), IoError> {
     write_file(path, format!("{value:#}\n").as_bytes())
 }
 
-/// Copies the tokenizer's files from one directory to another, byte for byte; returns the names copied.
+/// Copies the tokenizer's files from one directory to another, byte for byte but for several chat templates
+/// ([`copy_side_files`]); returns the names copied.
 ///
 /// # Errors
 /// `Read`, `Write`, `BadFile` for a link out of the directory.
@@ -60,6 +63,8 @@ pub fn copy_tokenizer_files(from: &Path, to: &Path) -> Result<Vec<&'static str>,
 }
 
 /// Copies configuration and tokenizer from one model directory to another, byte for byte; returns the names copied.
+/// Chat templates in `additional_chat_templates/` go into `tokenizer_config.json`, as a list with the one of
+/// `chat_template.jinja`, which `transformers` reads as well: a checkpoint has no directories.
 ///
 /// # Errors
 /// `Missing` without a `config.json`, `Read`, `Write`, `BadFile` for a link out of the directory.
@@ -68,35 +73,41 @@ pub fn copy_side_files(from: &Path, to: &Path) -> Result<Vec<&'static str>, IoEr
     copy_files(from, to, side_files(from))
 }
 
-/// Refuses a link that leads out of the model directory; into the blobs of a hub's cache it may.
-pub(crate) fn stay_inside(dir: &Path, file: &Path) -> Result<(), IoError> {
-    let resolve = |path: &Path| path.canonicalize().map_err(|e| IoError::reading(path, e));
-    let (real_dir, real_file) = (resolve(dir)?, resolve(file)?);
-    let cache_blobs = real_dir
-        .parent()
-        .filter(|snapshots| snapshots.file_name().is_some_and(|name| name == "snapshots"))
-        .and_then(|snapshots| Some(snapshots.parent()?.join("blobs")));
-    if real_file.starts_with(&real_dir) || cache_blobs.is_some_and(|b| real_file.starts_with(b)) {
-        return Ok(());
-    }
-    Err(IoError::bad_file(
-        file,
-        format!("is a link out of the model directory, to {}", real_file.display()),
-        "copy the file into the directory",
-    ))
-}
-
 /// Copies the files called `names`.
 fn copy_files(
     from: &Path,
     to: &Path,
-    names: Vec<&'static str>,
+    mut names: Vec<&'static str>,
 ) -> Result<Vec<&'static str>, IoError> {
     for name in &names {
         stay_inside(from, &from.join(name))?;
         copy_file(&from.join(name), &to.join(name))?;
     }
+    let templates = template_files(from)?;
+    let is_same = || matches!((from.canonicalize(), to.canonicalize()), (Ok(a), Ok(b)) if a == b);
+    if templates.len() > 1 && !is_same() {
+        write_list(&templates, to)?;
+        names.retain(|name| ![TEMPLATE_FILE, TOKENIZER_CONFIG].contains(name));
+        names.push(TOKENIZER_CONFIG);
+    }
     Ok(names)
+}
+
+/// Puts chat templates into `tokenizer_config.json`, in the place of `chat_template.jinja`.
+fn write_list(templates: &BTreeMap<String, String>, to: &Path) -> Result<(), IoError> {
+    let path = to.join(TOKENIZER_CONFIG);
+    let mut config = match read_json(&path, MAX_TOKENIZER_CONFIG_BYTES) {
+        Err(IoError::Missing { .. }) => json!({}),
+        other => other?,
+    };
+    let Some(object) = config.as_object_mut() else {
+        return Err(IoError::bad_file(&path, "holds no JSON object", "fetch the file again"));
+    };
+    let list = templates.iter().map(|(name, text)| json!({"name": name, "template": text}));
+    object.insert("chat_template".to_owned(), list.collect());
+    write_json(&path, &config)?;
+    let single = to.join(TEMPLATE_FILE);
+    std::fs::remove_file(&single).map_err(|e| IoError::writing(&single, 0, e))
 }
 
 /// Copies one file through a small buffer; a copy onto itself changes nothing.
@@ -142,6 +153,39 @@ mod tests {
         assert_eq!(fs::read(to.path().join("merges.txt")).unwrap(), [0xff, 0, 13]);
         copy_side_files(from.path(), from.path()).unwrap();
         assert_eq!(fs::read(from.path().join("merges.txt")).unwrap(), [0xff, 0, 13]);
+    }
+
+    #[test]
+    fn several_chat_templates_become_a_list() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let more = from.path().join("additional_chat_templates");
+        fs::create_dir(&more).unwrap();
+        for (path, text) in [
+            (from.path().join("config.json"), "{}"),
+            (from.path().join("tokenizer_config.json"), "{\"eos_token\": \"<e>\"}"),
+            (from.path().join("chat_template.jinja"), "one {{ messages }}"),
+            (more.join("tool_use.jinja"), "two {{ tools }}"),
+        ] {
+            fs::write(path, text).unwrap();
+        }
+        let copied = copy_side_files(from.path(), to.path()).unwrap();
+        assert_eq!(copied, ["config.json", "tokenizer_config.json"]);
+        assert!(!to.path().join("chat_template.jinja").exists());
+        let config = read_json(&to.path().join("tokenizer_config.json"), 1 << 20).unwrap();
+        assert_eq!(config["eos_token"], "<e>");
+        let entry = |name: &str, template: &str| json!({"name": name, "template": template});
+        let list = [entry("default", "one {{ messages }}"), entry("tool_use", "two {{ tools }}")];
+        assert_eq!(config["chat_template"], json!(list));
+        // A second copy, and one onto itself, have nothing to do.
+        let again = tempfile::tempdir().unwrap();
+        copy_side_files(to.path(), again.path()).unwrap();
+        copy_side_files(from.path(), from.path()).unwrap();
+        assert!(from.path().join("chat_template.jinja").exists());
+        let secret = to.path().join("secret");
+        fs::write(&secret, "private").unwrap();
+        std::os::unix::fs::symlink(&secret, more.join("b.jinja")).unwrap();
+        let message = copy_side_files(from.path(), again.path()).unwrap_err().to_string();
+        assert!(message.contains("b.jinja: is a link out of the model directory"), "{message}");
     }
 
     #[test]

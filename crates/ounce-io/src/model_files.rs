@@ -1,11 +1,15 @@
-//! Names of the files of a Hugging Face model directory beside its weights.
+//! The files of a Hugging Face model directory beside its weights: their names, and where they may lie.
 
 use std::path::Path;
+
+use crate::error::IoError;
+
+pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
 /// Tokenizer files, as published by one program or another. They are copied byte for byte.
 pub(crate) const TOKENIZER_FILES: [&str; 9] = [
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -34,4 +38,22 @@ pub(crate) fn is_side_file(name: &str) -> bool {
 /// The side files that `dir` has.
 pub(crate) fn side_files(dir: &Path) -> Vec<&'static str> {
     side_file_names().filter(|name| dir.join(name).exists()).collect()
+}
+
+/// Refuses a link that leads out of the model directory; into the blobs of a hub's cache it may.
+pub(crate) fn stay_inside(dir: &Path, file: &Path) -> Result<(), IoError> {
+    let resolve = |path: &Path| path.canonicalize().map_err(|e| IoError::reading(path, e));
+    let (real_dir, real_file) = (resolve(dir)?, resolve(file)?);
+    let cache_blobs = real_dir
+        .parent()
+        .filter(|snapshots| snapshots.file_name().is_some_and(|name| name == "snapshots"))
+        .and_then(|snapshots| Some(snapshots.parent()?.join("blobs")));
+    if real_file.starts_with(&real_dir) || cache_blobs.is_some_and(|b| real_file.starts_with(b)) {
+        return Ok(());
+    }
+    Err(IoError::bad_file(
+        file,
+        format!("is a link out of the model directory, to {}", real_file.display()),
+        "copy the file into the directory",
+    ))
 }

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::dataset::source::{BOM, NOT_UTF8_HINT, PIECE_BYTES, RowPlace, Source, count_newlines};
+use crate::dataset::source::{BOM, PIECE_BYTES, RowPlace, Source, count_newlines, encoding_hint};
 use crate::dataset::{
     ColumnMapping, FileKind, OnBadRow, Place, RowFormat, RowOptions, RowReader, Sample, samples,
 };
@@ -371,14 +371,16 @@ impl PlainReader {
             return Err(self.fault(
                 at,
                 "holds a NUL byte",
-                "this is not a text file, or UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`",
+                "this is not a text file, or UTF-16: convert it, as it was before any other conversion, with `iconv -f \
+                 UTF-16 -t UTF-8`",
             ));
         }
         match bad_at {
             None => Ok(text),
             Some(at) => {
                 let reason = format!("is not UTF-8 (byte 0x{:02x})", bytes[at]);
-                Err(self.fault(at, &reason, NOT_UTF8_HINT))
+                let hint = encoding_hint(if at == 0 && self.line == 1 { bytes } else { &[] });
+                Err(self.fault(at, &reason, hint))
             }
         }
     }

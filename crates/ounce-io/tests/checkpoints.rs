@@ -120,7 +120,8 @@ fn names_that_lie_and_links_are_skipped_with_the_reason() {
     fs::rename(&path, s.out.join("checkpoint-9")).unwrap();
     let newest = newest_valid(&s.out).unwrap();
     assert!(newest.checkpoint.is_none());
-    assert!(newest.skipped[0].reason.to_string().contains("checkpoint-9: holds step 5"));
+    let reasons = newest.skipped.iter().map(|s| s.reason.to_string());
+    assert!(reasons.into_iter().any(|reason| reason.contains("checkpoint-9: holds step 5")));
 }
 
 #[test]

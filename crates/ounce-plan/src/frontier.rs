@@ -65,7 +65,7 @@ pub struct InstrBytes {
 
 impl InstrBytes {
     /// Bytes that a plan of so many instructions takes beside the baseline while it runs.
-    fn beside_baseline(&self, graph: &Graph, n_instrs: u64) -> u64 {
+    pub fn beside_baseline(&self, graph: &Graph, n_instrs: u64) -> u64 {
         let n_declared = self.n_declared_per_op * graph.ops.len() as u64;
         align(self.running * n_instrs.saturating_sub(n_declared))
     }
@@ -174,6 +174,11 @@ impl<'a> Frontier<'a> {
     pub fn fastest_s(&self) -> (f64, f64) {
         let fastest_s = self.entries.last().map_or(0.0, |e| e.time_s);
         (up_to_rounding(self.step_bound_s(u64::MAX), fastest_s), fastest_s)
+    }
+
+    /// What the smallest budget that works cannot be below, without unrolling a plan.
+    pub fn least_modelled_bytes(&self) -> u64 {
+        self.entries.first().map_or(0, |entry| entry.bytes)
     }
 
     /// The smallest budget that works; less is refused.

@@ -44,37 +44,42 @@ pub(crate) fn place(drafts: &[Draft], fixed: &[u64], base: u64, max_load: u64) -
 type Placed = (u64, u64, u32, u32);
 
 /// Placed buffers by the stretches of instructions that they live in, so that a short-lived buffer
-/// looks at its neighbours in time only.
+/// looks at its neighbours in time only, and a long-lived one at each buffer once.
 struct Stretches {
     /// Length of a stretch.
     n_instrs: usize,
-    placed: Vec<Vec<Placed>>,
+    /// Those whose lives begin in the stretch.
+    begun: Vec<Vec<Placed>>,
+    /// Those that live in it since an earlier one.
+    going_on: Vec<Vec<Placed>>,
 }
 
 impl Stretches {
     fn new(drafts: &[Draft]) -> Self {
         let n_instrs = drafts.iter().map(|d| d.last as usize + 1).max().unwrap_or(1);
         let stretch = n_instrs.div_ceil(1024).max(64);
-        Self { n_instrs: stretch, placed: vec![Vec::new(); n_instrs.div_ceil(stretch)] }
+        let empty = || vec![Vec::new(); n_instrs.div_ceil(stretch)];
+        Self { n_instrs: stretch, begun: empty(), going_on: empty() }
     }
 
-    fn of(&self, first: u32, last: u32) -> std::ops::RangeInclusive<usize> {
-        first as usize / self.n_instrs..=last as usize / self.n_instrs
+    /// The first and the last stretch of a life.
+    fn of(&self, first: u32, last: u32) -> (usize, usize) {
+        (first as usize / self.n_instrs, last as usize / self.n_instrs)
     }
 
     fn insert(&mut self, p: Placed) {
-        for i in self.of(p.2, p.3) {
-            self.placed[i].push(p);
-        }
+        let (first, last) = self.of(p.2, p.3);
+        self.begun[first].push(p);
+        self.going_on[first + 1..=last].iter_mut().for_each(|placed| placed.push(p));
     }
 
-    /// What lives at the same time as `d`, by ascending offset; long-lived buffers may come twice.
+    /// What lives at the same time as `d`, by ascending offset.
     fn beside(&self, d: &Draft, found: &mut Vec<Placed>) {
+        let (first, last) = self.of(d.first, d.last);
+        let meets = |p: &&Placed| p.2 <= d.last && d.first <= p.3;
         found.clear();
-        for i in self.of(d.first, d.last) {
-            let meets = |p: &&Placed| p.2 <= d.last && d.first <= p.3;
-            found.extend(self.placed[i].iter().filter(meets));
-        }
+        let begun = self.begun[first..=last].iter().flatten();
+        found.extend(self.going_on[first].iter().chain(begun).filter(meets));
         found.sort_unstable();
     }
 }

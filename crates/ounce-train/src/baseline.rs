@@ -5,7 +5,7 @@
 //! steps as well, and its bound is added to every phase behind the first.
 //!
 //! What a process takes besides the planned bytes: code and libraries that were touched, the stacks
-//! of the threads, the tables of graph, plan and executor, the table from id to bytes, I/O buffers,
+//! of the threads, the tables of graph, plan and executor, the table from id to bytes, rows of data, I/O buffers,
 //! and, charged by the kernel though not resident memory, the page tables that map the arena (8 bytes
 //! per page of 4 KiB). Each has a bound that is known before planning; the sum is checked against the
 //! running process before step 1.
@@ -33,6 +33,8 @@ pub(crate) const INSTR_BYTES: InstrBytes =
     InstrBytes { planning: 2304, running: 64, n_declared_per_op: OP_BYTES / 64 };
 /// Table from id to bytes (a token's bytes and their end), and a sampler's weight per id.
 const TOKEN_BYTES: u64 = 24;
+/// Rows of data for which the process has room already.
+const DECLARED_ROWS_BYTES: u64 = 512 << 10;
 /// One byte of page tables maps this many.
 const PAGE_TABLE_SHARE: u64 = 512;
 
@@ -54,6 +56,8 @@ pub(crate) struct Sizes {
     pub(crate) vocab_size: u64,
     /// No plan needs a larger arena, however large the budget.
     pub(crate) most_arena_bytes: u64,
+    /// What rows of data take beside the arena, of all graphs together.
+    pub(crate) rows_bytes: u64,
     /// Most that the tokenizing child takes besides code and libraries, which are counted once.
     pub(crate) tokenizing_bytes: u64,
     /// The same of the child that works beside the steps; 0 without one.
@@ -72,12 +76,13 @@ impl Baseline {
     }
 
     fn fixed_bytes(&self) -> u64 {
-        let Sizes { n_threads, n_ops, vocab_size, .. } = self.sizes;
+        let Sizes { n_threads, n_ops, vocab_size, rows_bytes, .. } = self.sizes;
         self.streaming_bytes()
             + PROCESS_BYTES
             + THREAD_BYTES * n_threads
             + OP_BYTES * n_ops
             + TOKEN_BYTES * vocab_size
+            + rows_bytes.saturating_sub(DECLARED_ROWS_BYTES)
     }
 
     /// Page tables of the largest arena in a budget.
@@ -148,6 +153,7 @@ mod tests {
                 n_ops: 500,
                 vocab_size: 65,
                 most_arena_bytes: 2 << 30,
+                rows_bytes: 0,
                 tokenizing_bytes: 0,
                 streaming_bytes: 0,
             };
@@ -164,6 +170,11 @@ mod tests {
             let odd = Baseline::declare(Sizes { tokenizing_bytes: (90 << 20) + 1, ..sizes }, 0);
             let smallest = odd.smallest_budget(arena_bytes);
             assert_eq!(odd.is_tokenizing(smallest), arena_bytes < 90 << 20);
+            // A few rows are in the size of the process.
+            let long = |rows_bytes| Baseline::declare(Sizes { rows_bytes, ..sizes }, 0);
+            assert_eq!(long(DECLARED_ROWS_BYTES).smallest_budget(arena_bytes), budget);
+            let more = long(DECLARED_ROWS_BYTES + (8 << 20)).smallest_budget(arena_bytes) - budget;
+            assert!((8 << 20..9 << 20).contains(&more));
             // A child beside the steps takes what it takes.
             let streaming = Sizes { streaming_bytes: 9 << 20, ..sizes };
             let streaming = Baseline::declare(streaming, 0).smallest_budget(arena_bytes);

@@ -52,6 +52,15 @@ impl Row {
     }
 }
 
+/// What rows take in the process where steps have this shape: a batch of them, and what the executor knows of them.
+pub(crate) fn rows_bytes(shape: StepShape) -> u64 {
+    let bytes = |n: usize| n as u64;
+    let per_token = bytes(size_of::<i32>() + size_of::<bool>()) * shape.row_stride();
+    let n_granules = shape.row_stride() / GRANULE_TOKENS;
+    let spans = 2 * bytes(size_of::<RowSpan>()) * (shape.n_tokens() / GRANULE_TOKENS);
+    per_token + bytes(size_of::<usize>()) * n_granules + spans
+}
+
 /// The rows of the step that is next; reused from step to step.
 #[derive(Debug)]
 pub(crate) struct Batch {
@@ -180,5 +189,21 @@ fn put(
     let Some(input) = input else { return };
     for (x, value) in buffers.session_i32(input)[at..].iter_mut().zip(values) {
         *x = value;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_rows_take_is_what_a_batch_holds_and_the_executor_once_more() {
+        for shape in [StepShape::new(1, 1), StepShape::new(3, 200), StepShape::new(500, 64)] {
+            let Batch { spans, row, .. } = Batch::new(shape, 9);
+            let spans_bytes = size_of::<RowSpan>() * spans.capacity();
+            let lengths_bytes = size_of::<usize>() * row.lengths.capacity();
+            let held = 4 * row.ids.capacity() + row.supervised.capacity() + lengths_bytes;
+            assert_eq!(rows_bytes(shape), (held + 2 * spans_bytes) as u64);
+        }
     }
 }

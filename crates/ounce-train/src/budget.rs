@@ -55,6 +55,9 @@ impl Memory {
         };
         match number.parse::<f64>() {
             Ok(n) if n > 0.0 && n * scale < 1e18 => Ok(Self::Bytes((n * scale) as u64)),
+            Ok(n) if n > 0.0 => Err(format!(
+                "`{text}` is more memory than there is anywhere\nhint: write it as `64MiB`, `2GiB`, `12345B` or `auto`"
+            )),
             _ => Err(format!(
                 "`{text}` is not an amount of memory: `{number}` is not a positive number\n\
                  hint: write it as `64MiB`, `2GiB`, `12345B` or `auto`"
@@ -62,12 +65,15 @@ impl Memory {
         }
     }
 
-    /// The budget in bytes, in whole quanta; `auto` asks the machine.
+    /// The budget in bytes, in whole quanta but for less than one; `auto` asks the machine.
     pub fn resolve(self) -> u64 {
         let bytes = match self {
             Self::Bytes(bytes) => bytes,
             Self::Auto => free_bytes() / 100 * AUTO_PERCENT,
         };
+        if bytes < BUDGET_QUANTUM_BYTES {
+            return bytes;
+        }
         bytes / BUDGET_QUANTUM_BYTES * BUDGET_QUANTUM_BYTES
     }
 }
@@ -91,7 +97,7 @@ impl<'de> Deserialize<'de> for Memory {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         // A bare number lacks its unit, which is what the message should say.
         #[derive(Deserialize)]
-        #[serde(untagged)]
+        #[serde(untagged, expecting = "expected `64MiB`, `2GiB`, `12345B` or `auto`")]
         enum Given {
             Text(String),
             Number(f64),

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ounce_io::checkpoint::{
-    Checkpoint, CheckpointWriter, ScalerState, TrainerState, checkpoint_bytes, list, newest_valid,
-    open, rotate, state_name,
+    Checkpoint, CheckpointWriter, ScalerState, Skipped, TrainerState, checkpoint_bytes, course,
+    list, newest_valid, open, rotate, state_name,
 };
 use ounce_io::{Disk, TensorSpec, check_room};
 use ounce_ir::{DType, Graph, Param, ParamId};
@@ -19,9 +19,10 @@ use ounce_kernels::tier::tier;
 use serde_json::{Map, Value};
 
 use crate::data::{Data, TrainRows};
+use crate::error::message_and_hint;
 use crate::graphs::states;
-use crate::model::{Model, missing};
-use crate::precision::config_with_dtype;
+use crate::model::missing;
+use crate::output::METRICS;
 use crate::same_data::{by_full_path, changed_data};
 use crate::schedule::Schedule;
 use crate::session::Session;
@@ -72,20 +73,44 @@ pub(crate) fn find(
         }
         Some("auto") => {
             let newest = newest_valid(output_dir)?;
-            for skipped in &newest.skipped {
-                let path = skipped.path.display();
-                observer.note(&format!("warning: {path} is passed over: {}", skipped.reason));
-            }
             if let Some(checkpoint) = &newest.checkpoint {
+                note_skipped(&newest.skipped, observer);
                 note_going_on(checkpoint, settings, observer);
+                return Ok(newest.checkpoint);
             }
-            Ok(newest.checkpoint)
+            // What is lost for good does not stand in the way of a new run; what is not would be lost by it.
+            let (readable, damaged): (Vec<_>, Vec<_>) =
+                newest.skipped.into_iter().partition(Skipped::may_be_whole);
+            note_skipped(&damaged, observer);
+            if !damaged.is_empty() && readable.is_empty() {
+                observer.note("warning: none is whole: this run starts afresh");
+            }
+            readable.into_iter().next().map_or(Ok(None), |skipped| Err(skipped.reason.into()))
         }
         Some(path) => {
-            let checkpoint = open(Path::new(path))?;
+            let checkpoint = open(Path::new(path)).map_err(|e| of_directory(path, e.into()))?;
             note_going_on(&checkpoint, settings, observer);
             Ok(Some(checkpoint))
         }
+    }
+}
+
+/// The error of a path that is no checkpoint; where it holds some, that is what is said.
+fn of_directory(path: &str, e: Error) -> Error {
+    match list(Path::new(path)).unwrap_or_default().first() {
+        None => e,
+        Some((_, newest)) => Error::Input {
+            message: format!("{path} is no checkpoint, but holds some"),
+            hint: format!("give `--resume-from-checkpoint {}`", newest.display()),
+        },
+    }
+}
+
+/// Says which newer checkpoints do not count.
+fn note_skipped(skipped: &[Skipped], observer: &mut dyn Observer) {
+    for Skipped { path, reason } in skipped {
+        let (reason, _) = message_and_hint(reason);
+        observer.note(&format!("warning: {} is passed over: {reason}", path.display()));
     }
 }
 
@@ -126,6 +151,8 @@ fn note_earlier_run(output_dir: &Path, observer: &mut dyn Observer) {
     }
 }
 
+/// What is compared in the place of the two settings whose product it is.
+const ROWS_PER_STEP: &str = "per_device_train_batch_size times gradient_accumulation_steps";
 /// What the state's schedule calls the steps of the whole run.
 const N_STEPS: &str = "n_steps";
 
@@ -137,10 +164,12 @@ pub(crate) fn state(
     tokens_seen: u64,
     data: &Data,
     scaler: ScalerState,
+    course: u64,
 ) -> TrainerState {
     let (cursor, stream) = data.train.cursor(step * settings.n_rows());
     TrainerState {
         step,
+        course,
         n_updates,
         cursor,
         data_hash: data.train.contents(),
@@ -188,12 +217,12 @@ pub(crate) fn check_settings(
             hint: format!("give `--precision {then}`, or start a new run from these weights"),
         });
     }
-    let (then, now) = (by_full_path(&begun).to_map(), by_full_path(settings).to_map());
+    let (mut then, mut now) = (by_full_path(&begun).to_map(), by_full_path(settings).to_map());
+    for (map, settings) in [(&mut then, &begun), (&mut now, settings)] {
+        map.insert(ROWS_PER_STEP.to_owned(), settings.n_rows().into());
+    }
     let differs = |key: &&String| then[*key] != now[*key] && !FREE.contains(&key.as_str());
     let mut names: Vec<&str> = now.keys().filter(differs).map(String::as_str).collect();
-    if begun.n_rows() != settings.n_rows() {
-        names.push("per_device_train_batch_size times gradient_accumulation_steps");
-    }
     // Another length is fine as long as the steps that were done had the same learning rates.
     if let Some(n) = state.schedule.get(N_STEPS).and_then(Value::as_u64).or(begun.max_steps)
         && n != n_steps
@@ -290,41 +319,42 @@ fn same_rates(a: &Schedule, b: &Schedule, n: u64) -> bool {
 pub(crate) struct Saver {
     disk: Arc<dyn Disk>,
     output_dir: PathBuf,
-    model_dir: PathBuf,
+    /// Configuration and tokenizer as they were when the run began, whatever becomes of the model's directory.
+    side_files: PathBuf,
     n_keep: Option<usize>,
     resumed_from: Option<PathBuf>,
     weights: Vec<TensorSpec>,
     optimizer: Vec<TensorSpec>,
     needed_bytes: u64,
-    /// `config.json` if it is not that of the model directory.
-    config: Option<String>,
+    course: u64,
     /// What the model at the end takes.
     model_bytes: u64,
 }
 
 impl Saver {
-    /// For the run that `session` is planned for.
+    /// For the run that `session` is planned for, whose configuration and tokenizer lie in `side_files`.
     ///
     /// # Errors
-    /// Side files that cannot be read.
+    /// Files or an output directory that cannot be read.
     pub(crate) fn new(
         settings: &Settings,
         env: &Environment,
-        model: &Model,
+        side_files: &Path,
         session: &Session,
         from: Option<&Checkpoint>,
     ) -> Result<Self> {
         let program = session.train.as_ref().expect("a training run has a training plan");
         let (weights, optimizer) = (weights::specs(&program.graph), state_specs(&program.graph));
+        let output_dir = settings.output_dir.clone().unwrap_or_default();
         Ok(Self {
             disk: env.disk.clone(),
-            output_dir: settings.output_dir.clone().unwrap_or_default(),
-            model_dir: model.dir.clone(),
+            course: course(&output_dir, from)?,
+            output_dir,
+            side_files: side_files.to_path_buf(),
             n_keep: settings.save_total_limit.map(|n| n as usize),
             resumed_from: from.map(|c| c.path().to_path_buf()),
-            needed_bytes: checkpoint_bytes(&weights, &optimizer, &model.dir)?,
-            config: config_with_dtype(&model.dir, program.graph.trained_dtype())?,
-            model_bytes: checkpoint_bytes(&weights, &[], &model.dir)?,
+            needed_bytes: checkpoint_bytes(&weights, &optimizer, side_files)?,
+            model_bytes: checkpoint_bytes(&weights, &[], side_files)?,
             weights,
             optimizer,
         })
@@ -349,18 +379,34 @@ impl Saver {
         Ok(check_room(&*self.disk, &self.output_dir, &model, bytes)?)
     }
 
-    /// Writes a checkpoint.
+    /// The course of the run, for the state of its checkpoints.
+    pub(crate) fn course(&self) -> u64 {
+        self.course
+    }
+
+    /// Writes a checkpoint, with the run's metrics so far.
     ///
     /// # Errors
     /// A failed write; the checkpoints that were there before are untouched.
-    pub(crate) fn save(&self, session: &mut Session, state: &TrainerState) -> Result<PathBuf> {
+    pub(crate) fn save(
+        &self,
+        session: &mut Session,
+        state: &TrainerState,
+        metrics: &Path,
+    ) -> Result<PathBuf> {
+        let metrics_bytes = std::fs::metadata(metrics).map_err(|e| Error::file(metrics, &e))?.len();
         let Session { train, arena, .. } = session;
         let program = train.as_ref().expect("a training run has a training plan");
         let (graph, mut buffers) = (&program.graph, program.executor.buffers(arena));
         let (disk, step) = (self.disk.clone(), state.step);
-        let mut writer =
-            CheckpointWriter::begin_on(disk, &self.output_dir, step, self.needed_bytes)?;
-        writer.copy_side_files(&self.model_dir, self.config.as_deref())?;
+        let mut writer = CheckpointWriter::begin_on(
+            disk,
+            &self.output_dir,
+            step,
+            self.needed_bytes + metrics_bytes,
+        )?;
+        writer.copy_side_files(&self.side_files)?;
+        writer.copy_file(metrics, METRICS)?;
         let mut file = writer.weights(&self.weights)?;
         weights::append_params(&mut file, graph, &mut buffers)?;
         file.finish()?;

@@ -7,6 +7,7 @@ use ounce_kernels::pool::Pool;
 use ounce_program::Plan;
 
 use crate::baseline::{Baseline, Sizes};
+use crate::batch::rows_bytes;
 use crate::budget::format_bytes;
 use crate::graphs::{Graphs, Job, PerPurpose, Wanted, build, everything_bytes};
 use crate::limits::{Limits, start_pool};
@@ -65,6 +66,7 @@ impl<'a> Prepared<'a> {
         if self.baseline.tokenizing_peak_bytes() > self.budget_bytes {
             return refuse();
         }
+        planner.time(&self.graphs);
         let has_tables = |programs: &[Program]| programs.iter().any(|p| p.tables_bytes > 0);
         let mut found = self.together(self.budget_bytes, |job, bytes| planner.plan(job, bytes))?;
         // Where tables count, what fits depends on how plans are chosen; what is refused must not.
@@ -200,6 +202,9 @@ pub(crate) fn estimate(
     let planner = prepared.planner();
     let (smallest_bytes, _) = planner.smallest(&prepared.graphs);
     let fits = smallest_bytes <= limits.budget_bytes;
+    if fits {
+        planner.time(&prepared.graphs);
+    }
     let plan = prepared
         .graphs
         .iter()
@@ -219,8 +224,12 @@ fn declare(graphs: &Graphs, model: &Model, wanted: &Wanted, limits: &Limits) -> 
         n_ops: graphs.iter().map(|job| job.graph.ops.len() as u64).sum(),
         vocab_size: model.config.vocab_size(),
         most_arena_bytes: graphs.iter().map(everything_bytes).max().unwrap_or(0),
-        tokenizing_bytes: wanted.stream.map_or(0, |stream| stream.window_bytes)
-            + if wanted.tokenizes { tokenize::bytes(&model.dir, n_tokenizing, limits) } else { 0 },
+        tokenizing_bytes: if wanted.tokenizes {
+            tokenize::bytes(&model.dir, n_tokenizing, limits)
+        } else {
+            0
+        },
+        rows_bytes: graphs.iter().map(|job| rows_bytes(job.shape)).sum(),
         streaming_bytes: wanted.stream.map_or(0, |stream| streaming_bytes(&model.dir, stream)),
     };
     Baseline::declare(sizes, limits.budget_bytes)

@@ -118,6 +118,7 @@ pub use precision::{PrecisionRow, explain_precision, precision_table};
 pub use report::{DoneRecord, EvalRecord, Observer, PhaseRecord, PlanRecord, Silent, StepRecord};
 pub use settings::{
     BadRows, Columns, DataFile, OnNonfinite, Optimizer, Precision, Settings, WeightedFile,
+    usual_name,
 };
 pub use train_loop::{plan, train};
 pub use worker::answer_tokenize_request;

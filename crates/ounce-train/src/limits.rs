@@ -2,17 +2,23 @@
 
 use std::path::PathBuf;
 
+use ounce_io::dataset::{data_bytes, data_bytes_at_once};
 use ounce_kernels::pool::Pool;
 
 use crate::budget::{format_bytes, memory_of_machine, resident_bytes};
 use crate::settings::DataFile;
 use crate::{Error, Result, Settings};
 
+/// Lengths of the window's samples, and of its rows where they are packed.
+const ROW_BYTES: u64 = 8;
+/// Buffers of an open file.
+const FILE_BYTES: u64 = 64 << 10;
+
 /// The budget of a run and the threads that it may use.
 pub(crate) struct Limits {
     pub(crate) budget_bytes: u64,
     pub(crate) n_threads: usize,
-    /// Most that reading the data files takes, beside tokenizing.
+    /// Most that reading the data files takes, and the window of a stream, beside tokenizing.
     pub(crate) data_bytes: u64,
 }
 
@@ -24,8 +30,15 @@ impl Limits {
         Self {
             budget_bytes: settings.memory.resolve(),
             n_threads: settings.threads.map_or_else(n_cores, |n| n as usize),
-            data_bytes: ounce_io::dataset::data_bytes(files),
+            data_bytes: data_bytes(files),
         }
+    }
+
+    /// The same for training, which may stream its data.
+    pub(crate) fn of_training(settings: &Settings) -> Self {
+        let limits = Self::of(settings);
+        let window_bytes = if settings.streaming { window_bytes(settings) } else { 0 };
+        Self { data_bytes: limits.data_bytes + window_bytes, ..limits }
     }
 
     /// Warnings for a run whose plans take `peak_bytes`, before it has touched any of them, and during whose timings
@@ -63,6 +76,12 @@ impl Limits {
         }
         warnings
     }
+}
+
+/// Most bytes that a child holds for a window of a stream and for reading its files, whatever the tokenizer.
+pub(crate) fn window_bytes(settings: &Settings) -> u64 {
+    let reading_bytes = data_bytes_at_once(settings.data.iter().map(DataFile::path));
+    ROW_BYTES * settings.window_rows() + FILE_BYTES * settings.data.len() as u64 + reading_bytes
 }
 
 /// Cores that this process may use.

@@ -75,6 +75,10 @@ impl Model {
             let hint = "name the directory, with `config.json` and tokenizer beside the weights";
             return Err(refuse("is a file of weights, not a model directory", hint));
         }
+        if dir.is_file() && extension == Some("gguf") {
+            let hint = "fetch it again; where it is a pointer of Git LFS, with `git lfs pull`";
+            return Err(refuse("is not a GGUF file, whatever its name says", hint));
+        }
         Ok(Self { path: dir.to_path_buf(), dir: dir.to_path_buf(), config: read_config(dir)? })
     }
 

@@ -9,12 +9,13 @@
 //! every other point goes.
 
 use std::fs::{File, TryLockError};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ounce_exec::Arena;
-use ounce_io::checkpoint::list;
+use ounce_io::checkpoint::{Checkpoint, list};
 use ounce_io::{Disk, StagingDir, write_file};
 use ounce_ir::DType;
 use serde::{Deserialize, Serialize};
@@ -29,10 +30,10 @@ use crate::{Environment, Error, EvalRecord, Observer, Result, Settings, StepReco
 const MAX_POINTS: usize = 4096;
 /// Between two flushes of the events, for whoever watches.
 const FLUSH_EVERY: Duration = Duration::from_secs(10);
-/// How long the directory of another run is waited for.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-/// The file of the numbers of every step.
-const METRICS: &str = "metrics.jsonl";
+/// How long the directory of another run is waited for: one that is being stopped saves a checkpoint yet.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+/// The file of the numbers of every step, in the output directory and in each checkpoint.
+pub(crate) const METRICS: &str = "metrics.jsonl";
 
 /// The output directory before step 1: nothing is in it yet.
 pub(crate) struct Staged {
@@ -87,7 +88,7 @@ struct AnyLine {
 
 impl Staged {
     /// Makes the directory and a hidden one in it for what is published at the end: a model whose
-    /// weights are `stored` so.
+    /// weights are `stored` so. `lock` is the directory's, if it was there before.
     ///
     /// # Errors
     /// A failed write.
@@ -95,14 +96,15 @@ impl Staged {
         env: &Environment,
         dir: &Path,
         model: &Model,
-        stored: DType,
-        plan_html: &str,
+        (stored, plan_html): (DType, &str),
+        lock: Option<File>,
+        observer: &mut dyn Observer,
     ) -> Result<Self> {
         let is_new = !dir.exists();
         // A failure is told by what follows.
         let made = Made((is_new && std::fs::create_dir_all(dir).is_ok()).then(|| dir.to_owned()));
         let staging = StagingDir::create_on(env.disk.clone(), dir)?;
-        let lock = lock(dir)?;
+        let lock = lock.map_or_else(|| take(dir, observer), Ok)?;
         ounce_io::copy_side_files(&model.dir, staging.path())?;
         if let Some(config) = config_with_dtype(&model.dir, stored)? {
             write_file(&staging.path().join("config.json"), config.as_bytes())?;
@@ -117,14 +119,19 @@ impl Staged {
         })
     }
 
-    /// Opens the files that grow from step to step, for a run that begins at `first_step`.
+    /// Configuration and tokenizer of the model, as they were when the run began.
+    pub(crate) fn side_files(&self) -> &Path {
+        self.staging.path()
+    }
+
+    /// Opens the files that grow from step to step, for a run that goes on from a checkpoint, if from any.
     ///
     /// # Errors
     /// A failed write.
     pub(crate) fn begin(
         self,
         settings: &Settings,
-        first_step: u64,
+        from: Option<&Checkpoint>,
         observer: &mut dyn Observer,
     ) -> Result<Output> {
         let mut place = self.dir.as_path();
@@ -138,12 +145,13 @@ impl Staged {
             ));
         }
         write_file(&place.join("run.yaml"), settings.to_yaml().as_bytes())?;
-        let (before, path) = (self.dir.join(METRICS), place.join(METRICS));
-        if first_step > 1 && before.is_file() && before != path {
-            std::fs::copy(&before, &path).map_err(|e| Error::file(&before, &e))?;
-        }
-        // Those of the steps before, if the run goes on in the directory where it was begun.
-        let metrics = MetricsWriter::resume(&path, first_step - 1);
+        let path = place.join(METRICS);
+        let last_step = from.map_or(0, |checkpoint| checkpoint.state().step);
+        let metrics = match from {
+            Some(checkpoint) => metrics_so_far(checkpoint.path(), &self.dir, &path)
+                .and_then(|()| MetricsWriter::resume(&path, last_step)),
+            None => MetricsWriter::create(&path),
+        };
         let metrics = metrics.map_err(|e| Error::file(&path, &e))?;
         let events = EventWriter::create(place).map_err(|e| Error::file(place, &e))?;
         let (losses, eval_losses) = (Curve::default(), Curve::default());
@@ -151,21 +159,53 @@ impl Staged {
         let evaluated = None;
         let mut output =
             Output { staged: self, metrics, events, flushed, losses, eval_losses, evaluated };
-        output.restart(first_step)?;
-        if first_step > 1 {
-            output.read_curves()?;
-        }
+        output.restart(last_step + 1)?;
+        output.read_curves()?;
         Ok(output)
     }
 }
 
-/// Takes the output directory for this run alone. A run that was just killed may take a moment to be gone.
-fn lock(dir: &Path) -> Result<File> {
+/// Puts the metrics of the steps before a checkpoint at `path`: those in the output directory if they go on from what
+/// the checkpoint holds, and know what came after it; else those of the checkpoint.
+fn metrics_so_far(checkpoint: &Path, dir: &Path, path: &Path) -> std::io::Result<()> {
+    let (saved, live) = (checkpoint.join(METRICS), dir.join(METRICS));
+    let source = if begins_with(&live, &saved)? { live } else { saved };
+    // A copy of a file onto itself would leave nothing of it.
+    if source == path { Ok(()) } else { std::fs::copy(&source, path).map(|_| ()) }
+}
+
+/// Whether a file is there and begins with all of another.
+fn begins_with(path: &Path, head: &Path) -> std::io::Result<bool> {
+    let open = |path: &Path| File::open(path).map(BufReader::new);
+    let (Ok(mut file), mut head) = (open(path), open(head)?) else { return Ok(false) };
+    loop {
+        let (found, wanted) = (file.fill_buf()?, head.fill_buf()?);
+        let n = found.len().min(wanted.len());
+        if n == 0 || found[..n] != wanted[..n] {
+            return Ok(wanted.is_empty());
+        }
+        file.consume(n);
+        head.consume(n);
+    }
+}
+
+/// Takes an output directory that is there for this run alone, before it is looked for checkpoints.
+///
+/// # Errors
+/// [`Error::Usage`] where another run is writing to it and does not end.
+pub(crate) fn lock(dir: &Path, observer: &mut dyn Observer) -> Result<Option<File>> {
+    dir.is_dir().then(|| take(dir, observer)).transpose()
+}
+
+fn take(dir: &Path, observer: &mut dyn Observer) -> Result<File> {
     let file = File::open(dir).map_err(|e| Error::file(dir, &e))?;
     let begun = Instant::now();
     let mut locked = file.try_lock();
+    if matches!(locked, Err(TryLockError::WouldBlock)) {
+        observer.note(&format!("waiting for another run that is writing to {}", dir.display()));
+    }
     while matches!(locked, Err(TryLockError::WouldBlock)) && begun.elapsed() < LOCK_PATIENCE {
-        std::thread::sleep(LOCK_PATIENCE / 20);
+        std::thread::sleep(LOCK_PATIENCE / 100);
         locked = file.try_lock();
     }
     match locked {
@@ -256,24 +296,26 @@ impl Output {
         written.map_err(|e| Error::file(self.events.path(), &e))
     }
 
-    /// Flushes, and copies metrics and events so far to where a run that goes on finds them, if they are not there.
+    /// The file of the metrics so far.
+    pub(crate) fn metrics(&self) -> &Path {
+        self.metrics.path()
+    }
+
+    /// Flushes, and copies the events so far, whose file has a name of its own, into the output directory, if they are
+    /// not there: whoever watches a run that goes on sees what came before.
     ///
     /// # Errors
     /// A failed write.
-    pub(crate) fn keep_metrics(&mut self) -> Result<()> {
+    pub(crate) fn keep_events(&mut self) -> Result<()> {
         self.flush()?;
-        let dir = &self.staged.dir;
-        for written in [self.metrics.path(), self.events.path()] {
-            let path = dir.join(written.file_name().expect("both are files"));
-            if written == path {
-                continue;
-            }
-            let hidden = dir.join(".metrics.tmp");
-            let copied = std::fs::copy(written, &hidden);
-            let moved = copied.and_then(|_| std::fs::rename(&hidden, &path));
-            moved.map_err(|e| Error::file(&path, &e))?;
+        let (dir, written) = (&self.staged.dir, self.events.path());
+        let path = dir.join(written.file_name().expect("a file"));
+        if written == path {
+            return Ok(());
         }
-        Ok(())
+        let hidden = dir.join(".events.tmp");
+        let copied = std::fs::copy(written, &hidden);
+        copied.and_then(|_| std::fs::rename(&hidden, &path)).map_err(|e| Error::file(&path, &e))
     }
 
     /// Takes the curves of the steps before this run from its metrics.

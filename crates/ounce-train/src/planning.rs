@@ -64,6 +64,22 @@ fn options(reserved_bytes: u64) -> PlanOptions {
 }
 
 impl Planner<'_> {
+    /// Times the kernels of all graphs that fit, before there are lists or tables of any plan: timing has the memory of
+    /// the budget to itself.
+    pub(crate) fn time(&self, graphs: &Graphs) {
+        for Job { graph, shape, reserved_bytes } in graphs.iter() {
+            let declared = Declared(self.machine);
+            let least = Frontier::solve(graph, shape, &declared, &low_end(*reserved_bytes));
+            let fits = least.smallest_bytes() <= self.budget_bytes;
+            drop(least);
+            release_free_heap();
+            for op in graph.ops.ids().filter(|_| fits) {
+                self.machine.cost_s(graph, op, shape, shape.n_tokens());
+            }
+        }
+        self.machine.release_memory();
+    }
+
     /// The plan of a graph, if one fits into `budget_bytes`, which is all of the run's or a part of it.
     pub(crate) fn plan(&self, job: &Job, budget_bytes: u64) -> Option<Plan> {
         let Job { graph, shape, reserved_bytes } = job;
@@ -81,13 +97,8 @@ impl Planner<'_> {
         if smallest_bytes > budget_bytes {
             return None;
         }
-        // Kernels are timed before there are lists, and lists are made before plans are unrolled: timing has the memory
-        // of the budget to itself, and what unrolling takes beside the lists is in a plan's need.
+        // Lists are made before plans are unrolled: what that takes beside the lists is in a plan's need.
         release_free_heap();
-        for op in graph.ops.ids() {
-            self.machine.cost_s(graph, op, shape, shape.n_tokens());
-        }
-        self.machine.release_memory();
         let measured = Frontier::solve(graph, shape, self.machine, &options);
         release_free_heap();
         if let Ok(plan) = measured.plan(budget_bytes) {
@@ -178,9 +189,7 @@ impl Planner<'_> {
                 worst = (smallest_bytes, dominating);
             }
         }
-        while !self.fit_together(graphs, worst.0) {
-            worst.0 += BUDGET_STEP_BYTES;
-        }
+        worst.0 = first_that_fits(worst.0, |bytes| self.fit_together(graphs, bytes));
         worst
     }
 
@@ -201,6 +210,15 @@ impl Planner<'_> {
         matches!(found, Ok(Some(_)))
     }
 
+    /// Whether the budget is below what plans are modelled with, which is known before any is unrolled.
+    fn is_hopeless(&self, graphs: &Graphs) -> bool {
+        let declared = Declared(self.machine);
+        graphs.iter().any(|Job { graph, shape, reserved_bytes }| {
+            let least = Frontier::solve(graph, shape, &declared, &low_end(*reserved_bytes));
+            least.least_modelled_bytes() > self.budget_bytes
+        })
+    }
+
     /// The first change, those that cost least first, after which the run fits into the budget; if none is enough by
     /// itself, together with clipping off. Another optimizer comes last.
     fn cheapest_change(&self, smallest_bytes: u64) -> String {
@@ -213,6 +231,9 @@ impl Planner<'_> {
         all.sort_by_key(|(flags, _)| flags.contains(SGD));
         for (flags, changed) in all {
             let Ok(graphs) = build(self.model, &changed) else { continue };
+            if self.is_hopeless(&graphs) {
+                continue;
+            }
             let (bytes, _) = self.smallest(&graphs);
             if bytes <= self.budget_bytes {
                 return format!("`{flags}` needs {}", format_budget(bytes));
@@ -223,6 +244,25 @@ impl Planner<'_> {
         let or = if is_tokenizing { "" } else { ", or take a smaller model" };
         format!("give `--memory {enough}`{or}")
     }
+}
+
+/// The first budget from `bytes` on that fits, in steps of [`BUDGET_STEP_BYTES`]: in strides that double until one
+/// does, then halved down to the step.
+fn first_that_fits(bytes: u64, fits: impl Fn(u64) -> bool) -> u64 {
+    let mut least = bytes;
+    let mut stride = BUDGET_STEP_BYTES;
+    while !fits(least) {
+        least += stride;
+        stride *= 2;
+    }
+    stride /= 2;
+    while stride > BUDGET_STEP_BYTES {
+        stride /= 2;
+        if fits(least - stride) {
+            least -= stride;
+        }
+    }
+    least
 }
 
 /// By what budgets are tried.
@@ -272,4 +312,23 @@ fn changes(wanted: &Wanted) -> Vec<(String, Wanted)> {
         changes.push((SGD.to_owned(), with(sgd)));
     }
     changes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_budget_that_fits_is_found_in_few_trials() {
+        for n in [0_u64, 1, 2, 3, 4, 5, 63, 64, 65, 1000] {
+            let (begin, n_trials) = (7 << 20, std::cell::Cell::new(0));
+            let wanted = begin + n * BUDGET_STEP_BYTES;
+            let found = first_that_fits(begin, |bytes| {
+                n_trials.set(n_trials.get() + 1);
+                bytes >= wanted
+            });
+            assert_eq!(found, wanted, "{n} steps");
+            assert!(n_trials.get() <= 21, "{} trials", n_trials.get());
+        }
+    }
 }

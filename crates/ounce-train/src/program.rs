@@ -11,6 +11,7 @@ use ounce_kernels::pool::Pool;
 use ounce_passes::OpClass;
 use ounce_program::{Buffer, BufferRole, Certificate, Choice, Instr, Machine, Plan, StepShape};
 
+use crate::baseline::INSTR_BYTES;
 use crate::batch::DataInputs;
 use crate::budget::format_bytes;
 use crate::graphs::{Job, PerPurpose, states};
@@ -117,6 +118,13 @@ fn check(job: &Job, plan: &Plan, machine: &MeasuredMachine, budget_bytes: u64) -
         Ok(proof) => proof,
         Err(e) => return bug(format!("the checker refuses the plan: {e}")),
     };
+    // The checker knows what the machine declares, not what instructions take.
+    let n_instrs = plan.instrs.len() as u64;
+    let tables_bytes = INSTR_BYTES.beside_baseline(&job.graph, n_instrs);
+    if plan.baseline_bytes != machine.baseline_bytes() + tables_bytes {
+        let declared = format_bytes(plan.baseline_bytes);
+        return bug(format!("the plan declares {declared} for {n_instrs} instructions"));
+    }
     if plan.shape != job.shape {
         return bug(format!("the plan is for {:?}", plan.shape));
     }

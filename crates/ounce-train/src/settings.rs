@@ -55,7 +55,7 @@ pub enum BadRows {
 
 /// A data file: its path, in YAML also `{path, weight}`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "expected a path or {path, weight}")]
+#[serde(untagged, try_from = "Value")]
 pub enum DataFile {
     /// Passed over once in an epoch.
     Path(PathBuf),
@@ -71,6 +71,21 @@ pub struct WeightedFile {
     pub path: PathBuf,
     /// Passes over it in one epoch.
     pub weight: f64,
+}
+
+impl TryFrom<Value> for DataFile {
+    type Error = String;
+
+    /// Says which key is wrong, where serde would say that no variant matches.
+    fn try_from(value: Value) -> std::result::Result<Self, String> {
+        match value {
+            Value::String(path) => Ok(Self::Path(path.into())),
+            Value::Object(_) => {
+                serde_json::from_value(value).map(Self::Weighted).map_err(|e| e.to_string())
+            }
+            _ => Err("expected a path or {path, weight}".to_owned()),
+        }
+    }
 }
 
 impl DataFile {
@@ -93,7 +108,7 @@ impl DataFile {
 
 /// Keys of a format and the file's keys for them: a mapping in YAML, `prompt=QUESTION,completion=ANSWER` as a flag.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected `KEY: KEY_OF_THE_FILE` pairs")]
 pub enum Columns {
     /// As a flag has it.
     Flag(String),
@@ -541,6 +556,19 @@ fn is_power_of_two(x: f64) -> bool {
 /// Longest settings file that is read.
 const MAX_YAML_BYTES: u64 = 1 << 20;
 
+/// What is meant by a name that other programs have for a setting, where it is spelt too differently to be found.
+pub fn usual_name(given: &str) -> Option<&'static str> {
+    Some(match given {
+        "batch_size" => "per_device_train_batch_size",
+        "lr" => "learning_rate",
+        "epochs" => "num_train_epochs",
+        "steps" => "max_steps",
+        "seq_len" | "context_length" | "block_size" => "max_length",
+        "output" | "out" => "output_dir",
+        _ => return None,
+    })
+}
+
 /// A usage error with its hint.
 fn usage(message: String, hint: &str) -> Error {
     Error::Usage { message, hint: hint.to_owned() }
@@ -577,6 +605,7 @@ fn read_yaml(path: &Path) -> Result<(Map<String, Value>, String)> {
         return Err(refuse(what));
     }
     let text = std::fs::read_to_string(path).map_err(|e| refuse(format!("{file}: {e}")))?;
+    let text = text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text);
     if text.trim().is_empty() {
         return Ok((Map::new(), text));
     }
@@ -601,7 +630,8 @@ fn read_yaml(path: &Path) -> Result<(Map<String, Value>, String)> {
             continue;
         }
         if !known.contains_key(key) {
-            let hint = nearest(key, known.keys().map(String::as_str)).map_or_else(
+            let near = || nearest(key, known.keys().map(String::as_str));
+            let hint = usual_name(key).or_else(near).map_or_else(
                 || "see `ounce train --help` for the settings".to_owned(),
                 |name| format!("the nearest setting is `{name}`"),
             );
@@ -609,7 +639,11 @@ fn read_yaml(path: &Path) -> Result<(Map<String, Value>, String)> {
         }
         let alone = Map::from_iter([(key.clone(), value.clone())]);
         if let Err(e) = serde_json::from_value::<Settings>(Value::Object(alone)) {
-            let (default, reason) = (format!("the default is `{}`", known[key]), e.to_string());
+            let default = match &known[key] {
+                Value::Number(_) | Value::String(_) => format!("the default is `{}`", known[key]),
+                _ => "see `ounce train --help` for what it takes".to_owned(),
+            };
+            let reason = e.to_string();
             let reason = reason
                 .replace("expected f64", "expected a number")
                 .replace("expected u64", "expected a whole number")
@@ -684,6 +718,28 @@ mod tests {
         let e = resolve("max_steps: 7\nlerning_rate: 1\n", json!({})).unwrap_err().to_string();
         assert!(e.contains(":2: unknown setting `lerning_rate`"), "{e}");
         assert!(e.ends_with("hint: the nearest setting is `learning_rate`"), "{e}");
+    }
+
+    #[test]
+    fn a_value_that_cannot_be_read_says_what_could() {
+        let cases = [
+            ("memory:\n", "expected `64MiB`"),
+            ("column_mapping: [promt]\n", "expected `KEY: KEY_OF_THE_FILE` pairs"),
+            (
+                "data: [{path: mine.txt, weigth: 2}]\n",
+                "unknown field `weigth`, expected `path` or `weight`",
+            ),
+            ("data: [7]\n", "expected a path or {path, weight}"),
+            ("max_length: sixty\n", "hint: see `ounce train --help`"),
+            ("lr: 1e-3\n", "the nearest setting is `learning_rate`"),
+            ("batch_size: 4\n", "the nearest setting is `per_device_train_batch_size`"),
+        ];
+        for (yaml, part) in cases {
+            let e = resolve(yaml, json!({})).unwrap_err().to_string();
+            assert!(e.contains(":1: ") && e.contains(part), "{yaml}: {e}");
+        }
+        // As editors on Windows write it.
+        assert_eq!(resolve("\u{feff}max_steps: 7\r\n", json!({})).unwrap().max_steps, Some(7));
     }
 
     #[test]

@@ -8,7 +8,6 @@
 use std::path::{Path, PathBuf};
 
 use ounce_io::checkpoint::{Checkpoint, DataCursor};
-use ounce_io::dataset::data_bytes_at_once;
 use ounce_io::{
     FileNotes, RowTokens, StreamCursor, StreamDir, StreamEncoder, StreamOptions, StreamPlace,
     StreamWindow, Tokenizer, check_room, window_disk_bytes, write_window,
@@ -17,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::batch::Row;
 use crate::child::Working;
-use crate::limits::Limits;
+use crate::limits::{Limits, window_bytes};
 use crate::model::Model;
 use crate::same_data::{by_full_path, changed_data};
 use crate::settings::DataFile;
@@ -29,11 +28,6 @@ pub(crate) const WORK: &str = "window";
 
 /// The child's own stack, heap and libraries' data; its code is shared with this process.
 const CHILD_BYTES: u64 = 4 << 20;
-
-/// Lengths of the window's samples, and of its rows where they are packed.
-const ROW_BYTES: u64 = 8;
-/// Buffers of an open file.
-const FILE_BYTES: u64 = 64 << 10;
 
 /// What a stream takes beside the steps.
 #[derive(Debug, Clone, Copy)]
@@ -50,10 +44,7 @@ impl StreamWanted {
     /// What the settings say, if they say anything.
     pub(crate) fn of(settings: &Settings, max_length: u64) -> Option<Self> {
         let n_workers = settings.dataloader_num_workers.unwrap_or(1) as usize;
-        let n_files = settings.data.len() as u64;
-        let reading_bytes = data_bytes_at_once(settings.data.iter().map(DataFile::path));
-        let window_bytes =
-            ROW_BYTES * settings.window_rows() + FILE_BYTES * n_files + reading_bytes;
+        let window_bytes = window_bytes(settings);
         let window_disk_bytes = window_disk_bytes(settings.window_rows(), max_length);
         settings.streaming.then_some(Self { n_workers, window_bytes, window_disk_bytes })
     }

@@ -1,9 +1,11 @@
 //! Training: settings to plans, plans to steps, steps to a model directory.
 
+use std::fs::File;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use ounce_io::checkpoint::Checkpoint;
+use ounce_io::dataset::check_file;
 use ounce_program::StepShape;
 
 use crate::budget::peak_resident_bytes;
@@ -15,7 +17,7 @@ use crate::generate::{Sampler, sample_text};
 use crate::graphs::{TrainWanted, Wanted};
 use crate::limits::Limits;
 use crate::model::{Model, missing};
-use crate::output::{Output, Staged};
+use crate::output::{self, Output, Staged};
 use crate::session::Session;
 use crate::step::{Rows, Trainer};
 use crate::stream::StreamWanted;
@@ -31,15 +33,15 @@ pub fn plan(settings: &Settings, env: &Environment) -> Result<PlanRecord> {
     settings.check_company()?;
     let model = Model::open(settings, env)?;
     check_files(settings)?;
-    let session = compile(&model, &wanted(settings, &model), &Limits::of(settings), env)?;
+    let session = compile(&model, &wanted(settings, &model), &Limits::of_training(settings), env)?;
     Ok(session.record())
 }
 
-/// Refuses data files that are not there, before anything else is said of them.
+/// Refuses data files that are not there or not read, before anything else is said of them.
 fn check_files(settings: &Settings) -> Result<()> {
     let files = settings.data.iter().map(crate::settings::DataFile::path);
     for path in files.chain(settings.eval_data.iter().map(PathBuf::as_path)) {
-        ounce_io::check_readable(path)?;
+        check_file(path)?;
     }
     Ok(())
 }
@@ -57,9 +59,10 @@ pub fn train(
 ) -> Result<DoneRecord> {
     settings.check_company()?;
     let output_dir = settings.output_dir.as_deref().ok_or_else(|| missing("--output-dir DIR"))?;
+    let lock = output::lock(output_dir, observer)?;
     let from = checkpoint::find(settings, output_dir, observer)?;
     let begun = from.as_ref().map(|c| (c.state().step, c.path().to_path_buf()));
-    train_from(settings, env, output_dir, from, observer).map_err(|e| match (e, begun) {
+    train_from(settings, env, (output_dir, lock), from, observer).map_err(|e| match (e, begun) {
         // Stopped before its first step: it stands where it stood.
         (Error::Interrupted { checkpoint: None, .. }, Some((step, path))) => {
             Error::Interrupted { step, checkpoint: Some(path) }
@@ -68,11 +71,11 @@ pub fn train(
     })
 }
 
-/// Trains from a checkpoint, if there is one.
+/// Trains from a checkpoint, if there is one, into a directory that is locked if it is there.
 fn train_from(
     settings: &Settings,
     env: &Environment,
-    output_dir: &Path,
+    (output_dir, lock): (&Path, Option<File>),
     from: Option<Checkpoint>,
     observer: &mut dyn Observer,
 ) -> Result<DoneRecord> {
@@ -87,7 +90,7 @@ fn train_from(
         max_length: Some(model.max_length(settings)),
         ..settings.clone()
     };
-    let (plans, limits) = (wanted(settings, &model), Limits::of(settings));
+    let (plans, limits) = (wanted(settings, &model), Limits::of_training(settings));
     check_tokenizing(&model, &plans, &limits, env)?;
     check_files(settings)?;
     note_settings(settings, &model, observer);
@@ -108,11 +111,10 @@ fn train_from(
     let mut session = compile(&model, &plans, &limits, env)?;
     let weights = session.open_weights(&model)?;
     let plan_html = session.take_picture();
-    let first_step = from.as_ref().map_or(0, |c| c.state().step) + 1;
     let stored = settings.policy().precision.param_dtype();
-    let staged = Staged::create(env, output_dir, &model, stored, &plan_html)?;
+    let staged = Staged::create(env, output_dir, &model, (stored, &plan_html), lock, observer)?;
     drop(plan_html);
-    let saver = Saver::new(settings, env, &model, &session, from.as_ref())?;
+    let saver = Saver::new(settings, env, staged.side_files(), &session, from.as_ref())?;
     saver.check_room(settings)?;
     session.check_baseline()?;
     observer.planned(&session.record(), n_steps);
@@ -130,11 +132,11 @@ fn train_from(
     let state = from.as_ref().map(Checkpoint::state);
     let keeps_states = from.as_ref().is_some_and(|c| checkpoint::has_states_of(c, settings));
     let trainer = Trainer::new(settings, &mut session, n_steps, state, keeps_states);
-    let output = staged.begin(settings, first_step, observer)?;
+    let output = staged.begin(settings, from.as_ref(), observer)?;
     let vocab_size = model.config.vocab_size();
     let health = Health::new(vocab_size, is_fresh);
+    let step = state.map_or(0, |state| state.step);
     let checkpoint = from.map(|c| c.path().to_path_buf());
-    let step = first_step - 1;
     let place =
         Place { step, tokens_seen, eval_loss: None, checkpoint, saved_step: step, good: None };
     Run { settings, session, trainer, data, output, saver, health, n_steps, place }.go(observer)
@@ -221,12 +223,6 @@ impl Run<'_> {
                 let path = saved.map_or_else(|| self.save(), Ok)?;
                 return Err(Error::Interrupted { step, checkpoint: Some(path) });
             }
-            // A row that cannot be read, of a stream: what was done before is kept for when the data are mended.
-            Err(e @ Error::Input { .. }) if self.place.step > self.place.saved_step => {
-                let path = self.save()?;
-                observer.note(&format!("the steps that were done are in {}", path.display()));
-                return Err(e);
-            }
             other => other?,
         };
         // No step comes that could prove the last one: its weights are finite, as those that are published must be.
@@ -278,7 +274,14 @@ impl Run<'_> {
             }
             let Self { trainer, session, data, .. } = self;
             let record = trainer.step(session, &mut data.train, step, observer);
-            let record = record.map_err(|e| self.place.name_checkpoint(e))?;
+            let record = match record {
+                // Its rows: of a stream one that cannot be read, or the process that reads them is gone.
+                Err(e @ (Error::Input { .. } | Error::Files { .. })) => {
+                    self.keep(observer);
+                    return Err(e);
+                }
+                other => other.map_err(|e| self.place.name_checkpoint(e))?,
+            };
             (tokens, seconds) = (tokens + record.tokens, seconds + record.step_s);
             self.place.step = step;
             self.place.tokens_seen += record.tokens;
@@ -298,6 +301,17 @@ impl Run<'_> {
         self.evaluate(observer)?;
         self.sample(observer)?;
         Ok((tokens, seconds))
+    }
+
+    /// Saves the steps that were done before an error, for when its cause is gone.
+    fn keep(&mut self, observer: &mut dyn Observer) {
+        if self.place.step == self.place.saved_step {
+            return;
+        }
+        observer.note(&match self.save() {
+            Ok(path) => format!("the steps that were done are in {}", path.display()),
+            Err(e) => format!("the steps that were done cannot be saved: {e}"),
+        });
     }
 
     /// Evaluates and samples, if it is time for it before the last step.
@@ -329,10 +343,11 @@ impl Run<'_> {
             tokens_seen,
             &self.data,
             scaler,
+            self.saver.course(),
         );
-        let path = self.saver.save(&mut self.session, &state)?;
+        let path = self.saver.save(&mut self.session, &state, self.output.metrics())?;
         (self.place.checkpoint, self.place.saved_step) = (Some(path.clone()), step);
-        self.output.keep_metrics()?;
+        self.output.keep_events()?;
         Ok(path)
     }
 
@@ -358,7 +373,10 @@ impl Run<'_> {
             return Err(self.broken(&format!("the loss of the evaluation is {}", record.loss)));
         }
         self.prove_checkpoint()?;
-        self.output.evaluated(self.place.step, &record)?;
+        // A run that goes on at its end was evaluated before.
+        if !self.output.is_evaluated(self.place.step) {
+            self.output.evaluated(self.place.step, &record)?;
+        }
         observer.evaluated(self.place.step, &record);
         self.place.eval_loss = Some(record.loss);
         Ok(())

@@ -57,6 +57,14 @@ fn init(flags: InitFlags) -> Result<()> {
             hint: "change the file, or give `--arch` instead of it".to_owned(),
         });
     }
+    if flags.config.is_none() && flags.arch.is_none() {
+        return Err(Error::Usage {
+            message: "neither `--arch` nor `--config` is given".to_owned(),
+            hint: "give `--arch gpt2` with sizes (`ounce init --help`), or `--config config.json`"
+                .to_owned(),
+        });
+    }
+    let asked = flags.vocab_size;
     let model = match (flags.config, flags.arch.as_deref()) {
         (Some(path), _) => ModelShape::Config(path),
         (None, arch) => ModelShape::Sizes {
@@ -77,6 +85,10 @@ fn init(flags: InitFlags) -> Result<()> {
         data: flags.data,
         seed: flags.seed,
     })?;
+    if let Some(asked) = asked.filter(|asked| *asked > record.vocab_size) {
+        let found = record.vocab_size;
+        print_err(&format!("warning: the text has {found} different tokens, fewer than {asked}\n"));
+    }
     if flags.json {
         print_json(&record);
     } else {
@@ -140,6 +152,8 @@ fn eval(flags: &RunFlags, signal: &Arc<AtomicUsize>) -> Result<()> {
     // A flag wins over both kinds of data of a file of settings.
     if flags.names_data_only() {
         settings.eval_data.clear();
+    } else if flags.names_both() {
+        print_err("note: `--eval-data` is evaluated, `--data` is not\n");
     }
     let mut console = Console::new(flags.json, None, signal.clone());
     let record = ounce_train::evaluate(&settings, &environment()?, &mut console)?;

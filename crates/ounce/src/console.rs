@@ -53,7 +53,7 @@ pub(crate) fn check_output() -> Result<()> {
         None => Ok(()),
         Some(fault) => Err(Error::Files {
             message: format!("cannot write standard output: {fault}"),
-            hint: "what it is directed to has no room, or cannot be written".to_owned(),
+            hint: "what it is directed to has no room, or cannot be written; files are written all the same".to_owned(),
         }),
     }
 }

@@ -6,6 +6,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use ounce_train::{Error, Family, Memory};
 use serde::{Serialize, Serializer};
@@ -325,6 +326,11 @@ impl RunFlags {
         !self.data.is_empty() && self.eval_data.is_empty()
     }
 
+    /// Whether both `--data` and `--eval-data` are given.
+    pub(crate) fn names_both(&self) -> bool {
+        !self.data.is_empty() && !self.eval_data.is_empty()
+    }
+
     /// The settings that were given, as an object.
     ///
     /// # Errors
@@ -402,34 +408,39 @@ pub(crate) struct GenerateFlags {
     pub(crate) max_new_tokens: u64,
 }
 
+/// A size, of at least one.
+fn positive() -> RangedU64ValueParser {
+    RangedU64ValueParser::new().range(1..)
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct InitFlags {
     /// Where the model goes
     #[arg(long, value_name = "DIR")]
     pub(crate) output_dir: PathBuf,
     /// A config.json; its vocab_size is kept
-    #[arg(long, value_name = "FILE", required_unless_present = "arch", conflicts_with = "arch")]
+    #[arg(long, value_name = "FILE", conflicts_with = "arch")]
     pub(crate) config: Option<PathBuf>,
     /// Family of the model
     #[arg(long, value_parser = Family::NAMES)]
     pub(crate) arch: Option<String>,
     /// Layers [default: 4]
-    #[arg(long, value_name = "N", requires = "arch")]
+    #[arg(long, value_name = "N", requires = "arch", value_parser = positive())]
     pub(crate) n_layers: Option<u64>,
     /// Attention heads [default: 4]
-    #[arg(long, value_name = "N", requires = "arch")]
+    #[arg(long, value_name = "N", requires = "arch", value_parser = positive())]
     pub(crate) n_heads: Option<u64>,
     /// Key and value heads, not for gpt2 [default: the heads]
-    #[arg(long, value_name = "N", requires = "arch")]
+    #[arg(long, value_name = "N", requires = "arch", value_parser = positive())]
     pub(crate) n_kv_heads: Option<u64>,
     /// Channels [default: 128]
-    #[arg(long, value_name = "N", requires = "arch")]
+    #[arg(long, value_name = "N", requires = "arch", value_parser = positive())]
     pub(crate) hidden_size: Option<u64>,
     /// Width of the MLP [default: the family's usual multiple of the channels]
-    #[arg(long, value_name = "N", requires = "arch")]
+    #[arg(long, value_name = "N", requires = "arch", value_parser = positive())]
     pub(crate) intermediate_size: Option<u64>,
     /// Longest row in tokens [default: 256]
-    #[arg(long, value_name = "T", requires = "arch")]
+    #[arg(long, value_name = "T", requires = "arch", value_parser = positive())]
     pub(crate) context_length: Option<u64>,
     /// `char` or `bpe` (trained on --data), a model directory, or a tokenizer.json
     #[arg(long, value_name = "KIND")]

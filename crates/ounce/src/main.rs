@@ -26,11 +26,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use clap::FromArgMatches;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use ounce_train::{Error, ErrorClass};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use ounce_train::{Error, ErrorClass, usual_name};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 
 /// Exit code of wrong usage.
 const USAGE: u8 = 2;
+/// Longest line of usage that is shown with an error.
+const MAX_USAGE_CHARS: usize = 200;
 /// Exit code of a bug of ours, as sysexits has it.
 const BUG: u8 = 70;
 
@@ -58,6 +60,8 @@ fn main() -> ExitCode {
             console::print_err(&format!("warning: signals end the run at once: {e}\n"));
         }
     }
+    // A file that may not grow is an error of the write then, and not the end of the process.
+    let _ = signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)));
     let run = || commands::run(cli.command, &signal).and_then(|()| console::check_output());
     match std::panic::catch_unwind(AssertUnwindSafe(run)) {
         // It has said what happened.
@@ -91,17 +95,27 @@ fn exit_code(e: &Error, signal: usize) -> ExitCode {
     })
 }
 
-/// What is meant by a name that other programs have for a setting, where it is spelt too differently to be found.
-fn usual_name(given: &str) -> Option<&'static str> {
-    Some(match given {
-        "--batch-size" => "--per-device-train-batch-size",
-        "--lr" => "--learning-rate",
-        "--epochs" => "--num-train-epochs",
-        "--steps" => "--max-steps",
-        "--seq-len" | "--context-length" | "--block-size" => "--max-length",
-        "--output" | "--out" => "--output-dir",
-        _ => return None,
-    })
+/// What is meant by a flag that other programs call otherwise.
+fn usual_flag(given: &str) -> Option<String> {
+    let name = usual_name(&given.strip_prefix("--")?.replace('-', "_"))?;
+    Some(format!("--{}", name.replace('_', "-")))
+}
+
+/// What is meant by a value in other letters, or by another program's word for it.
+fn usual_value(e: &clap::Error) -> Option<String> {
+    let (ContextValue::String(given), ContextValue::Strings(valid)) =
+        (e.get(ContextKind::InvalidValue)?, e.get(ContextKind::ValidValue)?)
+    else {
+        return None;
+    };
+    let given = given.to_lowercase();
+    let meant = match &*given {
+        "bfloat16" => "bf16",
+        "float16" | "fp16" | "half" => "f16",
+        "float32" | "fp32" | "float" => "f32",
+        other => other,
+    };
+    valid.iter().find(|value| *value == meant).cloned()
 }
 
 /// Prints help, or what is wrong with the command line and what it might have meant.
@@ -115,7 +129,7 @@ fn refuse(e: &clap::Error) -> ExitCode {
         return ExitCode::from(USAGE);
     }
     let usual = match e.get(ContextKind::InvalidArg) {
-        Some(ContextValue::String(given)) => usual_name(given).map(str::to_owned),
+        Some(ContextValue::String(given)) => usual_flag(given).or_else(|| usual_value(e)),
         _ => None,
     };
     let nearest = || {
@@ -126,6 +140,8 @@ fn refuse(e: &clap::Error) -> ExitCode {
                 ContextValue::Strings(s) => s.first().cloned(),
                 _ => None,
             })
+            // What ounce starts itself.
+            .filter(|name| !name.starts_with("__"))
     };
     let hint = usual.or_else(nearest).map_or_else(
         || "see `ounce --help` and `ounce COMMAND --help`".to_owned(),
@@ -134,10 +150,15 @@ fn refuse(e: &clap::Error) -> ExitCode {
     let text = e.render().to_string();
     let has_hint = text.lines().any(|l| l.starts_with("hint: "));
     let hint = if has_hint { String::new() } else { format!("hint: {hint}\n") };
-    // Clap's own pointers ("tip", "For more information") say what the hint says.
-    let kept = text
-        .lines()
-        .filter(|l| !l.trim_start().starts_with("tip:") && !l.starts_with("For more information"));
+    // Clap's own pointers ("tip", "For more information") say what the hint says; a list of all flags says nothing.
+    let is_kept = |line: &&str| {
+        let is_pointer =
+            line.trim_start().starts_with("tip:") || line.starts_with("For more information");
+        let lists_all = line.starts_with("Usage: ") && line.len() > MAX_USAGE_CHARS;
+        !is_pointer && !lists_all
+    };
+    let text = text.replace("invalid digit found in string", "not a whole number");
+    let kept = text.lines().filter(is_kept);
     let mut text = kept.collect::<Vec<_>>().join("\n");
     while text.contains("\n\n\n") {
         text = text.replace("\n\n\n", "\n\n");

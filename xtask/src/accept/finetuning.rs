@@ -112,6 +112,8 @@ fn elsewhere(s: &Setting<'_>, o: &mut Outcome, folder: &Path, gguf: &str, data: 
         let what =
             format!("tuned model, one block of text: loss {ours:.5}, transformers {theirs:.5}");
         o.claim(error <= TOLERANCE, what);
+    } else {
+        println!("the loss in transformers is not judged: no --python with it was given");
     }
     if let Some(python) = s.llama_python {
         let dir = folder.join("f16");
@@ -124,6 +126,8 @@ fn elsewhere(s: &Setting<'_>, o: &mut Outcome, folder: &Path, gguf: &str, data: 
         let how = ["--model", path(&file), "--prompts", path(&prompts)];
         let theirs = peer(python, "llama", &how)?;
         compare(o, "tuned, llama.cpp, f16", &answers(s, &file, &asked)?, &theirs["ids"]);
+    } else {
+        println!("answers in llama.cpp are not judged: no --llama-python was given");
     }
     Ok(())
 }

@@ -101,6 +101,9 @@ pub(crate) fn smollm2(s: &Setting<'_>) -> Result<Outcome> {
             o.claim(has_template, format!("{what}: it loads, with its chat template"));
         }
     }
+    if s.llama_python.is_none() {
+        println!("llama.cpp is not judged: no --llama-python was given");
+    }
     o.runs.push(("ounce", "SmolLM2-135M-Instruct, losses of 511 predictions".to_owned(), losses));
     Ok(o)
 }

@@ -34,11 +34,14 @@ pub use supervised::{EndOfTurn, SupervisedText};
 use crate::dataset::Conversation;
 use crate::error::IoError;
 use crate::json::{read_json, read_small_file};
+use crate::model_files::stay_inside;
 
 /// Longest template that is read.
 const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
 /// Longest tokenizer configuration.
-const MAX_CONFIG_BYTES: u64 = 16 << 20;
+pub(crate) const MAX_TOKENIZER_CONFIG_BYTES: u64 = 16 << 20;
+/// The file of a template of its own.
+pub(crate) const TEMPLATE_FILE: &str = "chat_template.jinja";
 /// Instructions that rendering may take, before those for the length of its input.
 const BASE_FUEL: u64 = 1_000_000;
 /// Instructions per byte of input. Each also pays for 64 bytes of memory.
@@ -126,14 +129,15 @@ impl ChatTemplate {
     ) -> Result<Self, IoError> {
         let config_path = dir.join("tokenizer_config.json");
         let config = if config_path.exists() {
-            read_json(&config_path, MAX_CONFIG_BYTES)?
+            read_json(&config_path, MAX_TOKENIZER_CONFIG_BYTES)?
         } else {
             Value::Null
         };
         let mut special = special_tokens(&config);
         let map_path = dir.join("special_tokens_map.json");
         if map_path.exists() {
-            for (name, token) in special_tokens(&read_json(&map_path, MAX_CONFIG_BYTES)?) {
+            for (name, token) in special_tokens(&read_json(&map_path, MAX_TOKENIZER_CONFIG_BYTES)?)
+            {
                 special.entry(name).or_insert(token);
             }
         }
@@ -314,25 +318,11 @@ impl ChatTemplate {
 impl Found {
     /// The templates of a model directory; a file of its own wins over the tokenizer's configuration.
     fn read(dir: &Path, config: &Value) -> Result<Self, IoError> {
-        let mut found = Self { templates: BTreeMap::new(), file: "tokenizer_config.json" };
-        let file = dir.join("chat_template.jinja");
-        if file.exists() {
-            found.file = "chat_template.jinja";
-            found.templates.insert("default".into(), read_template(&file)?);
-            let more = dir.join("additional_chat_templates");
-            if more.is_dir() {
-                for entry in std::fs::read_dir(&more).map_err(|e| IoError::reading(&more, e))? {
-                    let path = entry.map_err(|e| IoError::reading(&more, e))?.path();
-                    if let (Some("jinja"), Some(name)) = (
-                        path.extension().and_then(|e| e.to_str()),
-                        path.file_stem().and_then(|s| s.to_str()),
-                    ) {
-                        found.templates.insert(name.to_owned(), read_template(&path)?);
-                    }
-                }
-            }
-            return Ok(found);
+        let templates = template_files(dir)?;
+        if !templates.is_empty() {
+            return Ok(Self { templates, file: TEMPLATE_FILE });
         }
+        let mut found = Self { templates, file: "tokenizer_config.json" };
         let bad = || {
             let reason = "`chat_template` is neither a string nor a list of {name, template}";
             IoError::bad_file(&dir.join("tokenizer_config.json"), reason, "fetch the file again")
@@ -357,6 +347,34 @@ impl Found {
         }
         Ok(found)
     }
+}
+
+/// The templates of a model directory that are files of their own, by name: `chat_template.jinja` as `default`, and
+/// beside it those in `additional_chat_templates/`.
+///
+/// # Errors
+/// `Read`, `BadFile`.
+pub(crate) fn template_files(dir: &Path) -> Result<BTreeMap<String, String>, IoError> {
+    let mut templates = BTreeMap::new();
+    let file = dir.join(TEMPLATE_FILE);
+    if !file.exists() {
+        return Ok(templates);
+    }
+    templates.insert("default".to_owned(), read_template(&file)?);
+    let more = dir.join("additional_chat_templates");
+    if more.is_dir() {
+        for entry in std::fs::read_dir(&more).map_err(|e| IoError::reading(&more, e))? {
+            let path = entry.map_err(|e| IoError::reading(&more, e))?.path();
+            if let (Some("jinja"), Some(name)) = (
+                path.extension().and_then(|e| e.to_str()),
+                path.file_stem().and_then(|s| s.to_str()),
+            ) {
+                stay_inside(dir, &path)?;
+                templates.insert(name.to_owned(), read_template(&path)?);
+            }
+        }
+    }
+    Ok(templates)
 }
 
 fn read_template(path: &Path) -> Result<String, IoError> {

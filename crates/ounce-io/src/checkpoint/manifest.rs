@@ -7,6 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{FORMAT, MANIFEST};
 use crate::error::IoError;
@@ -16,6 +17,9 @@ use crate::model_files::is_plain_name;
 
 pub(super) const DAMAGED: &str = "resume from an earlier checkpoint, or give \
      `--resume-from-checkpoint auto` to take the newest that is whole";
+
+/// What to do about a checkpoint of a newer layout.
+pub(super) const OTHER_VERSION: &str = "resume with the version of the program that saved it";
 
 const MAX_MANIFEST_BYTES: u64 = 1 << 20;
 
@@ -44,6 +48,20 @@ impl FileRecord {
     }
 }
 
+/// Refuses a file of a checkpoint that is laid out otherwise.
+///
+/// # Errors
+/// `BadFile`.
+pub(super) fn check_format(path: &Path, value: &Value) -> Result<(), IoError> {
+    let format = value.get("format").and_then(Value::as_u64);
+    if format == Some(FORMAT.into()) {
+        return Ok(());
+    }
+    let found = format.map_or("none".to_owned(), |format| format.to_string());
+    let reason = format!("has format {found}, but this program reads format {FORMAT}");
+    Err(IoError::bad_file(path, reason, if format.is_some() { OTHER_VERSION } else { DAMAGED }))
+}
+
 impl Manifest {
     pub(super) fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("strings and numbers become JSON") + "\n"
@@ -62,11 +80,8 @@ impl Manifest {
             }
             other => other?,
         };
+        check_format(&path, &value)?;
         let manifest: Self = serde_json::from_value(value).map_err(|e| bad(e.to_string()))?;
-        if manifest.format != FORMAT {
-            let found = manifest.format;
-            return Err(bad(format!("has format {found}, but this program reads {FORMAT}")));
-        }
         match manifest.files.iter().find(|file| !is_plain_name(&file.name)) {
             Some(file) => Err(bad(format!("`{}` is not a plain file name", file.name))),
             None => Ok(manifest),

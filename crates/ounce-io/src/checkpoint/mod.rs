@@ -12,7 +12,7 @@
 //!
 //! Idea: a checkpoint is written under a hidden name beside its final one, flushed, and renamed. There is no file
 //! that points to the newest one, which could itself fail to be written: the newest is found by looking, and counts
-//! only if every byte is as its manifest says.
+//! only if every byte is as its manifest says (`read.rs`).
 //!
 //! Invariants:
 //! * whatever fails, and wherever the process dies, the checkpoints that were there are untouched and found;
@@ -31,7 +31,7 @@ mod write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-pub use read::{Checkpoint, Newest, Skipped, newest_valid, open};
+pub use read::{Checkpoint, Newest, Skipped, course, newest_valid, open};
 pub use rotate::rotate;
 pub use state::{DataCursor, ScalerState, TrainerState};
 pub use write::{CheckpointFile, CheckpointWriter, checkpoint_bytes};

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::FORMAT;
+use super::manifest::{DAMAGED, check_format};
 use crate::error::IoError;
 use crate::json::{MAX_DEPTH, read_json};
 use crate::stream::StreamCursor;
@@ -49,6 +50,10 @@ pub struct ScalerState {
 pub struct TrainerState {
     /// Steps done.
     pub step: u64,
+    /// Course that the run takes in its output directory, counted from 0: one that leaves newer checkpoints of another
+    /// course behind has a higher number, so that those are not taken for the newest ([`super::course`]).
+    #[serde(default)]
+    pub course: u64,
     /// Steps that updated the weights: fewer than `step` where a number was not finite or another optimizer took over.
     /// The optimizer corrects its bias by it.
     pub n_updates: u64,
@@ -119,18 +124,10 @@ impl TrainerState {
     /// `Missing`, `Read`, `BadFile`, `BadLine`.
     pub(super) fn read(path: &Path) -> Result<Self, IoError> {
         let value = read_json(path, MAX_STATE_BYTES)?;
-        let format = value.get("format").and_then(Value::as_u64);
-        if format != Some(FORMAT.into()) {
-            let found = format.map_or("none".to_owned(), |format| format.to_string());
-            return Err(IoError::bad_file(
-                path,
-                format!("has format {found}, but this program reads format {FORMAT}"),
-                "resume with the version of the program that saved it",
-            ));
-        }
+        check_format(path, &value)?;
         match serde_json::from_value::<Stored<Self>>(value) {
             Ok(stored) => Ok(stored.state),
-            Err(e) => Err(IoError::bad_file(path, e.to_string(), super::manifest::DAMAGED)),
+            Err(e) => Err(IoError::bad_file(path, e.to_string(), DAMAGED)),
         }
     }
 }
@@ -156,6 +153,7 @@ mod tests {
         };
         TrainerState {
             step: 12,
+            course: 2,
             n_updates: 11,
             cursor: DataCursor { epoch: 1, row: 3 },
             data_hash: Some("0123456789abcdef".into()),

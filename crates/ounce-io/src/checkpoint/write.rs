@@ -15,9 +15,8 @@ use super::{FORMAT, MANIFEST, OPTIMIZER, STATE, TrainerState, WEIGHTS, checkpoin
 use crate::disk::{Disk, check_room, create_dirs, real_disk, write_all_at};
 use crate::error::IoError;
 use crate::hash::Xxh64;
-use crate::hf_dir::stay_inside;
 use crate::json::open_regular;
-use crate::model_files::{is_plain_name, side_files};
+use crate::model_files::{is_plain_name, side_files, stay_inside};
 use crate::safetensors::{ByteSink, SafetensorsWriter, TensorSpec, safetensors_bytes};
 use crate::temp::{TempDir, remove_stale_temps};
 
@@ -85,37 +84,38 @@ impl CheckpointWriter {
         Ok(Self { temp, output_dir: output_dir.into(), step, needed_bytes, files: Vec::new() })
     }
 
-    /// Copies configuration and tokenizer from a model directory, byte for byte; `config` is the text
-    /// of `config.json` where it is another.
+    /// Copies configuration and tokenizer from a model directory, byte for byte.
     ///
     /// # Errors
     /// `Missing` without a `config.json`, `Read`, `Save`.
-    pub fn copy_side_files(
-        &mut self,
-        model_dir: &Path,
-        config: Option<&str>,
-    ) -> Result<(), IoError> {
+    pub fn copy_side_files(&mut self, model_dir: &Path) -> Result<(), IoError> {
         open_regular(&model_dir.join("config.json"))?;
         for name in side_files(model_dir) {
-            if let (Some(text), "config.json") = (config, name) {
-                self.write_file(name, text.as_bytes())?;
-                continue;
-            }
             let path = model_dir.join(name);
             stay_inside(model_dir, &path)?;
-            let mut source = open_regular(&path)?;
-            let mut file = self.file(name)?;
-            let mut buffer = [0; COPY_BYTES];
-            loop {
-                let n = source.read(&mut buffer).map_err(|e| IoError::reading(&path, e))?;
-                if n == 0 {
-                    break;
-                }
-                file.write_all(&buffer[..n])?;
-            }
-            file.finish()?;
+            self.copy_file(&path, name)?;
         }
         Ok(())
+    }
+
+    /// Copies a file byte for byte, under a name of its own.
+    ///
+    /// # Errors
+    /// `Read`, `Save`.
+    ///
+    /// # Panics
+    /// As [`Self::write_file`].
+    pub fn copy_file(&mut self, path: &Path, name: &str) -> Result<(), IoError> {
+        let mut source = open_regular(path)?;
+        let mut file = self.file(name)?;
+        let mut buffer = [0; COPY_BYTES];
+        loop {
+            let n = source.read(&mut buffer).map_err(|e| IoError::reading(path, e))?;
+            if n == 0 {
+                return file.finish();
+            }
+            file.write_all(&buffer[..n])?;
+        }
     }
 
     /// Writes a small file, such as `run.yaml`.

@@ -29,8 +29,8 @@ pub use format::{ColumnMapping, RowFormat, nearest};
 
 use crate::error::{IoError, excerpt};
 use crate::hash::SourceHash;
-use crate::json::parse_at_most;
-use source::{Item, JsonItems, NOT_UTF8_HINT, RowPlace};
+use crate::json::{check_readable, parse_at_most};
+use source::{Item, JsonItems, RowPlace, encoding_hint};
 
 /// Longest row of a file of JSON, in bytes.
 pub const MAX_LINE_BYTES: usize = 16 << 20;
@@ -255,6 +255,15 @@ impl FileKind {
     }
 }
 
+/// Whether a data file can be opened, and is of a kind that is read.
+///
+/// # Errors
+/// `Missing`, `Read`, `BadFile`.
+pub fn check_file(path: &Path) -> Result<(), IoError> {
+    check_readable(path)?;
+    FileKind::of(path).map(drop)
+}
+
 fn next_json_row(items: &mut JsonItems) -> Result<Option<Result<RawRow, IoError>>, IoError> {
     let item = items.advance()?;
     let place = Place::Line(items.line());
@@ -304,7 +313,8 @@ fn parse_row(
 ) -> Result<RawRow, IoError> {
     if let Err(e) = std::str::from_utf8(bytes) {
         let reason = format!("is not UTF-8 (byte 0x{:02x})", bytes[e.valid_up_to()]);
-        return Err(fault(reason, e.valid_up_to(), NOT_UTF8_HINT));
+        let hint = encoding_hint(if e.valid_up_to() == 0 { bytes } else { &[] });
+        return Err(fault(reason, e.valid_up_to(), hint));
     }
     match parse_at_most(bytes, n_left) {
         Ok(value) => Ok(RawRow { n_bytes: memory_of(&value), value, place }),

@@ -11,9 +11,15 @@ use crate::hash::{SourceHash, Xxh64};
 use crate::json::open_regular;
 
 pub(crate) const BOM: &[u8] = b"\xef\xbb\xbf";
-/// What to do with text of another encoding.
-pub(crate) const NOT_UTF8_HINT: &str =
-    "convert the file, with `iconv -f LATIN1 -t UTF-8` or `iconv -f UTF-16 -t UTF-8` for instance";
+/// What to do with text of another encoding; `head`: how the file begins, if it is that which is not UTF-8.
+pub(crate) fn encoding_hint(head: &[u8]) -> &'static str {
+    if head.starts_with(b"\xff\xfe") || head.starts_with(b"\xfe\xff") {
+        "the file is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`"
+    } else {
+        "convert the file from the encoding that it has, with `iconv -f LATIN1 -t UTF-8` for instance"
+    }
+}
+
 /// Most bytes that are read at once, and of text in one piece.
 pub const PIECE_BYTES: usize = 32 << 10;
 

@@ -131,6 +131,13 @@ pub(super) fn read_header(file: &File, path: &Path, file_idx: usize) -> Result<H
     }
     let mut length = [0; 8];
     file.read_exact_at(&mut length, 0).map_err(|e| IoError::reading(path, e))?;
+    if &length == b"version " {
+        return Err(IoError::bad_file(
+            path,
+            "is a pointer of Git LFS, not the file itself",
+            "fetch the file with `git lfs pull`, or the model with `ounce pull ORG/NAME`",
+        ));
+    }
     let header_bytes = u64::from_le_bytes(length);
     if header_bytes > MAX_HEADER_BYTES || header_bytes > file_bytes - 8 {
         let reason = format!(

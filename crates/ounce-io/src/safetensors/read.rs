@@ -17,9 +17,8 @@ use serde_json::Value;
 
 use super::header::{Dtype, TensorInfo, read_header};
 use crate::error::IoError;
-use crate::hf_dir::stay_inside;
 use crate::json::{open_regular, read_json};
-use crate::model_files::is_plain_name;
+use crate::model_files::{is_plain_name, stay_inside};
 use crate::publication::{interrupted_hint, is_interrupted};
 
 /// Longest `model.safetensors.index.json`.

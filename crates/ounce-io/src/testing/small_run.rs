@@ -56,7 +56,7 @@ impl SmallRun {
     ) -> Result<PathBuf, IoError> {
         let needed_bytes = checkpoint_bytes(&self.weights, &self.optimizer, &self.model_dir)?;
         let mut writer = CheckpointWriter::begin_on(disk, output_dir, step, needed_bytes)?;
-        writer.copy_side_files(&self.model_dir, None)?;
+        writer.copy_side_files(&self.model_dir)?;
         writer.write_file("run.yaml", format!("max_steps: {step}\n").as_bytes())?;
         write_tensors(writer.weights(&self.weights)?, &self.weights, step)?;
         write_tensors(writer.optimizer(&self.optimizer)?, &self.optimizer, step)?;
@@ -103,6 +103,7 @@ impl SmallRun {
     pub fn state(&self, step: u64) -> TrainerState {
         TrainerState {
             step,
+            course: 0,
             n_updates: step - step / 8,
             cursor: DataCursor { epoch: step / 5, row: step % 5 },
             data_hash: None,

@@ -82,6 +82,8 @@ fn gpt2() -> Lab {
 fn damaged_models_are_refused_by_file() {
     let lab = gpt2();
     let weights = "model/model.safetensors";
+    let pointer = text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n");
+    check(&lab, TRAIN, 4, weights, &pointer, weights, "is a pointer of Git LFS");
     let header =
         |text: &str| Holds([&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat());
     let cases = [
@@ -164,7 +166,19 @@ fn damaged_data_is_refused_by_line() {
     let cases = [
         ("train.txt", Holds(b"to be\nor \0not\n".to_vec()), "train.txt:2", "NUL"),
         ("train.txt", Holds(b"to be\nor \xffnot\n".to_vec()), "train.txt:2", "UTF-8"),
-        ("train.txt", Holds(b"\xff\xfet\0o\0 \0b\0e\0".to_vec()), "train.txt:1", "UTF-8"),
+        (
+            "train.txt",
+            Holds(b"\xff\xfet\0o\0 \0b\0e\0".to_vec()),
+            "train.txt:1",
+            "the file is UTF-16",
+        ),
+        // What a hint said that was not meant for it.
+        (
+            "train.txt",
+            Holds("\u{ff}\u{fe}t\0o\0".as_bytes().to_vec()),
+            "train.txt:1",
+            "as it was before",
+        ),
         ("train.txt", text(""), "train.txt", "0 tokens"),
         ("train.txt", text("to be\nor 9\n"), "train.txt:2", ""),
         ("rows.jsonl", row(b"{\"text\": \"\\ud800\"}"), "rows.jsonl:2", ""),

@@ -82,7 +82,8 @@ fn a_request_that_fails_anywhere_in_a_run_loses_no_checkpoint_and_the_run_goes_o
             let (steps, done) = train(&lab, &out, ounce_io::real_disk());
             assert!(done.is_ok() && steps <= 2, "{what}: {steps} steps, {done:?}");
         } else {
-            assert_ne!(fault, Fault::Full, "{what}");
+            // The last three requests take away what the publication has left behind.
+            assert!(fault != Fault::Full || at + 3 > n, "{what}");
         }
         assert!(weights(&lab, &out) == whole, "{what}");
     }
@@ -116,10 +117,8 @@ fn a_file_that_may_not_grow_ends_the_run_with_6_and_what_was_saved_before_goes_o
     copy(&lab.path("whole/checkpoint-2"), &lab.path("out/checkpoint-2"));
     let run = format!("{RUN} --output-dir out --resume-from-checkpoint auto");
     // 64 blocks of 512 or 1024 bytes, as the shell has it: less than the weights.
-    let limited = format!(
-        "ulimit -f 64 && trap '' XFSZ && exec {} {run} --max-steps 3",
-        env!("CARGO_BIN_EXE_ounce")
-    );
+    let limited =
+        format!("ulimit -f 64 && exec {} {run} --max-steps 3", env!("CARGO_BIN_EXE_ounce"));
     let mut command = std::process::Command::new("sh");
     command.args(["-c", &limited]).current_dir(lab.path(""));
     let output = command.env("OUNCE_CACHE_DIR", lab.path("cache")).output().unwrap();

@@ -80,7 +80,9 @@ fn the_model_of_a_run_is_the_one_it_began_from() {
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success() && said.contains("`--model elsewhere` is not read"), "{said}");
     let settings = std::fs::read_to_string(lab.path("on/run.yaml")).unwrap();
-    assert!(settings.starts_with("model: \"model\"\n"), "{settings}");
+    // By its full path: the run may go on in another working directory.
+    let begun = lab.path("model").canonicalize().unwrap();
+    assert!(settings.starts_with(&format!("model: {begun:?}\n")), "{settings}");
     let state = std::fs::read_to_string(lab.path("on/checkpoint-8/trainer_state.json")).unwrap();
     assert!(!state.contains("elsewhere"), "{state}");
 }
@@ -172,6 +174,87 @@ fn old_checkpoints_go_and_damaged_ones_are_passed_over() {
     assert!(!Path::exists(&lab.path("o")));
 }
 
+/// A checkpoint that may be whole is not lost to a run that starts afresh over it.
+#[test]
+fn auto_starts_afresh_over_what_is_damaged_but_not_over_a_newer_format() {
+    let lab = gpt2();
+    let run = format!("{RUN} --output-dir out --resume-from-checkpoint auto");
+    lab.succeed(&words(&format!("{run} --save-steps 8")));
+    let manifest = lab.path("out/checkpoint-8/manifest.json");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    let newer = text.replace("\"format\": 1,", "\"format\": 2, \"more\": 3,");
+    assert_ne!(text, newer);
+    std::fs::write(&manifest, newer).unwrap();
+    let error = lab.fail(4, &words(&run));
+    assert!(error.contains("manifest.json: has format 2, but this program reads"), "{error}");
+    std::fs::write(&manifest, &text[..40]).unwrap();
+    assert_eq!(steps(&lab.json(&words(&run))).len(), 8);
+}
+
+/// A higher number is not newer where the run has gone back, or begun again, since.
+#[test]
+fn auto_goes_on_with_the_course_that_was_taken_last() {
+    let lab = gpt2();
+    let run = RUN.replace("--max-steps 8", "--lr-scheduler-type constant --save-steps 2");
+    let run = format!("{run} --output-dir out");
+    lab.succeed(&words(&format!("{run} --max-steps 8")));
+    let lower = run.replace("1e-2", "1e-3");
+    let back = "--resume-from-checkpoint out/checkpoint-2 --override";
+    lab.succeed(&words(&format!("{lower} --max-steps 4 {back}")));
+    let auto = |run: &str, n: u64| {
+        let line = format!("{run} --max-steps {n} --resume-from-checkpoint auto");
+        steps(&lab.json(&words(&line)))[0].0
+    };
+    assert_eq!(auto(&lower, 6), 5);
+    // The same course goes on under its own number.
+    assert_eq!(auto(&lower, 7), 7);
+    let anew = format!("{run} --seed 7");
+    lab.succeed(&words(&format!("{anew} --max-steps 2")));
+    assert_eq!(auto(&anew, 3), 3);
+}
+
+/// The losses that `metrics.jsonl` has, and its evaluations.
+fn metrics(lab: &Lab, dir: &str) -> (Vec<f64>, usize) {
+    let text = std::fs::read_to_string(lab.path(dir).join("metrics.jsonl")).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
+    let lines: Vec<serde_json::Value> = lines.collect();
+    let losses = lines.iter().filter_map(|line| line["loss"].as_f64()).collect();
+    (losses, lines.iter().filter(|line| !line["eval_loss"].is_null()).count())
+}
+
+/// Wherever it goes on, and whatever was done there meanwhile, the metrics are those of the run.
+#[test]
+fn metrics_go_on_from_those_of_the_checkpoint() {
+    let lab = gpt2();
+    lab.succeed(&words(&format!("{RUN} --output-dir one --save-steps 4")));
+    lab.succeed(&words(&format!("{RUN} --output-dir other --seed 5")));
+    let whole = metrics(&lab, "one");
+    assert_ne!(metrics(&lab, "other"), whole);
+    let on = "--resume-from-checkpoint one/checkpoint-4";
+    lab.succeed(&words(&format!("{RUN} --output-dir other {on}")));
+    assert_eq!(metrics(&lab, "other"), whole);
+    // Begun anew by mistake, and then gone on with.
+    let short = RUN.replace("--max-steps 8", "--max-steps 1");
+    lab.succeed(&words(&format!("{short} --output-dir one --seed 5")));
+    assert_eq!(metrics(&lab, "one").0.len(), 1);
+    lab.succeed(&words(&format!("{RUN} --output-dir one {on}")));
+    assert_eq!(metrics(&lab, "one"), whole);
+}
+
+#[test]
+fn a_run_that_goes_on_at_its_end_records_no_second_evaluation() {
+    let lab = gpt2();
+    let run = format!(
+        "{RUN} --output-dir out --save-steps 4 --eval-data eval.txt --resume-from-checkpoint auto"
+    );
+    let first = lab.json(&words(&run)).pop().unwrap();
+    for _ in 0..2 {
+        let again = lab.json(&words(&run)).pop().unwrap();
+        assert_eq!(again["eval_loss"], first["eval_loss"]);
+        assert_eq!(metrics(&lab, "out").1, 1);
+    }
+}
+
 #[test]
 fn settings_that_would_change_the_run_are_refused_by_name() {
     let lab = gpt2();
@@ -181,6 +264,11 @@ fn settings_that_would_change_the_run_are_refused_by_name() {
         ("--seed 7", "seed", "seed was 42 and is 7"),
         ("--weight-decay 0.1", "weight_decay", "weight_decay was 0.0 and is 0.1"),
         ("--max-steps 9", "max_steps", " and is 9"),
+        (
+            "--per-device-train-batch-size 5",
+            "per_device_train_batch_size times gradient_accumulation_steps",
+            "gradient_accumulation_steps was 6 and is 5",
+        ),
     ];
     for (flag, name, values) in changes {
         let error = lab.fail(2, &words(&format!("{RUN} {from} {flag}")));

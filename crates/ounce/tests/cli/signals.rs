@@ -83,8 +83,11 @@ fn an_evaluation_that_was_interrupted_is_made_up_for_and_no_event_is_lost() {
         "{RUN} --sample-steps 0 --output-dir out --max-steps 3 --eval-data long.txt --eval-steps 1 \
          --resume-from-checkpoint auto"
     );
+    let before = std::fs::read_to_string(lab.path("out/metrics.jsonl")).unwrap();
     let (code, error) = stop(&lab, &run, "TERM", first_step);
     assert_eq!(code, Some(143), "{error}");
+    let metrics = std::fs::read_to_string(lab.path("out/metrics.jsonl")).unwrap();
+    assert_eq!(metrics, before, "they are the model's, which is still there");
     lab.succeed(&words(&run));
     let metrics = std::fs::read_to_string(lab.path("out/metrics.jsonl")).unwrap();
     assert_eq!(metrics.matches("\"eval_loss\"").count(), 3, "{metrics}");
@@ -97,6 +100,32 @@ fn an_evaluation_that_was_interrupted_is_made_up_for_and_no_event_is_lost() {
     let count = |tag: &[u8]| events.windows(tag.len()).filter(|w| *w == tag).count();
     // One of the run before, which stays, and one for each step and evaluation of this one.
     assert_eq!((count(b"train/loss"), count(b"eval/loss")), (1 + 3, 3));
+}
+
+/// Configuration and tokenizer are those that the run began with.
+#[test]
+fn a_model_that_is_made_anew_while_it_is_trained_changes_nothing() {
+    let lab = Lab::with_model(&words("--arch gpt2 --n-layers 1 --hidden-size 32"));
+    let config = std::fs::read(lab.path("model/config.json")).unwrap();
+    let run = format!("{RUN} --sample-steps 0 --output-dir out --lr-scheduler-type constant");
+    let make_anew = || {
+        let init = "init --output-dir model --arch gpt2 --hidden-size 64 --tokenizer char --data train.txt";
+        lab.succeed(&words(init));
+    };
+    let is_time = |stdout: &mut dyn BufRead| {
+        let is_time = first_step(stdout);
+        if is_time {
+            make_anew();
+        }
+        is_time
+    };
+    let (code, error) = stop(&lab, &format!("{run} --max-steps 100000"), "TERM", is_time);
+    assert_eq!(code, Some(143), "{error}");
+    let step = error.rsplit_once("checkpoint-").unwrap().1;
+    let step: u64 = step.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap();
+    let end = step + 2;
+    lab.succeed(&words(&format!("{run} --max-steps {end} --resume-from-checkpoint auto")));
+    assert!(std::fs::read(lab.path("out/config.json")).unwrap() == config);
 }
 
 /// A stop before the first step of a run that goes on: the checkpoint it stands on is not written again.

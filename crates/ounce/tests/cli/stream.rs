@@ -201,6 +201,27 @@ fn the_plan_counts_what_streaming_takes_and_the_smallest_budget_holds_it() {
     assert!(tight == train(&lab, "free", &run));
 }
 
+/// A budget has more or fewer threads for the first window; none of them may make it too small for itself.
+#[test]
+fn the_smallest_budget_of_a_long_window_works_and_so_does_more() {
+    let lab = Lab::empty();
+    let init = "init --output-dir model --arch gpt2 --n-layers 1 --hidden-size 32 --context-length 64 \
+        --tokenizer bpe --vocab-size 1024 --data";
+    lab.succeed(&[&words(init)[..], &[SHAKESPEARE]].concat());
+    let plan = "plan --model model --streaming --shuffle-buffer-size 1000000 --max-steps 3 --max-length 64 \
+        --per-device-train-batch-size 2 --sample-steps 0 --threads 4 --data";
+    let plan = [&words(plan)[..], &[SHAKESPEARE]].concat();
+    let smallest = smallest_budget(&lab.fail(3, &[&plan[..], &["--memory", "1MiB"]].concat()));
+    let least: f64 = smallest.strip_suffix("MiB").unwrap().parse().unwrap();
+    for more in [0.0, 0.5, 1.5, 2.5, 4.0, 8.0] {
+        let memory = format!("{}MiB", least + more);
+        lab.succeed(&[&plan[..], &["--memory", &memory]].concat());
+    }
+    let less = format!("{}MiB", least - 1.0);
+    let refused = lab.fail(3, &[&plan[..], &["--memory", &less]].concat());
+    assert_eq!(smallest_budget(&refused), smallest);
+}
+
 /// Goal: what the plan declares for the process that tokenizes beside the steps holds, and both together
 /// keep the budget. Method: both are looked at all the while that they live, in a run over windows of a
 /// long text in its smallest budget. The program's pages are the same in both and counted once.
