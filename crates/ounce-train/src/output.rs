@@ -171,13 +171,21 @@ fn metrics_so_far(checkpoint: &Path, dir: &Path, path: &Path) -> std::io::Result
     let (saved, live) = (checkpoint.join(METRICS), dir.join(METRICS));
     let source = if begins_with(&live, &saved)? { live } else { saved };
     // A copy of a file onto itself would leave nothing of it.
-    if source == path { Ok(()) } else { std::fs::copy(&source, path).map(|_| ()) }
+    if source == path {
+        return Ok(());
+    }
+    match std::fs::copy(&source, path) {
+        // An earlier build has left none in the checkpoint.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other.map(|_| ()),
+    }
 }
 
-/// Whether a file is there and begins with all of another.
+/// Whether a file is there and begins with all of another, if that is there.
 fn begins_with(path: &Path, head: &Path) -> std::io::Result<bool> {
     let open = |path: &Path| File::open(path).map(BufReader::new);
-    let (Ok(mut file), mut head) = (open(path), open(head)?) else { return Ok(false) };
+    let Ok(mut file) = open(path) else { return Ok(false) };
+    let Ok(mut head) = open(head) else { return Ok(true) };
     loop {
         let (found, wanted) = (file.fill_buf()?, head.fill_buf()?);
         let n = found.len().min(wanted.len());
