@@ -24,6 +24,7 @@ const CHECKS: &[Check] = &[
     ("acceptance", || accept::accept(&["smoke"])),
     ("kills", || accept::accept(&["killed", "--times", "6"])),
     ("cgroups", || accept::accept(&["cgroup-runs", "--times", "6"])),
+    ("tokenising", || accept::accept(&["tokenising"])),
     ("doctests", || run(&cargo(), &["test", "--workspace", "--locked", "--doc"])),
     ("tests", || test_targets(&[])),
 ];

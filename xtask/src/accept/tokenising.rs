@@ -25,7 +25,7 @@ const LENGTHS_MB: [u64; 2] = [10, 100];
 
 /// The demonstration.
 pub(crate) fn tokenising(s: &Setting<'_>) -> Result<Outcome> {
-    let mut outcome = Outcome { is_kept: true, ..Outcome::default() };
+    let mut outcome = Outcome { is_kept: s.python.is_some(), ..Outcome::default() };
     let folder = scratch_folder("accept-tokenising")?;
     let (train, _) = shakespeare(&folder)?;
     let model = folder.join("model");
@@ -106,9 +106,9 @@ fn tokenize(
         "format": null, "columns": [], "skips_bad_rows": false, "max_length": 0,
         "row_bytes": 1 << 20,
     });
-    let request = json!({ "Tokenize": {
+    let request = json!({ "kind": "tokenize", "request": {
         "tokenizer": model, "cache_dir": cache, "streams": [[rows]], "prompt": null, "rows": how,
-        "n_threads": n_threads,
+        "n_threads": n_threads, "now_s": 0,
     } });
     let (start, start_cpu_s) = (Instant::now(), children_cpu_s()?);
     let mut command = Command::new(&s.binary);
@@ -121,7 +121,7 @@ fn tokenize(
     let output = child.wait_with_output().map_err(failed)?;
     let seconds = start.elapsed().as_secs_f64();
     let said = last_object(&String::from_utf8_lossy(&output.stdout))?;
-    let done = &said["Tokenized"];
+    let done = &said["Done"];
     let token_file = done["token_files"][0].as_str().ok_or_else(|| format!("it said {said}"))?;
     Ok(Run {
         token_file: token_file.into(),
